@@ -1,0 +1,155 @@
+"""What every model file looks like to the rest of the package: named tensors that lie in mapped files.
+
+A reader (safetensors.py, gguf.py) checks the whole header of its file when it is opened and then offers one
+`Checkpoint`. The bytes stay on disk until they are read: files are mapped private and copy-on-write, so that a tensor
+of a stored type is a view of the file, costs no memory before it is used, and can never write back to the file.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import stat
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from smidgen.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of"]
+
+# Stored type -> (torch's name, bytes of one element). The names are those of the safetensors format.
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "F32": ("float32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+}
+
+_FINGERPRINT_BYTES = 4096  # of each end of a tensor
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`; shape row-major, as torch has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+
+
+class Checkpoint(Protocol):
+    """A model on disk. Opening one reads headers only; every tensor is checked to lie inside its file."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the .gguf file."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """'safetensors' or 'gguf'."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds; for GGUF the same keys, made from its metadata."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> place, by the names that Hugging Face models use, for GGUF too."""
+        ...
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor: a view of the file where its stored type is one of torch's, else decoded to float32."""
+        ...
+
+    def fingerprint(self) -> str:
+        """'sha256:...', the same for every copy of the same weights, however they are split into files."""
+        ...
+
+
+class MappedFile:
+    """A regular file, mapped. `data` supports slicing and the buffer protocol; len(data) is the file's size."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # A FIFO would block in open(), a device would never end: look before opening.
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelError(f"{path} is not a regular file")
+            if status.st_size == 0:
+                raise ModelError(f"{path} is empty", cure="download or copy it again")
+            with open(path, "rb") as file:
+                self.data = _map_private(file.fileno())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def tensor(self, dtype: str, shape: tuple[int, ...], offset: int) -> "torch.Tensor":
+        """A view of the file's bytes as a tensor of a stored type of DTYPES."""
+        import torch
+
+        torch_dtype = getattr(torch, DTYPES[dtype][0], None)
+        if torch_dtype is None:
+            raise ModelError(f"{self.path}: type {dtype} is unknown to torch {torch.__version__}", cure="update torch")
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=torch_dtype)
+        if offset % DTYPES[dtype][1]:  # legal in a file, but not for every kernel: this one tensor is copied
+            raw = torch.frombuffer(self.data, dtype=torch.uint8, count=count * DTYPES[dtype][1], offset=offset)
+            return raw.clone().view(torch_dtype).reshape(shape)
+        return torch.frombuffer(self.data, dtype=torch_dtype, count=count, offset=offset).reshape(shape)
+
+
+def _map_private(fileno: int) -> mmap.mmap:
+    """Copy-on-write: torch gets a writable buffer, the file stays as it is.
+
+    Without NORESERVE Linux would count the whole file as memory that may be needed, and refuse a file larger than RAM.
+    """
+    if sys.platform == "linux":
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(fileno, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
+
+
+def fingerprint_of(identity: Any, tensors: Iterable[TensorInfo], files: Mapping[Path, MappedFile]) -> str:
+    """sha256 over `identity` (JSON) and, by name, every tensor's type, shape and the bytes at both of its ends.
+
+    Two ends of 4 KiB tell fine-tunes of one model apart in milliseconds; they do not prove that no byte differs.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+    for info in sorted(tensors, key=lambda info: info.name):
+        digest.update(json.dumps([info.name, info.dtype, info.shape]).encode())
+        data = files[info.file].data
+        end = info.offset + info.nbytes
+        digest.update(data[info.offset : min(info.offset + _FINGERPRINT_BYTES, end)])
+        digest.update(data[max(end - _FINGERPRINT_BYTES, info.offset) : end])
+    return f"sha256:{digest.hexdigest()}"

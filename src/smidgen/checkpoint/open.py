@@ -1,0 +1,26 @@
+"""Opens a model on disk, whatever its format."""
+
+from pathlib import Path
+
+from smidgen.errors import ModelError
+from smidgen.events import Report, silent
+
+from .base import Checkpoint
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(path: Path, report: Report = silent) -> Checkpoint:
+    """A Hugging Face folder or a .gguf file. Reads headers only; raises ModelError for anything that is not right."""
+    if path.is_dir():
+        from .safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path, report)
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", expected="a model folder or a .gguf file")
+    if path.suffix != ".gguf":
+        cure = f"give the folder that it lies in: {path.parent}" if path.suffix == ".safetensors" else ""
+        raise ModelError(f"{path} is no model", expected="a folder or a .gguf file", cure=cure)
+    from .gguf import GgufCheckpoint
+
+    return GgufCheckpoint(path)

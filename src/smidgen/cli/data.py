@@ -1,0 +1,32 @@
+"""`smidgen data MODEL DATA`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from smidgen.cli.console import Console
+from smidgen.cli.options import base_flags, verb
+from smidgen.cli.values import Given
+
+__all__ = ["data"]
+
+_FLAGS = base_flags("seq_len", "train_on_prompt")
+
+
+@verb("data", arguments=("model", "data"), flags=_FLAGS)
+def data(console: Console, given: Given) -> Mapping[str, Any]:
+    """Show how DATA's rows become tokens and labels for MODEL; nothing is trained.
+
+    It prints a row with its trained tokens marked, how long rows are, the share of tokens that the loss counts, and
+    rows that are cut off or look wrong.
+
+    \b
+    Examples:
+      smidgen data smollm2-135m toolcalls
+      smidgen data ./Qwen3-0.6B chats.jsonl --seq-len 512
+    """
+    from smidgen import api
+
+    report = api.inspect_data(given["model"], given["data"], report=console.report, **given.pick(_FLAGS))
+    console.close()
+    console.data_report(report)
+    return report.as_dict()

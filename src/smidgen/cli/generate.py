@@ -1,0 +1,71 @@
+"""`smidgen generate MODEL|RUN "prompt"`."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from smidgen.cli.console import Console
+from smidgen.cli.options import BASE_FLAGS, Flag, verb
+from smidgen.cli.sampling import sampling_flags
+from smidgen.cli.values import Given
+from smidgen.errors import DataError
+
+__all__ = ["generate", "read_prompt"]
+
+_SAMPLING = sampling_flags(temperature=0.0, max_new_tokens=256)
+_RAW = Flag("raw", bool, False, "The prompt goes in as it is, without the model's chat template.", "Sampling")
+
+
+def _check(given: Given) -> list[str]:
+    return ["--raw: has no place for --system"] if given["raw"] and given["system"] else []
+
+
+@verb(
+    "generate",
+    arguments=("model_run", "prompt"),
+    optional=("prompt",),
+    flags=(*_SAMPLING, _RAW, *BASE_FLAGS),
+    check=_check,
+)
+def generate(console: Console, given: Given) -> Mapping[str, Any]:
+    """Answer one prompt with a model, or with a run's adapter over the base that it was trained on.
+
+    The answer is streamed to standard output as it comes. Without PROMPT, or with -, the prompt is read from standard
+    input.
+
+    \b
+    Examples:
+      smidgen generate runs/demo "wake me at half past six"
+      smidgen generate smollm2-135m --temperature 0.7 --seed 1 - < question.txt
+    """
+    from smidgen import api
+
+    prompt = read_prompt(console, given["prompt"])
+    model = api.load(given["model_run"], report=console.report, **given.pick(BASE_FLAGS))
+    sampling = {flag.name: given[flag.name] for flag in _SAMPLING if flag.name != "system"}
+    question: Any = prompt
+    if given["system"]:
+        question = [{"role": "system", "content": given["system"]}, {"role": "user", "content": prompt}]
+    if console.as_json:
+        return asdict(model.generate(question, raw=given["raw"], **sampling))
+    _, complete = console.stream(model.stream(question, raw=given["raw"], **sampling))
+    if not complete:
+        raise KeyboardInterrupt
+    return {}
+
+
+def read_prompt(console: Console, word: str | None) -> str:
+    """The prompt itself, or standard input's text for - or nothing."""
+    prompt = word
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            console.note("Reading the prompt from standard input; end it with Ctrl-D.")
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            found = f"byte {error.object[error.start]:#04x} at offset {error.start}"
+            raise DataError("standard input", expected="UTF-8 text", found=found) from None
+    if not prompt.strip():
+        raise DataError("the prompt is empty", expected="some text, as PROMPT or on standard input")
+    return prompt

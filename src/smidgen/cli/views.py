@@ -1,0 +1,244 @@
+"""How things look: pure functions from values to rich's renderables. Nothing here prints."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from smidgen.events import Answer, Answers, Saved
+from smidgen.units import format_bytes, format_count, format_duration
+
+if TYPE_CHECKING:
+    from smidgen.data.report import DataReport
+
+__all__ = [
+    "before_after",
+    "comparison",
+    "data_report",
+    "facts",
+    "files",
+    "histogram",
+    "marked_row",
+    "percent",
+    "printable",
+    "run_figures",
+]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ROW_CHARACTERS = 1500
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model says must not steer the terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def marked_row(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
+    """A training row. What the loss counts is green and underlined; plain: between [[ and ]]."""
+    text = Text()
+    for number, (piece, trained) in enumerate(pieces):
+        shown = printable(piece if number < len(pieces) - 1 else piece.rstrip("\n"))
+        if plain:
+            text.append(f"[[{shown}]]" if trained else shown)
+        else:
+            text.append(shown, style="bold green underline" if trained else "")
+    if len(text) > _ROW_CHARACTERS:
+        half = _ROW_CHARACTERS // 2
+        left_out = f"\n... {len(text) - 2 * half:,} characters left out ...\n"
+        text = Text.assemble(text[:half], (left_out, "dim"), text[-half:])
+    return text
+
+
+def before_after(summary: Mapping[str, Any]) -> Table:
+    """Held-out figures before and after training; rows without figures are left out."""
+    table = _table("", "before", "after", right=("before", "after"))
+    for title, key, form in (
+        ("held-out loss", "loss", "{:.3f}".format),
+        ("exact match", "exact_match", percent),
+        ("valid JSON", "valid_json", percent),
+    ):
+        before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+        if before is not None or after is not None:
+            table.add_row(
+                title, "-" if before is None else form(before), Text("-" if after is None else form(after), "bold")
+            )
+    return table
+
+
+def comparison(before: Answers | None, after: Answers, *, limit: int = 4) -> Table:
+    """Some answers before and after, one under the other so that lines of JSON can be compared by eye."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    earlier = {(a.prompt, a.expected): a for a in before.rows} if before else {}
+    for number, row in enumerate(_most_telling(after.rows, earlier)[:limit]):
+        if number:
+            table.add_row()
+        was = earlier.get((row.prompt, row.expected))
+        table.add_row("asked", "", Text(_short(row.prompt, 160), "bold"))
+        if not _right(row):  # else it is the line "after"
+            table.add_row("expected", "", _short(row.expected, 240))
+        if was is not None:
+            table.add_row("before", _mark(was), _short(was.answer, 240))
+        table.add_row("after", _mark(row), _short(row.answer, 240))
+    return table
+
+
+def files(saved: Iterable[Saved], *, most: int = 12) -> Table:
+    """Files written, each once, with sizes; the files of a checkpoint are one line."""
+    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    newest = {event.path: event.nbytes for event in saved}
+    for path, nbytes in sorted(newest.items(), key=lambda item: "checkpoints" in item[0].parts):
+        shown = _near(path)
+        if "checkpoints" in path.parts[:-2]:
+            shown = _near(path.parent) + "/"
+        sizes[shown] = sizes.get(shown, 0) + nbytes
+        counts[shown] = counts.get(shown, 0) + 1
+    table = _table("file", "size", right=("size",))
+    for shown, nbytes in list(sizes.items())[:most]:
+        table.add_row(f"{shown} ({counts[shown]} files)" if shown.endswith("/") else shown, format_bytes(nbytes))
+    if len(sizes) > most:
+        rest = list(sizes.values())[most:]
+        table.add_row(f"and {len(rest)} more", format_bytes(sum(rest)))
+    return table
+
+
+def run_figures(summary: Mapping[str, Any]) -> str:
+    """'75 steps, 23,682 tokens in 4m05s (86 tokens/s). Peak memory of the process 1.10 GB. ...'"""
+    parts = []
+    if "steps" in summary and "tokens" in summary:
+        parts.append(
+            f"{summary['steps']:,} steps, {summary['tokens']:,} tokens trained at {summary.get('tokens_per_s', 0):.0f}"
+            f" tokens/s; {format_duration(summary.get('wall_s', 0))} in all."
+        )
+    if "peak_rss_bytes" in summary:
+        parts.append(f"Peak memory of the process: {format_bytes(summary['peak_rss_bytes'])}.")
+    if "trainable_parameters" in summary:
+        parts.append(f"{format_count(summary['trainable_parameters'])} parameters trained.")
+    return " ".join(parts)
+
+
+def facts(pairs: Mapping[str, Any], *, title: str = "") -> Table:
+    """Names and values, one a line; nested mappings are indented."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    if title:
+        table.add_row(Text(title, "bold"), "")
+
+    def fill(items: Mapping[str, Any], indent: str) -> None:
+        for name, value in items.items():
+            label = Text(indent + str(name).replace("_", " "), "dim")
+            if isinstance(value, Mapping):
+                table.add_row(label, "")
+                fill(value, indent + "  ")
+            else:
+                table.add_row(label, printable(_value(str(name), value)))
+
+    fill(pairs, "")
+    return table
+
+
+def data_report(report: "DataReport", *, plain: bool) -> list[tuple[str, Any]]:
+    """(title, what to show under it) for each part of the report."""
+    share = f"{report.trained_tokens:,} of {report.tokens:,} tokens ({percent(report.share)})"
+    counts = {
+        "layout": report.layout,
+        "rows": report.rows,
+        "the loss counts": share,
+        "longest row": f"{report.longest_tokens:,} tokens",
+        "cut off": report.truncated,
+        "suspicious rows": report.suspicious_rows,
+    }
+    bounds = [0, *(bound for bound, _ in report.lengths)]
+    buckets = [
+        (f"{low + 1:,}-{bound:,}", rows) for low, (bound, rows) in zip(bounds, report.lengths, strict=False)
+    ]
+    how = "in [[ ]]" if plain else "green, underlined"
+    parts: list[tuple[str, Any]] = [
+        (f"The first row; the loss counts what is {how}", marked_row(report.shown.pieces, plain=plain)),
+        ("Rows", facts(counts)),
+        ("Lengths in tokens", histogram(buckets, mark="#" if plain else "█")),
+    ]
+    if report.suspicious:
+        shown = dict.fromkeys(f"{where}: {why}" for where, why in report.suspicious[:10])
+        more = report.suspicious_rows - len({where for where, _ in report.suspicious[:10]})
+        lines = [*map(printable, shown), *([f"and {more:,} more rows"] if more > 0 else [])]
+        parts.append(("Worth a look", Text("\n".join(lines))))
+    return parts
+
+
+def histogram(buckets: Sequence[tuple[str, int]], *, mark: str = "█", width: int = 40) -> Table:
+    """Labels with counts, and a bar for each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    most = max((count for _, count in buckets), default=0)
+    for label, count in buckets:
+        table.add_row(label, f"{count:,}", Text(mark * -(-count * width // most) if most else "", "green"))
+    return table
+
+
+def _table(*titles: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return table
+
+
+def _most_telling(rows: Sequence[Answer], earlier: Mapping[tuple[str, str], Answer]) -> list[Answer]:
+    """What changed first, right or wrong, in the order of the data."""
+
+    def unchanged(row: Answer) -> bool:
+        was = earlier.get((row.prompt, row.expected))
+        return was is not None and was.answer == row.answer
+
+    return sorted(rows, key=unchanged)
+
+
+def _right(row: Answer) -> bool:
+    return row.answer.strip() == row.expected.strip()
+
+
+def _mark(row: Answer) -> Text:
+    return Text("✓", "green") if _right(row) else Text("✗", "red")
+
+
+def _short(text: str, most: int) -> str:
+    """On one line, cut at `most` characters."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _near(path: Path) -> str:
+    """Relative to where the user stands, if below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes") and isinstance(value, (int, float)):
+        return format_bytes(value)
+    if name.endswith("_s") and isinstance(value, (int, float)) and not name.endswith("per_s"):
+        return format_duration(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or "none"
+    return "-" if value is None else str(value)

@@ -1,0 +1,134 @@
+"""A tokenizer's chat template, asked once how it behaves: what ends a turn, whether it takes system messages.
+
+Templates are programs, so two short conversations are rendered, and what comes out says what closes an assistant's
+turn; only whether it knows tools is read off its source. A tokenizer without a template gets ChatML, which is put on
+the tokenizer, so that it is saved with the adapter and generation uses the same one.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from smidgen.errors import DataError, ModelError
+from smidgen.events import Note, Report, Warned
+
+__all__ = ["ChatTemplate"]
+
+Message = dict[str, Any]
+
+_PROBE = "smidgenprobe"
+_TURN_END = "<|im_end|>"
+_CHATML = (
+    "{BOS}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}{END}{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class ChatTemplate:
+    """Renders conversations to text with the tokenizer's template, or with ChatML where it has none.
+
+    end_text, end_id: the token that ends an assistant's turn; None where the template writes no such token, and the
+    renderer adds the tokenizer's eos.
+    closing: everything that the template writes after the content of a last assistant's turn.
+    """
+
+    def __init__(self, tokenizer: Any, report: Report) -> None:
+        self._tokenizer = tokenizer
+        self._report = report
+        self._said: set[str] = set()
+        if not tokenizer.chat_template:
+            self._set_chatml()
+        source = str(tokenizer.get_chat_template())
+        self._takes_tools = "tools" in source
+        self._takes_calls = "tool_calls" in source
+        self._folds_system = False
+        self._folds_system = not self._renders_system()
+        if self._folds_system:
+            report(Note("the chat template takes no system messages: they go in front of the first user message"))
+        probe = self.render([_user("Hi"), {"role": "assistant", "content": _PROBE}], None, "chat template")
+        self.closing = probe.rpartition(_PROBE)[2]
+        self.end_id, self.end_text = self._find_end()
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, where: str, *, prompt: bool = False
+    ) -> str:
+        """The conversation as text; prompt: ending where the assistant is to speak. Raises DataError naming `where`."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                self._adapted(messages),
+                tools=list(tools) if tools and self._takes_tools else None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{where}: the model's chat template refuses this conversation ({reason})",
+                found=f"turns {roles}",
+                cure="change the row to what the model was made for, or drop it",
+            ) from None
+
+    def warn_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._report(Warned(text))
+
+    def _set_chatml(self) -> None:
+        tokenizer = self._tokenizer
+        if not tokenizer.eos_token:
+            raise ModelError("the tokenizer has neither a chat template nor an end-of-text token", cure="add either")
+        known = _TURN_END in tokenizer.get_vocab()
+        starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        end = f"{{{{ '{_TURN_END}' }}}}" if known else "{{ eos_token }}"
+        bos = "{{ bos_token }}" if starts_with_bos else ""
+        tokenizer.chat_template = _CHATML.replace("{BOS}", bos).replace("{END}", end)
+        ending = _TURN_END if known else tokenizer.eos_token
+        self._report(Note(f"the model has no chat template: ChatML is used and saved, {ending} ends a turn"))
+
+    def _renders_system(self) -> bool:
+        system = {"role": "system", "content": _PROBE}
+        try:
+            return _PROBE in self.render([system, _user("Hi")], None, "chat template", prompt=True)
+        except DataError:
+            return False
+
+    def _find_end(self) -> tuple[int | None, str]:
+        """The first added token in what closes a turn, '<|im_end|>' of '<|im_end|>\\n'."""
+        tokenizer = self._tokenizer
+        added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        for token_id in tokenizer(self.closing, add_special_tokens=False).input_ids:
+            if token_id in added:
+                text = tokenizer.convert_ids_to_tokens(token_id)
+                return (token_id, text) if text in self.closing else (None, "")
+        return None, ""
+
+    def _adapted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with system messages folded and tool calls as text where the template takes none."""
+        adapted = [dict(message) for message in messages]
+        if not self._takes_calls:
+            for message in adapted:
+                if calls := message.pop("tool_calls", None):
+                    text = "\n".join(json.dumps(call["function"], ensure_ascii=False) for call in calls)
+                    message["content"] = "\n".join(part for part in (message["content"], text) if part)
+                    self.warn_once("the chat template takes no tool calls: they are written as JSON text")
+        if self._folds_system and adapted and adapted[0]["role"] == "system":
+            system = adapted.pop(0)["content"]
+            if adapted and adapted[0]["role"] == "user":
+                adapted[0]["content"] = f"{system}\n\n{adapted[0]['content']}"
+            else:
+                adapted.insert(0, _user(system))
+        return adapted
+
+    def check_tools(self, tools: Sequence[dict[str, Any]] | None) -> None:
+        """Say once that tools are left out, where rows have some and the template takes none."""
+        if tools and not self._takes_tools:
+            self.warn_once("the chat template takes no tools: the rows' column tools is left out")
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}

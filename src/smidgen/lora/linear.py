@@ -1,0 +1,110 @@
+"""LoRA over a frozen linear layer: y = x Wᵀ + b + (alpha / r) (dropout(x) Aᵀ) Bᵀ   (arXiv 2106.09685).
+
+Base and adapter are one autograd function. It saves x and x Aᵀ, never a dense W, never a gradient of W, and no dropout
+mask: the mask is drawn again from its seed in the backward pass. A and B are float32 whatever the compute type.
+
+The base is anything with `weight.matmul(x)` (x Wᵀ), `weight.matmul_t(g)` (g W) and `bias`; how W is stored is not known here.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+__all__ = ["LoraLinear"]
+
+
+class _Matrix(Protocol):
+    def matmul(self, x: torch.Tensor) -> torch.Tensor: ...
+    def matmul_t(self, g: torch.Tensor) -> torch.Tensor: ...
+
+
+class _LoraMatmul(torch.autograd.Function):
+    """x [..., K], A [r, K], B [N, r] -> x Wᵀ + scaling (dropout(x) Aᵀ) Bᵀ  [..., N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        matrix: _Matrix,
+        scaling: float,
+        dropout: float,
+        dropout_seed: int,
+    ) -> torch.Tensor:
+        y = matrix.matmul(x)
+        dropped = _dropout(x, dropout, dropout_seed)
+        low = dropped.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t()  # [tokens, r]
+        y.view(-1, y.shape[-1]).addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, low, lora_A, lora_B)
+        ctx.matrix, ctx.scaling, ctx.dropout, ctx.dropout_seed = matrix, scaling, dropout, dropout_seed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low, lora_A, lora_B = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_low = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # [tokens, r]
+        grad_B = (g.t() @ low).to(lora_B.dtype).mul_(ctx.scaling)
+        dropped = _dropout(x, ctx.dropout, ctx.dropout_seed).reshape(-1, x.shape[-1])
+        grad_A = (grad_low.t() @ dropped).to(lora_A.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.matrix.matmul_t(g)
+            if ctx.dropout:
+                grad_x += _dropout((grad_low @ lora_A.to(g.dtype)).view_as(x), ctx.dropout, ctx.dropout_seed).view_as(grad_x)
+            else:
+                grad_x.addmm_(grad_low, lora_A.to(g.dtype))
+            grad_x = grad_x.view_as(x)
+        return grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    """Inverted dropout whose mask is a function of the seed and x's shape."""
+    if not probability:
+        return x
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
+    return x * keep.to(x.dtype).mul_(1 / (1 - probability))
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], both float32."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.in_features: int = base.in_features  # type: ignore[assignment]
+        self.out_features: int = base.out_features  # type: ignore[assignment]
+        device = next(base.buffers()).device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """A uniform in +-1 / sqrt(in_features) (Kaiming with a = sqrt 5, as PEFT), B zero: the model starts unchanged."""
+        bound = 1 / math.sqrt(self.in_features)
+        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * (2 * bound) - bound)
+        self.lora_B.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        active = self.dropout if self.training else 0.0
+        # The seed comes from the global generator, so that recomputation (which restores it) draws the same mask.
+        seed = int(torch.randint(0, 2**62, ()).item()) if active else 0
+        y = _LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.weight, self.scaling, active, seed)
+        return y if self.base.bias is None else y.add_(self.base.bias)  # type: ignore[union-attr, return-value]
+
+    @torch.no_grad()
+    def delta(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of scaling B A, float32 [stop - start, in_features]: what merging adds to W."""
+        return (self.lora_B[start:stop] @ self.lora_A).mul_(self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

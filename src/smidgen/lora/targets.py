@@ -1,0 +1,89 @@
+"""Which layers get an adapter: field names (q, k, v, o, gate, up, down, head) or module names -> the layers of a model.
+
+The field's names mean the same in every architecture. A fused projection is one layer that holds several of them: `q`
+on a fused query-key-value layer means the whole fused layer, and the caller is told so.
+"""
+
+from collections.abc import Iterable
+
+from smidgen.errors import SettingsError
+
+__all__ = ["FIELDS", "fields_of", "select_targets"]
+
+FIELDS = ("q", "k", "v", "o", "gate", "up", "down", "head")
+
+# Last part of a module's name -> the fields it holds, for names that mean one thing wherever they stand.
+_BY_NAME: dict[str, tuple[str, ...]] = {
+    "q_proj": ("q",),
+    "k_proj": ("k",),
+    "v_proj": ("v",),
+    "o_proj": ("o",),
+    "out_proj": ("o",),
+    "qkv_proj": ("q", "k", "v"),
+    "query_key_value": ("q", "k", "v"),
+    "Wqkv": ("q", "k", "v"),
+    "c_attn": ("q", "k", "v"),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "gate_up_proj": ("gate", "up"),
+    "dense_h_to_4h": ("up",),
+    "dense_4h_to_h": ("down",),
+    "c_fc": ("up",),
+    "fc1": ("up",),
+    "fc2": ("down",),
+    "fc_in": ("up",),
+    "fc_out": ("down",),
+}
+# Names that mean one thing in attention and another in the feed-forward part.
+_BY_PLACE: dict[str, tuple[str, str]] = {"c_proj": ("o", "down"), "dense": ("o", "down")}
+
+
+def fields_of(name: str, head: str) -> tuple[str, ...]:
+    """The fields that the linear layer called `name` holds, () if its name says nothing. head: the head's module name."""
+    if name == head:
+        return ("head",)
+    *parents, last = name.split(".")
+    if last in _BY_PLACE:
+        in_attention = any("att" in parent for parent in parents[-1:])
+        return (_BY_PLACE[last][0 if in_attention else 1],)
+    return _BY_NAME.get(last, ())
+
+
+def select_targets(targets: str, names: Iterable[str], head: str) -> tuple[list[str], list[str]]:
+    """(names of the layers to adapt in the model's order, sentences that say what was understood).
+
+    targets: 'all' (every linear layer but the head) or a comma list. names: all linear layers of the model, the head
+    among them. Raises SettingsError naming every target that matches nothing.
+    """
+    names = list(names)
+    if targets.strip() in ("all", "all-linear"):
+        return [name for name in names if name != head], []
+    chosen: set[str] = set()
+    missing: list[str] = []
+    notes: list[str] = []
+    for target in dict.fromkeys(part.strip() for part in targets.split(",") if part.strip()):
+        if target in FIELDS:
+            hits = [name for name in names if target in fields_of(name, head)]
+            fused = {name.split(".")[-1]: fields_of(name, head) for name in hits if len(fields_of(name, head)) > 1}
+            notes += [
+                f"target {target} is part of the fused layer {last}: the adapter covers {', '.join(fields)} together"
+                for last, fields in fused.items()
+            ]
+        else:
+            hits = [name for name in names if name == target or name.endswith("." + target)]
+        if not hits:
+            missing.append(target)
+        chosen.update(hits)
+    if missing:
+        raise SettingsError([_no_match(missing, names, head)])
+    return [name for name in names if name in chosen], notes
+
+
+def _no_match(missing: list[str], names: list[str], head: str) -> str:
+    fields = [field for field in FIELDS if any(field in fields_of(name, head) for name in names)]
+    modules = list(dict.fromkeys(name.split(".")[-1] for name in names))
+    return (
+        f"targets: no layer matches {', '.join(missing)}, this model has {', '.join(fields)}"
+        f" (modules {', '.join(modules)})"
+    )

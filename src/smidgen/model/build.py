@@ -1,0 +1,285 @@
+"""A model folder or GGUF file -> a causal LM whose base is frozen and packed.
+
+transformers gives the architecture. Its skeleton is made on the meta device (no memory), every linear layer of the
+decoder is replaced by a FrozenLinear and filled from the mapped file, one tensor at a time: the float weights exist only
+while they are being packed. Embeddings and head stay in their stored type. Nothing of transformers is patched; modules
+are exchanged, and the base's own dropout is switched off in the config.
+
+The head is applied by ourselves, in chunks (train/loss.py), so what an architecture does to its logits after the head
+must be known: `logits_of` covers scaling and soft-capping, and every model is checked once against its own forward.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from smidgen.checkpoint.base import Checkpoint
+from smidgen.errors import ModelError
+from smidgen.events import Note, Progress, Report, silent
+from smidgen.model.experts import PackedExperts, is_experts
+from smidgen.model.weights import Weights
+from smidgen.quant.linear import FrozenLinear
+from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
+
+__all__ = ["Base", "build_base"]
+
+_LARGEST_UNPACKED_SHARE = 0.05
+
+
+@dataclass
+class Base:
+    """A causal LM with a frozen, packed base.
+
+    model: transformers' own class, `model(input_ids).logits`. linears: name -> FrozenLinear of every linear layer of the
+    decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none').
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    storage: str
+    compute_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def backbone(self) -> nn.Module:
+        """input_ids -> output with last_hidden_state."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    def hidden_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T] -> last hidden states [B, T, hidden_size]; causal, without a cache."""
+        return self.backbone(input_ids=input_ids, use_cache=False)[0]
+
+    @property
+    def head_name(self) -> str:
+        head = self.model.get_output_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is head)
+
+    @property
+    def linears(self) -> dict[str, FrozenLinear]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, FrozenLinear)}
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [..., hidden_size] -> logits [..., vocab_size], as the architecture computes them."""
+        logits = self.model.get_output_embeddings()(hidden)
+        config = self.model.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def build_base(
+    checkpoint: Checkpoint,
+    *,
+    storage: str,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> Base:
+    """Builds the model and fills it. storage: see quant.matrix.quantise. Raises ModelError for what cannot be trained on."""
+    config = _read_config(checkpoint, trust_remote_code)
+    model = _skeleton(config, compute_dtype, trust_remote_code)
+    weights = Weights(model, checkpoint)
+    _fill_buffers(model)
+    _fill(model, weights, storage, compute_dtype, device, report)
+    base = Base(model, checkpoint, storage, compute_dtype, device)
+    model.requires_grad_(False)
+    model.eval()
+    _refuse_unpacked(base)
+    _check_head(base)
+    return base
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    content = dict(checkpoint.config)
+    if content.get("quantization_config"):
+        method = content["quantization_config"].get("quant_method", "an unnamed method")
+        raise ModelError(
+            f"{checkpoint.path} is quantised already ({method}), which cannot be trained on in place yet",
+            cure="take the 16-bit model it was made from; smidgen quantises it while loading",
+        )
+    model_type = content.get("model_type")
+    if trust_remote_code and content.get("auto_map"):
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+    elif model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[model_type].from_dict(content)
+    else:
+        cure = "update transformers"
+        if content.get("auto_map"):
+            cure = "the folder brings its own Python code: add --trust-remote-code if you trust its source"
+        raise ModelError(f"{checkpoint.path}/config.json: model_type {model_type!r} is unknown to transformers", cure=cure)
+    for key in [key for key in config.to_dict() if key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))]:
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"config.json does not describe a causal language model: {reason}") from error
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{type(model).__name__} has no output head, so it is no causal language model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; smidgen trains decoder-only models")
+    return model
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Computed buffers (rotary frequencies, causal masks) come from the model's own initialisation.
+
+    Done while all parameters are still on the meta device, where initialising them costs and changes nothing.
+    """
+    for name, module in model.named_modules():
+        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if not buffers:
+            continue
+        for key, buffer in buffers.items():
+            empty = torch.empty_like(buffer, device="cpu")
+            module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
+        owner: Any = model
+        for parent, candidate in model.named_modules():
+            if isinstance(candidate, PreTrainedModel) and (not parent or name.startswith(parent)):
+                owner = candidate
+        owner._init_weights(module)
+        for key in buffers:
+            if module._buffers[key].is_floating_point() and module._buffers[key].isnan().any():  # type: ignore[union-attr]
+                raise ModelError(f"{type(model).__name__}: no rule how to compute the buffer {name}.{key}")
+
+
+def _fill(
+    model: PreTrainedModel,
+    weights: Weights,
+    storage: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Report,
+) -> None:
+    """Exchange and fill every module, in the order of the model; floats live only while they are packed."""
+    head = model.get_output_embeddings()
+    modules = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    for done, (name, module) in enumerate(modules):
+        report(Progress(f"quantise to {storage}" if storage != "none" else "load", done, len(modules)))
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            _exchange(model, name, _frozen_linear(module, name, weights, storage, dtype).to(device))
+        elif is_experts(module):
+            _exchange(model, name, _packed_experts(module, name, weights, storage).to(device))
+        else:
+            _fill_module(module, name, weights, dtype, device)
+    _exchange(model, Base(model, weights.checkpoint, storage, dtype, device).head_name, _frozen_head(model, weights, dtype))
+    for buffer_name, buffer in list(model.named_buffers()):
+        if buffer.device != device:
+            parent, _, last = buffer_name.rpartition(".")
+            model.get_submodule(parent)._buffers[last] = buffer.to(device)
+    report(Progress(f"quantise to {storage}" if storage != "none" else "load", len(modules), len(modules)))
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _frozen_linear(
+    layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype
+) -> FrozenLinear:
+    transposed = isinstance(layer, Conv1D)
+    weight = weights.read(f"{name}.weight")
+    matrix = quantise(weight.t() if transposed else weight, storage)
+    bias = None if layer.bias is None else weights.read(f"{name}.bias").to(dtype)
+    return FrozenLinear(matrix, bias, transposed=transposed)  # type: ignore[arg-type]
+
+
+def _packed_experts(module: nn.Module, name: str, weights: Weights, storage: str) -> PackedExperts:
+    packed: dict[str, list[FrozenMatrix]] = {}
+    for key in ("gate_up_proj", "down_proj"):
+        stacked = weights.read(f"{name}.{key}")
+        packed[key] = [quantise(expert, storage) for expert in stacked]
+        del stacked
+    return PackedExperts(packed["gate_up_proj"], packed["down_proj"], module.act_fn)  # type: ignore[arg-type]
+
+
+def _frozen_head(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> FrozenLinear:
+    """The head in its stored type; tied to the embedding where the checkpoint has no head of its own."""
+    head: Any = model.get_output_embeddings()
+    name = next(n for n, module in model.named_modules() if module is head)
+    tied = model.config.get_text_config().tie_word_embeddings or f"{name}.weight" not in weights
+    embedding: Any = model.get_input_embeddings()
+    weight = embedding.weight.data if tied else weights.read(f"{name}.weight").to(embedding.weight.device)
+    bias = weights.read(f"{name}.bias").to(dtype) if head.bias is not None else None
+    return FrozenLinear(DenseMatrix(weight), bias)
+
+
+def _fill_module(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Norms and other small parameters in the compute type; embeddings in their stored type, cast where they are read."""
+    stored = isinstance(module, nn.Embedding)
+    for key, _ in list(module.named_parameters(recurse=False)):
+        tensor = weights.read(f"{name}.{key}" if name else key)
+        tensor = tensor.to(device) if stored else tensor.to(device=device, dtype=dtype, copy=True)
+        setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+    if stored:
+        module.register_forward_hook(_cast_output(dtype))
+
+
+def _cast_output(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda _module, _args, output: output.to(dtype)
+
+
+def _refuse_unpacked(base: Base) -> None:
+    """A decoder whose weights mostly stay dense would silently need many times the memory that was promised."""
+    if base.storage == "none":
+        return
+    packed = sum(m.out_features * m.in_features for m in base.model.modules() if isinstance(m, FrozenMatrix))
+    unpacked = {
+        name: parameter.numel()
+        for name, parameter in base.model.named_parameters()
+        if parameter.dim() > 1 and not isinstance(base.model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    }
+    total = packed + sum(unpacked.values())
+    if sum(unpacked.values()) > _LARGEST_UNPACKED_SHARE * total:
+        largest = max(unpacked, key=lambda name: unpacked[name])
+        raise ModelError(
+            f"{type(base.model).__name__}: {sum(unpacked.values()) / total:.0%} of its weights would stay unpacked"
+            f" (the largest is {largest})",
+            expected=f"at most {_LARGEST_UNPACKED_SHARE:.0%}",
+            cure="use --quantize none, which keeps every weight in its stored type",
+        )
+
+
+@torch.no_grad()
+def _check_head(base: Base) -> None:
+    """Our logits from the backbone's output must be the model's own logits, on three tokens."""
+    captured: list[torch.Tensor] = []
+    hook = base.backbone.register_forward_hook(lambda _m, _a, output: captured.append(output[0]))
+    expected = base.model(input_ids=torch.arange(3, device=base.device)[None], use_cache=False).logits
+    hook.remove()
+    # A few models call a part of their backbone directly; then it has to run once more.
+    hidden = captured[0] if captured else base.hidden_of(torch.arange(3, device=base.device)[None])
+    ours = base.logits_of(hidden)
+    if not torch.allclose(ours, expected.to(ours.dtype), rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
+        raise ModelError(
+            f"{type(base.model).__name__} computes its logits in a way that is not known here",
+            cure="report the model's name, it takes one line to add",
+        )
+
+
+def note_of(base: Base) -> Note:
+    """What was built, in one sentence."""
+    kept = {module.weight.storage for module in base.linears.values()}
+    return Note(f"base: {type(base.model).__name__}, {' + '.join(sorted(kept))}")

@@ -1,0 +1,143 @@
+"""Which tensors of a checkpoint make up which parameter of a model.
+
+Checkpoints on the hub keep the names of the day they were made; transformers' own table of renamings and conversions
+(experts gathered into one tensor, prefixes added) says what they are called now. It is applied here one parameter at a
+time, so that a model is never wholly in memory.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from smidgen.checkpoint.base import Checkpoint
+from smidgen.errors import ModelError
+
+__all__ = ["Weights"]
+
+# Buffers that old exports wrote into checkpoints though every program computes them.
+_COMPUTED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+
+
+@dataclass
+class _Recipe:
+    """One or more parameters from one conversion: the sources by the converter's pattern."""
+
+    converter: WeightConverter | None
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def names(self) -> list[str]:
+        return [name for group in self.sources.values() for name in group]
+
+
+class Weights:
+    """The parameters of `model` (a skeleton on the meta device) as they can be read from `checkpoint`.
+
+    Raises ModelError at once, naming every tensor, when parameters are missing, tensors are left over or shapes differ.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self._model, self.checkpoint = model, checkpoint
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._recipes = self._find_recipes()
+        self._check_complete()
+
+    def _find_recipes(self) -> dict[str, _Recipe]:
+        transforms = get_model_conversion_mapping(self._model)  # type: ignore[arg-type]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        expected = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
+        prefix: Any = self._model.base_model_prefix
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        recipes: dict[str, _Recipe] = {}
+        for source in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(source, renamings, converters, prefix, expected)  # type: ignore[arg-type]
+            if pattern is None and source in expected:
+                name = source
+            recipe = recipes.setdefault(name, _Recipe(by_pattern[pattern] if pattern else None))
+            recipe.sources[pattern or ""].append(source)
+        for name, recipe in list(recipes.items()):
+            for other in _other_targets(name, recipe.converter):
+                recipes[other] = recipe
+        return recipes
+
+    def _check_complete(self) -> None:
+        where = self.checkpoint.path
+        tied = set(getattr(self._model, "_tied_weights_keys", None) or ())
+        missing = [n for n in self.shapes if n not in self._recipes and not any(re.search(t, n) for t in tied)]
+        if missing:
+            raise ModelError(
+                f"{where}: {_listed(missing)} missing",
+                expected=f"the {len(self.shapes)} parameters of {type(self._model).__name__}",
+                cure="download the model again, or check that config.json belongs to these weights",
+            )
+        ignored = [re.compile(p) for p in getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        known = set(self.shapes) | {n for n, _ in self._model.named_parameters(remove_duplicate=False)}
+        extra = [
+            name
+            for name in self._recipes
+            if name not in known and not _COMPUTED.search(name) and not any(p.search(name) for p in ignored)
+        ]
+        if extra:
+            raise ModelError(
+                f"{where}: {_listed(extra)} left over",
+                expected=f"only the parameters of {type(self._model).__name__}",
+                cure="check that config.json belongs to these weights",
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._recipes
+
+    def sources(self, name: str) -> list[str]:
+        """The checkpoint's tensors that make up this parameter."""
+        return self._recipes[name].names()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter in its stored type: a view of the mapped file where no conversion is needed."""
+        recipe = self._recipes[name]
+        if recipe.converter is None:
+            tensor = self.checkpoint.read(recipe.names()[0])
+        else:
+            converter = copy.deepcopy(recipe.converter)
+            first = _first_target(name, converter)
+            for pattern, sources in recipe.sources.items():
+                for source in sources:
+                    converter.add_tensor(first, source, pattern, self.checkpoint.read(source))  # type: ignore[arg-type]
+            converted = converter.convert(first, model=self._model, config=self._model.config)
+            tensor = converted[name]
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+        shape = self.shapes.get(name, tuple(tensor.shape))
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{self.checkpoint.path}: tensor {name}",
+                expected=f"shape {list(shape)} by config.json",
+                found=str(list(tensor.shape)),
+                cure="check that config.json belongs to these weights",
+            )
+        return tensor
+
+
+def _other_targets(name: str, converter: WeightConverter | None) -> list[str]:
+    if converter is None or len(converter.target_patterns) < 2:
+        return []
+    first, *others = converter.target_patterns
+    return [name.replace(first, other) for other in others]
+
+
+def _first_target(name: str, converter: WeightConverter) -> str:
+    first, *others = converter.target_patterns
+    hit = next((other for other in others if other in name and first not in name), None)
+    return name.replace(hit, first) if hit else name
+
+
+def _listed(names: list[str], limit: int = 4) -> str:
+    """'a.weight, b.weight and 3 more tensors'."""
+    shown = ", ".join(sorted(names)[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more tensors" if rest > 0 else ("tensor " if len(names) == 1 else "tensors ") + shown

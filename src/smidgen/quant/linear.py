@@ -1,0 +1,47 @@
+"""FrozenLinear: y = x Wᵀ + b over a frozen matrix, with a gradient for x and none for W."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.quant.matrix import FrozenMatrix
+
+__all__ = ["FrozenLinear", "frozen_matmul"]
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x Wᵀ; saves nothing for the backward pass but a reference to the packed matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: FrozenMatrix) -> torch.Tensor:
+        ctx.matrix = matrix
+        return matrix.matmul(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.matrix.matmul_t(grads[0]), None
+
+
+def frozen_matmul(x: torch.Tensor, matrix: FrozenMatrix) -> torch.Tensor:
+    """x [..., in_features] -> x Wᵀ [..., out_features], differentiable in x."""
+    return _FrozenMatmul.apply(x, matrix)  # type: ignore[return-value]
+
+
+class FrozenLinear(nn.Module):
+    """Stands where a linear layer stood. weight: W [out_features, in_features]; bias: [out_features] or None.
+
+    transposed: the layer stored W as [in_features, out_features] (GPT-2's Conv1D); only merging and the adapter's
+    configuration need to know.
+    """
+
+    def __init__(self, weight: FrozenMatrix, bias: torch.Tensor | None = None, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("bias", bias)
+        self.transposed = transposed
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = frozen_matmul(x, self.weight)
+        return y if self.bias is None else y.add_(self.bias)

@@ -1,0 +1,24 @@
+"""Memory that is used again and again: one growing buffer for each purpose, type and device, in each thread.
+
+Fresh memory from the system costs a page fault for every 4 KiB, which is more than the de-quantisation of what goes in.
+"""
+
+import math
+import threading
+
+import torch
+
+__all__ = ["scratch"]
+
+_local = threading.local()
+
+
+def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of this shape with undefined content, valid until the next call with the same purpose, type and device."""
+    buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.__dict__
+    count = math.prod(shape)
+    key = (purpose, dtype, device)
+    buffer = buffers.get(key)  # type: ignore[call-overload]
+    if buffer is None or buffer.numel() < count:
+        buffers[key] = buffer = torch.empty(count, dtype=dtype, device=device)  # type: ignore[index]
+    return buffer[:count].view(shape)

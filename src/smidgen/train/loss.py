@@ -1,0 +1,85 @@
+"""Cross-entropy over the labelled positions, a chunk of logits at a time.
+
+Logits are the largest thing a small model makes: 49,152 floats a position. The head is therefore applied only where
+there is a label, to a chunk of positions at once, and the gradient of the hidden states is taken on the spot, so that no
+more than one chunk of logits ever exists. The result equals the loss over full logits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from smidgen.data.batch import Batch
+from smidgen.model.build import Base
+
+__all__ = ["batch_loss", "chunked_cross_entropy"]
+
+_CHUNK_LOGITS = 1 << 23  # 32 MiB of float32
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed loss; the gradients of hidden states and head parameters are computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        chunk: int,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        wants_grad = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if wants_grad else None
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(0, hidden.shape[0], chunk):
+            part = hidden[start : start + chunk].detach().requires_grad_(wants_grad)
+            with torch.set_grad_enabled(wants_grad):
+                loss = F.cross_entropy(logits_of(part).float(), targets[start : start + chunk], reduction="sum")
+            total += loss.detach()
+            if grad_hidden is not None:
+                grad_part, *grad_parameters = torch.autograd.grad(loss, [part, *parameters])
+                grad_hidden[start : start + chunk] = grad_part
+                for grad, more in zip(grads, grad_parameters, strict=True):
+                    grad += more
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, *grads = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return grad_hidden * scale, None, None, None, *(grad * scale for grad in grads)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    parameters: list[torch.Tensor],
+    chunk: int,
+) -> torch.Tensor:
+    """hidden [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
+
+    logits_of: [m, hidden_size] -> [m, vocab_size]. parameters: what of it is trained (a head's adapter), or nothing.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, targets, logits_of, chunk, *parameters)  # type: ignore[return-value]
+
+
+def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
+    """The summed loss over a batch's labelled positions (label i is predicted from position i - 1), a float32 scalar.
+
+    Rows are padded on the right and attention is causal, so no attention mask is needed: nothing that counts sees padding.
+    """
+    hidden = base.hidden_of(batch.input_ids.to(base.device))
+    targets = batch.labels[:, 1:].to(base.device)
+    counted = targets != -100
+    head = base.model.get_output_embeddings()
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    vocab_size = base.model.get_output_embeddings().out_features
+    chunk = max(16, _CHUNK_LOGITS // int(vocab_size))  # type: ignore[arg-type]
+    return chunked_cross_entropy(hidden[:, :-1][counted], targets[counted], base.logits_of, trained, chunk)

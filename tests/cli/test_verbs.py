@@ -1,0 +1,246 @@
+"""What each verb passes to the library and prints of its answer. The library is a stand-in here."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from smidgen.events import Answer, Answers, Evaluated, Note, Progress, Saved, Step
+
+SUMMARY = {
+    "run": "runs/x",
+    "base_format": "gguf",
+    "loss_before": 2.5,
+    "loss_after": 0.25,
+    "exact_match_before": 0.0,
+    "exact_match_after": 0.93,
+    "valid_json_before": None,
+    "valid_json_after": float("nan"),
+    "steps": 3,
+    "tokens": 300,
+    "tokens_per_s": 100.0,
+    "wall_s": 65.0,
+    "peak_rss_bytes": 1_200_000_000,
+    "trainable_parameters": 4_884_480,
+}
+
+
+@dataclass
+class Generation:
+    text: str
+    prompt_tokens: int = 4
+    new_tokens: int = 2
+    tokens_per_s: float = 10.0
+
+
+class Model:
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def generate(self, prompt: Any, **sampling: Any) -> Generation:
+        self.asked.append((prompt, sampling))
+        return Generation("said")
+
+    def stream(self, prompt: Any, **sampling: Any) -> Iterator[str]:
+        # A copy: the caller goes on adding to its list of messages.
+        self.asked.append((list(prompt) if isinstance(prompt, list) else prompt, sampling))
+        yield from ("Hel", "lo ", "there")
+
+
+@pytest.fixture
+def model(api: Any) -> Model:
+    model = Model()
+    api.load = lambda spec, **settings: model
+    return model
+
+
+def a_run(report: Callable[[Any], None]) -> SimpleNamespace:
+    report(Note("a reason"))
+    report(Progress("quantising", 1, 1))
+    report(Answers("before", (Answer("ring me", "{}", "no"),), 0.0, None))
+    for step in (1, 2, 3):
+        report(Step(step, 3, 1.0, 1e-3, 1.0, 100, 100.0, 3.0, 10**9))
+    report(Evaluated(3, 0.25, 10, 100))
+    report(Answers("after", (Answer("ring me", "{}", "{}"),), 1.0, None))
+    report(Saved(Path("runs/x/adapter_model.safetensors"), 1_000_000))
+    return SimpleNamespace(path=Path("runs/x"), summary=SUMMARY)
+
+
+def test_finetune_passes_every_setting_and_prints_its_summary_last(smidgen: Callable[..., Any], api: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def finetune(model: str, data: str, out: Path, *, report: Any, **settings: Any) -> SimpleNamespace:
+        seen.update(settings, model=model, data=data, out=out)
+        return a_run(report)
+
+    api.finetune = finetune
+    outcome = smidgen("finetune", "m", "d", "--out", "runs/x", "--rank", "4", "--quantize", "bnb.nf4", "--json")
+    assert outcome.code == 0
+    last = json.loads(outcome.out.splitlines()[-1])
+    assert last == {**SUMMARY, "valid_json_after": None}
+    assert len(outcome.out.splitlines()) == 1, "with --json only the object goes to standard output"
+    assert "bnb.nf4: understood as nf4" in outcome.err
+    assert "a reason" in outcome.err
+    assert (seen["model"], seen["data"], seen["out"]) == ("m", "d", Path("runs/x"))
+    assert (seen["rank"], seen["quantize"], seen["alpha"]) == (4, "nf4", 32.0)
+
+
+def test_finetune_shows_before_and_after_files_and_how_to_go_on(smidgen: Callable[..., Any], api: Any) -> None:
+    api.finetune = lambda model, data, out, *, report, **_: a_run(report)
+    outcome = smidgen("finetune", "m", "d", "--out", "runs/x")
+    for said in ("2.500", "0.250", "93 %", "adapter_model.safetensors", "1.0 MB", "1.2 GB", "3 steps, 300 tokens"):
+        assert said in outcome.out
+    assert "smidgen generate runs/x 'ring me'" in outcome.out
+    assert "smidgen merge runs/x --out runs/x-merged" in outcome.out
+    assert "3/3 loss 1.000" in outcome.err
+
+
+def test_finetune_resume_takes_everything_from_the_run(smidgen: Callable[..., Any], api: Any) -> None:
+    seen: list[Path] = []
+
+    def resume(run: Path, *, report: Any) -> SimpleNamespace:
+        seen.append(run)
+        return a_run(report)
+
+    api.resume = resume
+    assert smidgen("finetune", "--resume", "runs/x").code == 0
+    assert seen == [Path("runs/x")]
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(smidgen: Callable[..., Any], api: Any, tmp_path: Path) -> None:
+    def finetune(model: str, data: str, out: Path, **_: Any) -> None:
+        (out / "checkpoints" / "step-2").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    api.finetune = finetune
+    outcome = smidgen("finetune", "m", "d", "--out", str(tmp_path / "my run"))
+    assert outcome.code == 130
+    assert f"smidgen finetune --resume '{tmp_path}/my run'" in outcome.err
+
+
+def test_demo_takes_the_next_free_folder(
+    smidgen: Callable[..., Any], api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo").mkdir(parents=True)
+    seen: list[Any] = []
+
+    def finetune(model: str, data: str, out: Path, *, report: Any, **settings: Any) -> SimpleNamespace:
+        seen.append((model, data, out))
+        return a_run(report)
+
+    api.finetune = finetune
+    outcome = smidgen("demo")
+    assert seen == [("smollm2-135m", "toolcalls", Path("runs/demo-2"))]
+    assert outcome.err.startswith("smidgen demo: ")
+
+
+def test_generate_streams_to_standard_output(smidgen: Callable[..., Any], model: Model) -> None:
+    outcome = smidgen("generate", "m", "hi", "--temperature", "0.5", "--top-k", "7")
+    assert outcome.out == "Hello there\n"
+    prompt, sampling = model.asked[0]
+    assert prompt == "hi"
+    assert (sampling["temperature"], sampling["top_k"], sampling["raw"]) == (0.5, 7, False)
+
+
+def test_generate_json_has_the_figures(smidgen: Callable[..., Any], model: Model) -> None:
+    outcome = smidgen("generate", "m", "hi", "--system", "Be brief.", "--json")
+    assert json.loads(outcome.out) == {"text": "said", "prompt_tokens": 4, "new_tokens": 2, "tokens_per_s": 10.0}
+    assert model.asked[0][0] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("words", [("generate", "m"), ("generate", "m", "-")])
+def test_generate_reads_its_prompt_from_standard_input(
+    smidgen: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("wie spät?\n".encode())))
+    smidgen(*words)
+    assert model.asked[0][0] == "wie spät?"
+
+
+@pytest.mark.parametrize(("given", "said"), [(b"\xff", "expected UTF-8 text"), (b" \n", "the prompt is empty")])
+def test_generate_refuses_what_is_no_prompt(
+    smidgen: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch, given: bytes, said: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    outcome = smidgen("generate", "m")
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_chat_keeps_the_conversation_until_reset(
+    smidgen: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n/what\nand?\n/reset\nnew\n")))
+    outcome = smidgen("chat", "m", "--json")
+    asked = [[message["content"] for message in messages] for messages, _ in model.asked]
+    assert asked == [["hi"], ["hi", "Hello there", "and?"], ["new"]]
+    assert [sampling["seed"] for _, sampling in model.asked] == [0, 1, 2]
+    assert json.loads(outcome.out.splitlines()[-1])["messages"][-1] == {"role": "assistant", "content": "Hello there"}
+
+
+def test_evaluate_prints_what_it_measured(smidgen: Callable[..., Any], api: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def evaluate(model_run: str, data: str, **settings: Any) -> dict[str, Any]:
+        seen.update(settings)
+        return {"rows": 10, "tokens": 1234, "loss": 0.5, "perplexity": 1.6487}
+
+    api.evaluate = evaluate
+    outcome = smidgen("evaluate", "m", "wiki.txt", "--protocol", "gptq", "--no-answers", "--limit", "3")
+    assert (seen["protocol"], seen["answers"], seen["limit"]) == ("gptq", False, 3)
+    assert "1,234" in outcome.out
+    assert "1.649" in outcome.out
+
+
+def test_merge_lists_its_files(smidgen: Callable[..., Any], api: Any) -> None:
+    def merge(run: str, out: Path, *, base: str | None, dtype: str, report: Any) -> dict[str, Any]:
+        report(Saved(out / "model.safetensors", 270_000_000))
+        return {"out": str(out), "dtype": dtype, "max_difference": 0.001}
+
+    api.merge = merge
+    outcome = smidgen("merge", "runs/x", "--out", "models/x")
+    for said in ("models/x/model.safetensors", "270.0 MB", "bfloat16", "smidgen generate models/x"):
+        assert said in outcome.out
+
+
+def test_download_prints_the_folder(smidgen: Callable[..., Any], api: Any) -> None:
+    api.download = lambda spec, *, report: Path("/cache") / spec
+    assert smidgen("download", "owner/name").out.splitlines()[0] == "/cache/owner/name"
+    assert json.loads(smidgen("download", "owner/name", "--json").out) == {"path": "/cache/owner/name"}
+
+
+def test_doctor_prints_nested_facts(smidgen: Callable[..., Any], api: Any) -> None:
+    api.doctor = lambda *, report: {"python": "3.11", "cpu": {"threads": 2, "memory_bytes": 8 * 10**9}}
+    out = smidgen("doctor").out
+    assert "8.0 GB" in out
+    assert "threads" in out
+
+
+def test_data_shows_a_row_and_lengths(smidgen: Callable[..., Any], api: Any) -> None:
+    from smidgen.data.report import DataReport
+    from smidgen.events import RowShown
+
+    report = DataReport(
+        layout="messages",
+        rows=3,
+        tokens=100,
+        trained_tokens=25,
+        longest_tokens=50,
+        lengths=((32, 2), (50, 1)),
+        truncated=0,
+        suspicious=(("a.jsonl:2", "the same as a.jsonl:1"),),
+        suspicious_rows=1,
+        shown=RowShown((("ask", False), ("answer", True))),
+    )
+    api.inspect_data = lambda model, data, *, report, seq_len, train_on_prompt, _=report: _
+    out = smidgen("data", "m", "a.jsonl").out
+    for said in ("ask[[answer]]", "25 of 100 tokens (25 %)", "33-50", "a.jsonl:2: the same as a.jsonl:1"):
+        assert said in out
+    assert json.loads(smidgen("data", "m", "a.jsonl", "--json").out)["share"] == 0.25
