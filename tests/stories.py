@@ -1,8 +1,8 @@
 """stories260K, a real trained Llama of 1 MB, in the formats that smidgen reads.
 
-Source: llama2.c's version 0 checkpoint and tokenizer, $SMIDGEN_TEST_DATA/models/stories260K. The checkpoint is seven int32
-(dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len) and then float32 tensors, each kind for all layers at
-once. Its q and k have rows that rotate in pairs, as GGUF has them; transformers wants halves.
+Source: llama2.c's version 0 checkpoint and tokenizer, $SMIDGEN_TEST_DATA/models/stories260K. The checkpoint is seven
+int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len) and then float32 tensors, each kind for all
+layers at once. Its q and k have rows that rotate in pairs, as GGUF has them; transformers wants halves.
 """
 
 import json

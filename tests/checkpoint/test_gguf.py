@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint.gguf_files import LLAMA, TENSORS, TOKENIZER, entry, gguf_bytes, string, tensor_row, write_small_gguf
 
+from checkpoint.gguf_files import LLAMA, TENSORS, TOKENIZER, entry, gguf_bytes, string, tensor_row, write_small_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES, tensor_name
 from smidgen.checkpoint.gguf import GgufCheckpoint, unpermute
 from smidgen.checkpoint.gguf_header import BLOCK_TYPES
@@ -61,9 +61,7 @@ def test_block_types_are_decoded_as_by_the_reference(name: str, tmp_path: Path) 
     width, head_rows = 256, 4
     random_bytes = np.random.default_rng(7).integers(0, 120, (head_rows, width // block * nbytes), dtype=np.uint8)
     row = tensor_row("token_embd.weight", (width, head_rows), int(kind), 0)
-    others = {
-        name: sizes if len(sizes) == 1 else sizes for name, (sizes, _) in TENSORS.items() if name != "token_embd.weight"
-    }
+    others = {name: sizes for name, (sizes, _) in TENSORS.items() if name != "token_embd.weight"}
     rows, at = [row], -(-random_bytes.nbytes // 32) * 32
     for other, sizes in others.items():
         rows.append(tensor_row(other, sizes, 0, at))
@@ -85,7 +83,14 @@ def test_unpermute_turns_pairs_into_halves() -> None:
 def test_tensor_names_outside_the_layers_are_not_known() -> None:
     row = ARCHITECTURES["llama"]
     assert tensor_name(row, "blk.1.ffn_up.weight", 2) == "model.layers.1.mlp.up_proj.weight"
-    for name in ("blk.2.ffn_up.weight", "blk.01.ffn_up.weight", "blk.-1.ffn_up.weight", "blk.1.ffn_up", "blk.²", "x.weight"):
+    for name in (
+        "blk.2.ffn_up.weight",
+        "blk.01.ffn_up.weight",
+        "blk.-1.ffn_up.weight",
+        "blk.1.ffn_up",
+        "blk.²",
+        "x.weight",
+    ):
         assert tensor_name(row, name, 2) is None
 
 
@@ -197,11 +202,7 @@ def test_llama_3_rotary_scaling_arrives(tmp_path: Path) -> None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (torch.arange(0, 16, 2) / 16)
     factors = (plain / scaled).float().numpy().tobytes()
-    raw = bytearray(
-        gguf_bytes(
-            LLAMA | {"llama.rope.freq_base": 500000.0}, TENSORS | {"rope_freqs.weight": ((8,), 0)}
-        )
-    )
+    raw = bytearray(gguf_bytes(LLAMA | {"llama.rope.freq_base": 500000.0}, TENSORS | {"rope_freqs.weight": ((8,), 0)}))
     raw[-32:] = factors
     found = open_checkpoint(write_small_gguf(tmp_path, bytes(raw))).config["rope_parameters"]
     assert found == rope
@@ -262,7 +263,9 @@ def test_500_random_mutations_end_in_success_or_a_clear_error(tmp_path: Path) ->
         raw = bytearray(original)
         for _ in range(generator.choice((1, 1, 1, 2, 8))):
             at = generator.randrange(header_bytes)
-            raw[at : at + 1] = generator.choice((b"\0", b"\xff", b"\x7f", bytes([raw[at] ^ 1 << generator.randrange(8)])))
+            raw[at : at + 1] = generator.choice(
+                (b"\0", b"\xff", b"\x7f", bytes([raw[at] ^ 1 << generator.randrange(8)]))
+            )
         if generator.random() < 0.2:
             at = generator.randrange(header_bytes)
             raw[at : at + 8] = struct.pack("<Q", generator.choice((0, 1, 1 << 31, 1 << 63, (1 << 64) - 1)))

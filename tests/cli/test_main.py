@@ -29,12 +29,12 @@ def test_alone_it_prints_its_help(smidgen: Callable[..., Any]) -> None:
     [
         (("tune",), "no verb 'tune'; there are demo, finetune,"),
         (("finetune", "--rnak", "3"), "Did you mean '--rank'? See smidgen finetune --help."),
-        (("demo", "--out"), "Option '--out' requires an argument. See smidgen demo --help."),
+        (("demo", "--out"), "Option '--out' requires an argument. See smidgen --help."),
         (("download", "a", "b"), "unexpected extra argument"),
         (("generate",), "MODEL|RUN: missing."),
         (("generate", "m", "hi", "--raw", "--system", "x"), "--raw: has no place for --system."),
         (("merge", "run"), "--out: missing."),
-        (("finetune", "--resume", "run", "--rank", "3"), "rank: a resumed run keeps its own, leave it out."),
+        (("finetune", "--resume", "run", "--rank", "3"), "--rank: a resumed run keeps its own, leave it out."),
         (("chat", "m", "--config", "nowhere.yaml"), "--config nowhere.yaml: cannot be read (No such file"),
     ],
 )
@@ -59,8 +59,8 @@ def test_wrong_settings_are_all_said_in_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"smidgen: error: {config}: unknown key 'nonsense'.",
         "smidgen: error: --rank: expected a whole number, found 'zero'.",
-        "smidgen: error: data: missing.",
-        "smidgen: error: out: missing.",
+        "smidgen: error: DATA: missing.",
+        "smidgen: error: --out: missing.",
         "smidgen: error: --dropout: expected 0 or more and less than 1, found 2.0.",
         "smidgen: error: --warmup: expected a fraction of all steps, 0 or more and less than 1, found 1.5.",
         f"smidgen: error: {config}: epochs: expected more than 0, found -1.0.",

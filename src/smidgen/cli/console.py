@@ -192,7 +192,11 @@ class Console:
         how = "green, underlined" if self._tell.is_terminal else "in [[ ]]"
         self._say(f"one training row; the loss counts what is {how}:", "bold")
         row = views.marked_row(pieces, plain=not self._tell.is_terminal)
-        self._tell.print(Padding(row, (0, 0, 1, 2), expand=False), soft_wrap=not self._tell.is_terminal)
+        if self._tell.is_terminal:
+            self._tell.print(Padding(row, (0, 0, 1, 2), expand=False))
+            return
+        for line in row.split("\n"):  # unpadded and unwrapped, for logs
+            self._tell.print(Text.assemble("  ", line), soft_wrap=True)
 
     def _say(self, text: str, style: str = "") -> None:
         self._paragraph(Text(views.printable(text), style), "", "")

@@ -25,9 +25,7 @@ _EVALUATION = (
     ),
     Flag("limit", int, None, "Only the first N rows or windows.", "Evaluation", check=_positive, expected="1 or more"),
     Flag("answers", bool, True, "Also answer the rows and compare: exact match, valid JSON, ROUGE-L.", "Evaluation"),
-    Flag(
-        "max_new_tokens", int, 128, "Longest answer in tokens.", "Evaluation", check=_positive, expected="1 or more"
-    ),
+    Flag("max_new_tokens", int, 128, "Longest answer in tokens.", "Evaluation", check=_positive, expected="1 or more"),
     Flag("batch_size", int, 16, "Rows computed at once.", "Evaluation", check=_positive, expected="1 or more"),
     *base_flags("seq_len", "train_on_prompt"),
 )

@@ -13,11 +13,12 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from smidgen.cli.console import Console
-from smidgen.cli.values import Given, collect
+from smidgen.cli.values import Given, collect, metavar
 from smidgen.train.config import Settings
 
-__all__ = ["BASE_FLAGS", "Flag", "Verb", "base_flags", "settings_flags", "verb"]
+__all__ = ["BASE_FLAGS", "CONTEXT", "Flag", "Verb", "base_flags", "settings_flags", "verb"]
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}  # of every command
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -94,6 +95,11 @@ class Verb(click.Command):
 
     flags: tuple[Flag, ...] = ()
 
+    def help_page(self, width: int = 100) -> str:
+        """The text of --help."""
+        ctx = self.make_context(f"smidgen {self.name}", [], resilient_parsing=True, terminal_width=width)
+        return self.get_help(ctx)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
@@ -136,7 +142,7 @@ def verb(
                 console.json(result)
 
         params: list[click.Parameter] = [
-            *(click.Argument([a], required=False, metavar=a.upper().replace("_", "|")) for a in arguments),
+            *(click.Argument([a], required=False, metavar=metavar(a)) for a in arguments),
             *(flag.option() for flag in flags),
             GroupedOption(
                 ["--json"], is_flag=True, group="General", help="Print one JSON object as the last line of stdout."
@@ -148,7 +154,7 @@ def verb(
                 help="Read flags from a YAML file; its keys are the flags' names. The command line wins.",
             ),
         ]
-        command = Verb(name, callback=run, params=params, help=function.__doc__)
+        command = Verb(name, callback=run, params=params, help=function.__doc__, context_settings=CONTEXT)
         command.flags = flags
         return command
 

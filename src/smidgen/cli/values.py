@@ -11,7 +11,7 @@ from smidgen.errors import SettingsError
 if TYPE_CHECKING:
     from smidgen.cli.options import Flag
 
-__all__ = ["Given", "collect"]
+__all__ = ["Given", "collect", "metavar"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def collect(
         return word
 
     for name in arguments:
-        word = take(name, name.upper().replace("_", "|"))
+        word = take(name, metavar(name))
         values[name] = None if word is None else str(word)
         if word is None and name in required:
             problems.append(f"{label[name]}: missing")
@@ -80,6 +80,11 @@ def collect(
     if problems:
         raise SettingsError(problems)
     return given
+
+
+def metavar(argument: str) -> str:
+    """How help and problems call a positional argument."""
+    return "MODEL|RUN" if argument == "model_run" else argument.upper()
 
 
 def _read(flag: "Flag", word: Any) -> Any:

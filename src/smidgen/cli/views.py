@@ -160,9 +160,7 @@ def data_report(report: "DataReport", *, plain: bool) -> list[tuple[str, Any]]:
         "suspicious rows": report.suspicious_rows,
     }
     bounds = [0, *(bound for bound, _ in report.lengths)]
-    buckets = [
-        (f"{low + 1:,}-{bound:,}", rows) for low, (bound, rows) in zip(bounds, report.lengths, strict=False)
-    ]
+    buckets = [(f"{low + 1:,}-{bound:,}", rows) for low, (bound, rows) in zip(bounds, report.lengths, strict=False)]
     how = "in [[ ]]" if plain else "green, underlined"
     parts: list[tuple[str, Any]] = [
         (f"The first row; the loss counts what is {how}", marked_row(report.shown.pieces, plain=plain)),

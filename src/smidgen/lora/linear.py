@@ -54,7 +54,9 @@ class _LoraMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ctx.matrix.matmul_t(g)
             if ctx.dropout:
-                grad_x += _dropout((grad_low @ lora_A.to(g.dtype)).view_as(x), ctx.dropout, ctx.dropout_seed).view_as(grad_x)
+                grad_x += _dropout((grad_low @ lora_A.to(g.dtype)).view_as(x), ctx.dropout, ctx.dropout_seed).view_as(
+                    grad_x
+                )
             else:
                 grad_x.addmm_(grad_low, lora_A.to(g.dtype))
             grad_x = grad_x.view_as(x)

@@ -118,7 +118,9 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
         cure = "update transformers"
         if content.get("auto_map"):
             cure = "the folder brings its own Python code: add --trust-remote-code if you trust its source"
-        raise ModelError(f"{checkpoint.path}/config.json: model_type {model_type!r} is unknown to transformers", cure=cure)
+        raise ModelError(
+            f"{checkpoint.path}/config.json: model_type {model_type!r} is unknown to transformers", cure=cure
+        )
     for key in [key for key in config.to_dict() if key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))]:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
@@ -183,7 +185,9 @@ def _fill(
             _exchange(model, name, _packed_experts(module, name, weights, storage).to(device))
         else:
             _fill_module(module, name, weights, dtype, device)
-    _exchange(model, Base(model, weights.checkpoint, storage, dtype, device).head_name, _frozen_head(model, weights, dtype))
+    _exchange(
+        model, Base(model, weights.checkpoint, storage, dtype, device).head_name, _frozen_head(model, weights, dtype)
+    )
     for buffer_name, buffer in list(model.named_buffers()):
         if buffer.device != device:
             parent, _, last = buffer_name.rpartition(".")
@@ -196,9 +200,7 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _frozen_linear(
-    layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype
-) -> FrozenLinear:
+def _frozen_linear(layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype) -> FrozenLinear:
     transposed = isinstance(layer, Conv1D)
     weight = weights.read(f"{name}.weight")
     matrix = quantise(weight.t() if transposed else weight, storage)

@@ -9,7 +9,14 @@ import torch
 
 from smidgen.errors import SettingsError
 
-__all__ = ["choose_compute_dtype", "choose_device", "current_rss_bytes", "free_memory_bytes", "measure_gflops", "peak_rss_bytes"]
+__all__ = [
+    "choose_compute_dtype",
+    "choose_device",
+    "current_rss_bytes",
+    "free_memory_bytes",
+    "measure_gflops",
+    "peak_rss_bytes",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +37,9 @@ def choose_device(wanted: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type, False):
-        raise SettingsError([f"device: {wanted} is not available to PyTorch {torch.__version__} here. Use --device cpu"])
+        raise SettingsError(
+            [f"device: {wanted} is not available to PyTorch {torch.__version__} here. Use --device cpu"]
+        )
     return device
 
 
@@ -53,7 +62,10 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype
         return _DTYPES[wanted], f"compute type {wanted}, as asked"
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        return dtype, f"compute type {str(dtype).removeprefix('torch.')}: the fastest that {device} supports in training"
+        return (
+            dtype,
+            f"compute type {str(dtype).removeprefix('torch.')}: the fastest that {device} supports in training",
+        )
     if device.type != "cpu":
         return torch.float32, f"compute type float32 on {device}"
     speed = {name: measure_gflops(_DTYPES[name], device) for name in ("float32", "bfloat16")}
@@ -90,7 +102,10 @@ def free_memory_bytes() -> int:
         free = int(available) * 1024
     except (OSError, IndexError):
         pass
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             root = Path("/sys/fs/cgroup")
             free = min(free, int((root / limit).read_text()) - int((root / usage).read_text()))

@@ -22,7 +22,9 @@ from smidgen.errors import ModelError
 __all__ = ["Weights"]
 
 # Buffers that old exports wrote into checkpoints though every program computes them.
-_COMPUTED = re.compile(r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+_COMPUTED = re.compile(
+    r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|attn\.(masked_)?bias$|attention\.(masked_)?bias$"
+)
 
 
 @dataclass

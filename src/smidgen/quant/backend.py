@@ -49,4 +49,6 @@ def dequantise_4bit(
             packed.view(-1, 1), absmax, blocksize, quant_type, [packed.numel() * 2], dtype
         )
     values = fourbit.dequantise_4bit(packed, absmax, quant_type, blocksize)
-    return values if dtype == torch.float32 else fourbit.scratch("cast", values.shape, dtype, values.device).copy_(values)
+    return (
+        values if dtype == torch.float32 else fourbit.scratch("cast", values.shape, dtype, values.device).copy_(values)
+    )

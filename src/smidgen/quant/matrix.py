@@ -180,7 +180,9 @@ def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:
         return _quantise_int8(weight)
     quant_type, _, nested = storage.partition("-")
     packed, absmax = quantise_4bit(weight, quant_type)
-    return FourBitMatrix((weight.shape[0], weight.shape[1]), packed, nest_scales(absmax) if nested else absmax, quant_type)
+    return FourBitMatrix(
+        (weight.shape[0], weight.shape[1]), packed, nest_scales(absmax) if nested else absmax, quant_type
+    )
 
 
 def _quantise_int8(weight: torch.Tensor) -> Int8Matrix:

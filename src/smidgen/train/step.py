@@ -45,7 +45,9 @@ def optimizer_step(
 
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RunError(f"loss {loss} with gradient norm {norm}", cure="lower --learning-rate; look at the rows of this step")
+        raise RunError(
+            f"loss {loss} with gradient norm {norm}", cure="lower --learning-rate; look at the rows of this step"
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

@@ -1,0 +1,337 @@
+"""The library's functions; the command line is a door to these and nothing else.
+
+import smidgen
+
+run = smidgen.finetune("smollm2-135m", "rows.jsonl", "runs/mine", epochs=2)
+print(run.summary["loss_before"], "->", run.summary["loss_after"])
+model = smidgen.load("runs/mine")
+print(model.generate("Wake me in 20 minutes").text)
+smidgen.merge("runs/mine", "models/mine")
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.checkpoint.hub import download as _download
+from smidgen.data.records import read_data
+from smidgen.data.render import Renderer
+from smidgen.data.report import DataReport, build_report
+from smidgen.errors import DataError, RunError
+from smidgen.events import Note, Report, silent
+from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
+from smidgen.export.merge import save_merged
+from smidgen.model.build import Base
+from smidgen.model.generate import Sampling, stream_text, stream_tokens
+from smidgen.model.load import load_base, open_source
+from smidgen.train.config import Settings
+from smidgen.train.evaluate import answer_rows, held_out_loss, rouge_l, text_perplexity
+from smidgen.train.finetune import Run, run_finetune
+from smidgen.train.finetune import resume as _resume
+from smidgen.train.run import Record, read_record
+from smidgen.train.state import latest_checkpoint
+
+__all__ = [
+    "Generation",
+    "LoadedModel",
+    "Run",
+    "doctor",
+    "download",
+    "evaluate",
+    "finetune",
+    "inspect_data",
+    "load",
+    "merge",
+    "resume",
+]
+
+Prompt = str | Sequence[dict[str, Any]]
+
+
+def finetune(model: str, data: str, out: str | Path, *, report: Report = silent, **settings: Any) -> Run:
+    """Train LoRA adapters on `data` over the frozen, quantised `model`, into the new folder `out`.
+
+    model: Hugging Face folder, .gguf file, built-in name or hub id. data: .json, .jsonl, .csv or .parquet file, a folder
+    with train and validation files, built-in name or hub id. settings: the fields of train.config.Settings.
+    Raises SmidgenError, before anything is written, for settings, data or models that cannot work. Ctrl-C saves a
+    checkpoint and raises KeyboardInterrupt; `resume` goes on from there.
+    """
+    return run_finetune(str(model), str(data), Path(out), Settings(**settings), report)
+
+
+def resume(run: str | Path, *, report: Report = silent) -> Run:
+    """Go on with an interrupted run, to the same adapter, bit for bit, as if it had not been interrupted.
+
+    That holds on the same machine with the same number of threads. A finished run is returned as it is.
+    """
+    return _resume(Path(run), report)
+
+
+def download(spec: str, *, report: Report = silent) -> Path:
+    """Fetch a hub model or a built-in model into its cache; returns where it lies."""
+    return _download(spec, report)
+
+
+def inspect_data(
+    model: str, data: str, *, seq_len: int = 1024, train_on_prompt: bool = False, report: Report = silent
+) -> DataReport:
+    """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read."""
+    source = open_source(str(model), report)
+    rows = read_data(str(data), report=report)
+    renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
+    everything = [*rows.train, *rows.validation, *rows.test]
+    return build_report(renderer.render_all(everything, report), everything, source.tokenizer, layout=rows.layout)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. tokens_per_s counts new tokens, the prompt's time included."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_s: float
+
+
+class LoadedModel:
+    """A model ready to talk. model: `model(input_ids).logits`; tokenizer: with the chat template that training used."""
+
+    def __init__(self, base: Base, tokenizer: Any, report: Report) -> None:
+        self.base = base
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer, report=report)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> Generation:
+        """Answer a prompt (a user's message), a list of chat messages, or with `raw` a text without the chat template.
+
+        sampling: temperature, top_p, top_k, seed, max_new_tokens (model.generate.Sampling).
+        """
+        started, pieces = time.perf_counter(), []
+        ids, tokens, count = self._tokens(prompt, raw, Sampling(**sampling))
+        pieces = list(stream_text(tokens, self._decode))
+        elapsed = time.perf_counter() - started
+        return Generation("".join(pieces), len(ids), count(), round(count() / elapsed, 2))
+
+    def stream(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> Iterator[str]:
+        """As generate, but yields pieces of text as they come."""
+        _, tokens, _ = self._tokens(prompt, raw, Sampling(**sampling))
+        return stream_text(tokens, self._decode)
+
+    def _tokens(
+        self, prompt: Prompt, raw: bool, sampling: Sampling
+    ) -> tuple[list[int], Iterator[int], Callable[[], int]]:
+        ids = self.tokenizer(prompt).input_ids if raw else self.renderer.prompt_ids(prompt)
+        if not ids:
+            raise DataError("the prompt has no tokens", expected="some text")
+        new = 0
+
+        def counted() -> Iterator[int]:
+            nonlocal new
+            for token in stream_tokens(self.base, ids, self.renderer.end_ids, sampling, len(self.tokenizer)):
+                new += 1
+                yield token
+
+        return ids, counted(), lambda: new
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load(
+    model: str | Path,
+    *,
+    quantize: str = "auto",
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> LoadedModel:
+    """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
+
+    Raises RunError where the base is not the one that the adapter was trained on.
+    """
+    folder = _adapter_folder(Path(model), report)
+    spec, record = _base_of(folder) if folder else (str(model), None)
+    has_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
+    source = open_source(spec, report, tokenizer_from=folder if has_tokenizer else None)
+    if record and source.checkpoint.fingerprint() != record.base_fingerprint:
+        raise RunError(
+            f"{source.checkpoint.path} is not the base that {folder} was trained on (its weights differ)",
+            cure="put the right base back, or train again on this one",
+        )
+    if record and quantize == "auto":
+        quantize = record.storage
+    base = load_base(
+        source,
+        quantize=quantize,
+        compute_dtype=compute_dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    if folder:
+        load_adapter(base, folder)
+    return LoadedModel(base, source.tokenizer, report)
+
+
+def _adapter_folder(path: Path, report: Report) -> Path | None:
+    """The PEFT folder that `path` means: itself, or the newest checkpoint of an unfinished run; None for a model."""
+    if is_adapter(path):
+        return path
+    if read_record(path) is None:
+        return None
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        raise RunError(f"{path} has no adapter yet", cure=f"go on with it: smidgen finetune --resume {path}")
+    report(Note(f"{path} is not finished: taking {checkpoint.name}"))
+    return checkpoint
+
+
+def _base_of(folder: Path) -> tuple[str, Record | None]:
+    record = read_record(folder)
+    if record:
+        moved = not Path(record.model).exists() and Path(record.model_path).exists()
+        return (record.model_path if moved else record.model), record
+    config, _ = read_adapter(folder)
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise RunError(f"{folder}/adapter_config.json names no base", expected="base_model_name_or_path")
+    return str(name), None
+
+
+def evaluate(
+    model: str | Path,
+    data: str,
+    *,
+    protocol: str | None = None,
+    limit: int | None = None,
+    answers: bool = True,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    seq_len: int = 1024,
+    train_on_prompt: bool = False,
+    report: Report = silent,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Loss and perplexity weighted by token, and how answers compare with the data's; or the perplexity of a text file.
+
+    data: as in finetune; its test rows, else its validation rows, else all. With `protocol` ('gptq', 'llama.cpp') a
+    plain UTF-8 text. Returns rows, tokens, loss, perplexity, and exact_match, valid_json, rouge_l where they apply.
+    """
+    if protocol:
+        text = _read_text(Path(data))
+        loaded = load(model, report=report, **loading)
+        result = text_perplexity(loaded.base, loaded.tokenizer, text, protocol, limit, report)
+        return {
+            "protocol": protocol,
+            "rows": result.rows,
+            "tokens": result.tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+        }
+    parts = read_data(str(data), hold_out=False, report=report)
+    rows = (parts.test or parts.validation or parts.train)[:limit]
+    loaded = load(model, report=report, **loading)
+    renderer = Renderer(loaded.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
+    held_out = held_out_loss(loaded.base, renderer.render_all(rows), batch_size, report)
+    scores = {
+        "rows": held_out.rows,
+        "tokens": held_out.tokens,
+        "loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+    }
+    if answers and any(row.messages for row in rows):
+        given = answer_rows(
+            loaded.base,
+            renderer,
+            rows,
+            when="given",
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            report=report,
+        )
+        scores["exact_match"] = given.exact_match
+        if given.valid_json is not None:
+            scores["valid_json"] = given.valid_json
+        else:
+            scores["rouge_l"] = rouge_l(given.rows)
+    return scores
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start}", expected="UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", expected="a plain text file") from None
+
+
+def merge(
+    run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "auto", report: Report = silent
+) -> dict[str, Any]:
+    """Write base + adapter as a full Hugging Face folder, and measure how far its outputs are from base + adapter.
+
+    base: add the adapter to this 16-bit model instead of the de-quantised one. dtype: 'bfloat16', 'float16', 'float32',
+    or 'auto': the base's own, float16 for a GGUF base. Returns out, dtype, bytes, max_logit_difference, same_top_token.
+    """
+    from smidgen.export.compare import compare_models
+    from smidgen.export.files import folder_bytes
+
+    out = Path(out)
+    folder = _adapter_folder(Path(run), report)
+    if folder is None:
+        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    trained = load(run, compute_dtype="float32", report=report)
+    target = trained
+    if base is not None:
+        source = open_source(base, report, tokenizer_from=folder)
+        target = LoadedModel(
+            load_base(source, quantize="none", compute_dtype="float32", report=report), source.tokenizer, report
+        )
+        load_adapter(target.base, folder)
+    chosen = _merge_dtype(target.base) if dtype == "auto" else getattr(torch, dtype)
+    save_merged(target.base, out, chosen, trained.tokenizer, report)
+    merged = load(out, quantize="none", compute_dtype="float32", report=report)
+    return {
+        "out": str(out),
+        "dtype": str(chosen).removeprefix("torch."),
+        "bytes": folder_bytes(out),
+        **compare_models(trained.base, merged.base, trained.tokenizer),
+    }
+
+
+def _merge_dtype(base: Base) -> torch.dtype:
+    stored: Any = base.model.get_input_embeddings()
+    if base.checkpoint.format == "gguf":
+        return torch.float16
+    return stored.weight.dtype
+
+
+def doctor(*, report: Report = silent) -> dict[str, Any]:
+    """Versions, device, threads, the measured compute type, and a check of the packed operations on every back end here."""
+    from smidgen.model.device import choose_compute_dtype, choose_device, measure_gflops
+    from smidgen.quant.selfcheck import check_backends
+
+    device = choose_device("auto")
+    dtype, why = choose_compute_dtype("auto", device)
+    report(Note(why))
+    speeds = {str(t).removeprefix("torch."): round(measure_gflops(t, device)) for t in (torch.float32, torch.bfloat16)}
+    return {
+        "versions": Record.versions_now(),
+        "device": str(device) + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "gflops": speeds,
+        "backends": check_backends(device),
+    }

@@ -1,0 +1,96 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written into a staging folder beside its place, each file is flushed to the disk, and one rename makes it
+visible: a crash, a full disk or Ctrl-C leaves what was there before. Reasons and order: SQLite's and ALICE's findings
+(OSDI 2014) on what a file system may reorder.
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smidgen.errors import RunError
+
+__all__ = ["folder_bytes", "new_folder", "replace_file", "write_json"]
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a staging folder; when the block ends without an error it becomes `path`.
+
+    Raises RunError when `path` exists already or the disk is full; the staging folder is removed on any error.
+    """
+    if path.exists():
+        raise RunError(f"{path} exists already", cure="choose another folder, or remove this one first")
+    staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with _disk_errors(path):
+            staging.mkdir(parents=True)
+            yield staging
+            for file in [*staging.rglob("*")]:
+                if file.is_file():
+                    _flush(file)
+            _flush(staging)
+            staging.rename(path)
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a text file whole or not at all, replacing an older one."""
+    staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with _disk_errors(path):
+            staging.write_text(content, encoding="utf-8")
+            _flush(staging)
+            staging.replace(path)
+            _flush(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One JSON document, readable, whole or not at all."""
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk as one line; safetensors reports them in words, not in an errno."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full_disk(path) from error
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+            raise _full_disk(path) from error
+        raise
+
+
+def _full_disk(path: Path) -> RunError:
+    free = shutil.disk_usage(next(parent for parent in [path, *path.parents] if parent.exists())).free
+    return RunError(f"{path}: the disk is full", found=f"{free:,} bytes free", cure="free some space and try again")
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

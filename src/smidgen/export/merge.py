@@ -1,0 +1,133 @@
+"""Base + adapter -> a full Hugging Face folder that needs neither smidgen nor PEFT.
+
+The base that is merged into is the de-quantised one by default, since that is what the adapter was trained against; a
+16-bit base gives other weights and is used when asked for. Parameters are made dense one at a time and written shard by
+shard under the names that transformers expects in a checkpoint.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from smidgen.events import Progress, Report, silent
+from smidgen.export.files import new_folder
+from smidgen.lora.linear import LoraLinear
+from smidgen.model.build import Base
+from smidgen.model.experts import PackedExperts
+from smidgen.quant.linear import FrozenLinear
+from smidgen.quant.matrix import FrozenMatrix
+
+__all__ = ["dense_parameters", "save_merged"]
+
+_SHARD_BYTES = 2_000_000_000
+
+
+@torch.no_grad()
+def _dense(matrix: FrozenMatrix, lora: LoraLinear | None, dtype: torch.dtype) -> torch.Tensor:
+    """W (+ scaling B A), added in float32 panel by panel and rounded once: [out_features, in_features] of `dtype`."""
+    weight = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype)
+    height = max(1, (1 << 20) // matrix.in_features)
+    for start in range(0, matrix.out_features, height):
+        stop = min(start + height, matrix.out_features)
+        panel = matrix.rows(start, stop, torch.float32)
+        weight[start:stop] = panel if lora is None else panel + lora.delta(start, stop)
+    return weight
+
+
+def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter of the merged model, by transformers' own names, one at a time.
+
+    A tied head is left out unless it has an adapter: then head and embedding are two matrices from now on.
+    """
+    embedding: Any = base.model.get_input_embeddings()
+    head_name = base.head_name
+    for name, module in base.model.named_modules():
+        lora = module if isinstance(module, LoraLinear) else None
+        linear = module.base if lora else module
+        if isinstance(linear, FrozenLinear) and not name.endswith(".base"):
+            tied = name == head_name and linear.weight.weight is embedding.weight.data  # type: ignore[union-attr]
+            if name == head_name and lora is None and (tied or _is_tied(base)):
+                continue
+            weight = _dense(linear.weight, lora, dtype)
+            yield f"{name}.weight", weight.t().contiguous() if linear.transposed else weight
+            if linear.bias is not None:
+                yield f"{name}.bias", linear.bias.to(dtype)
+        elif isinstance(module, PackedExperts):
+            for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+                yield f"{name}.{key}", torch.stack([_dense(expert, None, dtype) for expert in experts])  # type: ignore[arg-type]
+        elif not isinstance(module, FrozenMatrix | LoraLinear):
+            for key, parameter in module.named_parameters(recurse=False):
+                yield (f"{name}.{key}" if name else key), parameter.detach().to(dtype)
+
+
+def _is_tied(base: Base) -> bool:
+    return bool(base.model.config.get_text_config().tie_word_embeddings)
+
+
+def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
+    """Write the merged model as a Hugging Face folder, whole or not at all. Raises RunError if `out` exists."""
+    head: nn.Module = base.model.get_output_embeddings()
+    total = sum(p.numel() for p in base.model.parameters()) + sum(
+        m.out_features * m.in_features for m in base.model.modules() if isinstance(m, FrozenMatrix)
+    )
+    with new_folder(out) as folder:
+        shards = _write_shards(base, folder, dtype, total, report)
+        _write_index(folder, shards)
+        config = base.model.config.to_dict()
+        config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
+        if isinstance(head, LoraLinear):
+            config["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+        )
+        if base.model.generation_config is not None:
+            (folder / "generation_config.json").write_text(
+                base.model.generation_config.to_json_string(), encoding="utf-8"
+            )
+        tokenizer.save_pretrained(folder)
+
+
+def _write_shards(
+    base: Base, folder: Path, dtype: torch.dtype, total: int, report: Report
+) -> list[dict[str, torch.Size]]:
+    """part-1.safetensors, part-2 ...; returns the names (and shapes) in each."""
+    shards: list[dict[str, torch.Size]] = []
+    pending: dict[str, torch.Tensor] = {}
+    done = 0
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, folder / f"part-{len(shards) + 1}.safetensors", metadata={"format": "pt"})
+            shards.append({name: tensor.shape for name, tensor in pending.items()})
+            pending.clear()
+
+    for name, tensor in dense_parameters(base, dtype):
+        for saved_name, saved in revert_weight_conversion(base.model, {name: tensor}).items():
+            pending[saved_name] = saved.contiguous()
+        done += tensor.numel()
+        report(Progress("merging", min(done, total), total))
+        if sum(t.numel() * t.element_size() for t in pending.values()) >= _SHARD_BYTES:
+            flush()
+    flush()
+    report(Progress("merging", total, total))
+    return shards
+
+
+def _write_index(folder: Path, shards: list[dict[str, torch.Size]]) -> None:
+    if len(shards) == 1:
+        (folder / "part-1.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for index, names in enumerate(shards, start=1):
+        file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{index}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    index_json = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,130 @@
+"""Token by token with a KV cache: one prompt as a stream, or many prompts as a batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from smidgen.errors import SettingsError
+from smidgen.model.build import Base
+
+__all__ = ["Sampling", "generate_batch", "stream_text", "stream_tokens"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: always the likeliest. top_k 0 and top_p 1: no cut."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature: expected 0 or more, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p: expected more than 0 and at most 1, found {self.top_p}")
+        if self.top_k < 0:
+            problems.append(f"top_k: expected 0 or more, found {self.top_k}")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens: expected 1 or more, found {self.max_new_tokens}")
+        if problems:
+            raise SettingsError(problems)
+
+    def chooser(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function logits [B, vocab] -> token ids [B], with its own random generator."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            if self.temperature == 0:
+                return logits.argmax(dim=-1)
+            probabilities = _cut(logits.float().cpu() / self.temperature, self.top_k, self.top_p).softmax(dim=-1)
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+        return choose
+
+
+def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Everything but the top_k likeliest, and but the smallest set with probability top_p, at -inf."""
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, ordered)
+    return logits
+
+
+@torch.inference_mode()
+def stream_tokens(
+    base: Base, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
+) -> Iterator[int]:
+    """Yields new token ids; a stop token ends the stream and is not yielded."""
+    choose, stops = sampling.chooser(), set(stop_ids)
+    cache = DynamicCache(config=base.model.config)
+    step = torch.tensor([list(prompt)], device=base.device)
+    for _ in range(sampling.max_new_tokens):
+        hidden = base.backbone(input_ids=step, past_key_values=cache, use_cache=True)[0]
+        step = choose(base.logits_of(hidden[:, -1])[:, :vocab_size])[:, None]
+        token = int(step)
+        if token in stops:
+            return
+        yield token
+
+
+def stream_text(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Pieces of text as tokens come; a character whose bytes are not all there yet is held back."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue
+        if text.startswith(shown) and len(text) > len(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = decode(ids)
+    if rest.startswith(shown) and len(rest) > len(shown):
+        yield rest[len(shown) :]
+
+
+@torch.inference_mode()
+def generate_batch(
+    base: Base, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
+) -> list[list[int]]:
+    """New token ids for each prompt, stop token left out. Prompts are padded on the left and masked."""
+    choose, stops = sampling.chooser(), set(stop_ids)
+    longest = max(len(prompt) for prompt in prompts)
+    step = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=base.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+    cache = DynamicCache(config=base.model.config)
+    answers: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # row of the batch -> index of the prompt
+    running = [True] * len(active)
+    for _ in range(sampling.max_new_tokens):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step.shape[1] :]
+        hidden = base.backbone(
+            input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )[0]
+        tokens = choose(base.logits_of(hidden[:, -1])[:, :vocab_size])
+        for row, token in enumerate(tokens.tolist()):
+            running[row] = running[row] and token not in stops
+            if running[row]:
+                answers[active[row]].append(token)
+        if not any(running):
+            break
+        step = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        if sum(running) <= len(active) // 2:  # rows that have ended leave the batch
+            keep = torch.tensor([row for row, going in enumerate(running) if going], device=base.device)
+            cache.batch_select_indices(keep)
+            step, mask = step[keep], mask[keep]
+            active = [active[row] for row in keep.tolist()]
+            running = [True] * len(active)
+    return answers

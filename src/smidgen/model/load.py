@@ -1,0 +1,78 @@
+"""From what the user calls a model to a base in memory: open it (cheap), then build it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smidgen.checkpoint.base import Checkpoint
+from smidgen.checkpoint.hub import BUILTIN_MODELS, resolve_model
+from smidgen.checkpoint.open import open_checkpoint
+from smidgen.errors import ModelError
+from smidgen.events import Note, Report, silent
+from smidgen.model.build import Base, build_base
+from smidgen.model.device import choose_compute_dtype, choose_device
+from smidgen.model.tokenizer import load_tokenizer
+
+__all__ = ["Source", "choose_storage", "load_base", "open_source"]
+
+DEFAULT_STORAGE = "nf4-dq"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that has been found and opened. name: how to find it again (absolute path, hub id or built-in name)."""
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        config = self.checkpoint.config
+        return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(self.tokenizer))
+
+
+def open_source(spec: str, report: Report = silent, *, tokenizer_from: Path | None = None) -> Source:
+    """Find and open a model; headers and tokenizer only. tokenizer_from: a run folder whose tokenizer is to be used."""
+    path = resolve_model(spec, report)
+    checkpoint = open_checkpoint(path, report)
+    local = spec not in BUILTIN_MODELS and Path(spec).exists()
+    return Source(str(path.resolve()) if local else spec, checkpoint, load_tokenizer(tokenizer_from or path))
+
+
+def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """(how the base will be stored, the sentence that says why). Raises ModelError where `keep` has nothing to keep."""
+    if quantize == "keep":
+        raise ModelError(
+            f"{checkpoint.path}: its blocks cannot be trained on in place yet",
+            cure="use --quantize auto, which decodes them and stores nf4-dq",
+        )
+    if quantize == "auto":
+        return DEFAULT_STORAGE, f"quantize auto: {DEFAULT_STORAGE} (4-bit NormalFloat, double quantisation)"
+    return quantize, f"quantize {quantize}, as asked"
+
+
+def load_base(
+    source: Source,
+    *,
+    quantize: str = "auto",
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> Base:
+    """Build and fill the model; each automatic choice is reported with its reason."""
+    place = choose_device(device)
+    storage, why = choose_storage(quantize, source.checkpoint)
+    report(Note(why))
+    dtype, why = choose_compute_dtype(compute_dtype, place)
+    report(Note(why))
+    return build_base(
+        source.checkpoint,
+        storage=storage,
+        compute_dtype=dtype,
+        device=place,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )

@@ -1,0 +1,303 @@
+"""A whole run: data, gate, base, adapters, training, evaluation before and after, files."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.data.gate import check_examples
+from smidgen.data.records import DataSet, Row, read_data
+from smidgen.data.render import IGNORED, Example, Renderer
+from smidgen.data.report import show_row
+from smidgen.errors import RunError
+from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
+from smidgen.export.adapter import read_adapter
+from smidgen.lora.attach import attach_lora
+from smidgen.lora.linear import LoraLinear
+from smidgen.lora.targets import select_targets
+from smidgen.model.build import Base
+from smidgen.model.device import free_memory_bytes, peak_rss_bytes
+from smidgen.model.load import Source, load_base, open_source
+from smidgen.plan.estimate import estimate_activation_bytes
+from smidgen.train.config import Settings
+from smidgen.train.evaluate import HeldOut, answer_rows, held_out_loss
+from smidgen.train.loop import Schedule, make_optimizer, train
+from smidgen.train.run import Record, RunFolder
+from smidgen.train.state import Cursor, latest_checkpoint, load_state
+from smidgen.units import format_bytes, format_count
+
+__all__ = ["Run", "resume", "run_finetune"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the content of its summary.json."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything before the first step."""
+
+    source: Source
+    renderer: Renderer
+    base: Base
+    adapters: dict[str, LoraLinear]
+    train: list[Example]
+    held_out: list[Example]
+    compared: list[Row]
+    data_sha256: str
+
+
+def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
+    """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
+    started = time.perf_counter()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        cure = "choose another folder, or go on with it: smidgen finetune --resume"
+        raise RunError(f"{out} holds something already", expected="a new or empty folder", cure=cure)
+    prepared = _prepare(open_source(model, report), data, settings, report)
+    record = Record(
+        model=prepared.source.name,
+        model_path=str(prepared.source.checkpoint.path),
+        base_format=prepared.source.checkpoint.format,
+        base_fingerprint=prepared.source.checkpoint.fingerprint(),
+        storage=prepared.base.storage,
+        compute_dtype=str(prepared.base.compute_dtype).removeprefix("torch."),
+        data_sha256=prepared.data_sha256,
+        versions=Record.versions_now(),
+        threads=torch.get_num_threads(),
+    )
+    folder = RunFolder.create(out, settings, record.model, _absolute(data), record, prepared.source.tokenizer)
+    return _train(prepared, folder, settings, None, started, report)
+
+
+def resume(run: Path, report: Report = silent) -> Run:
+    """Go on from the newest whole checkpoint; a finished run is returned as it is. Raises RunError where base or data changed."""
+    started = time.perf_counter()
+    folder, settings, model, data = RunFolder.open(run)
+    if (run / "summary.json").is_file():
+        import json
+
+        report(Note(f"{run} is finished: nothing to do"))
+        return Run(run, json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    checkpoint = latest_checkpoint(run)
+    step = checkpoint.name.removeprefix("step-") if checkpoint else None
+    report(Note(f"resuming {run} from step {step}" if step else f"{run} has no checkpoint yet: starting anew"))
+    source = open_source(model, report, tokenizer_from=run)
+    if source.checkpoint.fingerprint() != folder.record.base_fingerprint:
+        raise RunError(f"{source.checkpoint.path} is not the base that {run} was started with", cure="put it back")
+    if folder.record.threads != torch.get_num_threads():
+        now, then = torch.get_num_threads(), folder.record.threads
+        report(Warned(f"started with {then} threads, now {now}: rounding will differ from the uninterrupted run"))
+    prepared = _prepare(
+        source, data, settings, report, storage=folder.record.storage, dtype=folder.record.compute_dtype
+    )
+    if prepared.data_sha256 != folder.record.data_sha256:
+        raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
+    return _train(prepared, folder, settings, checkpoint, started, report)
+
+
+def _absolute(data: str) -> str:
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def _prepare(
+    source: Source, data: str, settings: Settings, report: Report, *, storage: str = "", dtype: str = ""
+) -> _Prepared:
+    """Cheap checks first: data and gate come before the weights are read."""
+    rows = read_data(data, report=report)
+    renderer = Renderer(
+        source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=settings.seq_len, report=report
+    )
+    examples = _labelled(renderer.render_all(rows.train), report)
+    held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
+    check_examples([*examples, *held_out], source.tokenizer, source.vocab_size, renderer.end_ids, layout=rows.layout)
+    if held_out:
+        report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
+    else:
+        report(Warned("no held-out rows: the loss before and after training cannot be shown"))
+
+    base = load_base(
+        source,
+        quantize=storage or settings.quantize,
+        compute_dtype=dtype or settings.compute_dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        report=report,
+    )
+    names, notes = select_targets(settings.targets, base.linears, base.head_name)
+    for note in notes:
+        report(Note(note))
+    adapters = attach_lora(
+        base.model, names, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=settings.seed
+    )
+    trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
+    report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
+    _choose_recompute(base, settings, max(len(example.input_ids) for example in examples), report)
+    return _Prepared(
+        source,
+        renderer,
+        base,
+        adapters,
+        examples,
+        held_out,
+        _compared(rows, settings.compare),
+        _digest([*examples, *held_out]),
+    )
+
+
+def _labelled(examples: Sequence[Example], report: Report) -> list[Example]:
+    """The rows that have a label; without one a row costs time and teaches nothing. All of them if none has."""
+    kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
+    if kept and len(kept) < len(examples):
+        first = next(e.where for e in examples if all(label == IGNORED for label in e.labels))
+        report(
+            Warned(f"{len(examples) - len(kept)} rows have no trained token within seq_len and are left out ({first})")
+        )
+    return kept or list(examples)
+
+
+def _compared(rows: DataSet, count: int) -> list[Row]:
+    return [row for row in rows.test or rows.validation if row.messages][:count]
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.input_ids, example.labels)).encode())
+    return digest.hexdigest()
+
+
+def _choose_recompute(base: Base, settings: Settings, longest: int, report: Report) -> None:
+    config: Any = base.model.config.get_text_config()
+    hidden = config.hidden_size
+    needed = estimate_activation_bytes(
+        settings.micro_batch * longest,
+        hidden_size=hidden,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * hidden,
+        num_layers=config.num_hidden_layers,
+        itemsize=base.compute_dtype.itemsize,
+    )
+    recompute = settings.recompute == "full"
+    if settings.recompute == "auto" and base.device.type == "cpu":
+        recompute = needed > free_memory_bytes() / 2
+        choice, relation = ("full", "more") if recompute else ("none", "less")
+        free = format_bytes(free_memory_bytes())
+        report(
+            Note(
+                f"recompute {choice}: activations need about {format_bytes(needed)}, {relation} than half of {free} free"
+            )
+        )
+    elif settings.recompute == "auto":
+        recompute = True
+        report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
+    if recompute:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _train(
+    prepared: _Prepared, folder: RunFolder, settings: Settings, checkpoint: Path | None, started: float, report: Report
+) -> Run:
+    base, adapters = prepared.base, prepared.adapters
+    optimizer = make_optimizer(adapters, settings)
+    tokenizer = prepared.source.tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        cursor = _restore(checkpoint, adapters, optimizer) if checkpoint else Cursor()
+        folder.rewind_log(cursor.step if checkpoint else -1)
+        report(show_row(prepared.train[0], tokenizer))
+
+        def evaluate(when: Cursor) -> HeldOut | None:
+            if not prepared.held_out:
+                return None
+            result = held_out_loss(base, prepared.held_out, settings.micro_batch * 2, report)
+            folder.log({"step": when.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
+            report(Evaluated(when.step, result.loss, result.rows, result.tokens))
+            return result
+
+        before_answers: Answers | None = None
+        if not checkpoint:
+            evaluate(cursor)
+            before_answers = _answer(prepared, "before", folder, cursor, report)
+        outcome = train(
+            base,
+            optimizer,
+            prepared.train,
+            settings,
+            cursor,
+            save=lambda at: _save(folder, prepared, optimizer, at),
+            evaluate=evaluate,
+            record=folder.log,
+            report=report,
+        )
+        _save(folder, prepared, optimizer, cursor)
+        if outcome.stopped == "interrupted":
+            raise KeyboardInterrupt
+        if outcome.stopped:
+            total = Schedule(len(prepared.train), settings).total_steps
+            report(Note(f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"))
+        after = evaluate(cursor)
+        after_answers = _answer(prepared, "after", folder, cursor, report)
+    before = next((line for line in folder.logged() if line["step"] == 0 and "held_out_loss" in line), {})
+    answered = next((line for line in folder.logged() if line["step"] == 0 and "exact_match" in line), {})
+    summary: dict[str, Any] = {
+        "run": str(folder.path),
+        "base_format": base.storage,
+        "loss_before": before.get("held_out_loss"),
+        "loss_after": after.loss if after else None,
+        "steps": cursor.step,
+        "tokens": cursor.tokens,
+        "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
+        "wall_s": round(time.perf_counter() - started, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "trainable_parameters": sum(p.numel() for layer in adapters.values() for p in layer.parameters()),
+    }
+    if after_answers:
+        summary |= {
+            "exact_match_before": answered.get("exact_match"),
+            "exact_match_after": after_answers.exact_match,
+            "valid_json_before": answered.get("valid_json"),
+            "valid_json_after": after_answers.valid_json,
+        }
+    folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)
+    return Run(folder.path, summary)
+
+
+def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
+    _, layers = read_adapter(checkpoint)
+    if layers.keys() != adapters.keys():
+        raise RunError(f"{checkpoint}: its adapters are on other layers than the settings say")
+    with torch.no_grad():
+        for name, layer in adapters.items():
+            layer.lora_A.copy_(layers[name]["lora_A"])
+            layer.lora_B.copy_(layers[name]["lora_B"])
+    return load_state(checkpoint, adapters, optimizer)
+
+
+def _save(folder: RunFolder, prepared: _Prepared, optimizer: torch.optim.Optimizer, cursor: Cursor) -> None:
+    folder.save_checkpoint(prepared.base, prepared.adapters, optimizer, cursor, prepared.source.tokenizer)
+
+
+def _answer(prepared: _Prepared, when: str, folder: RunFolder, cursor: Cursor, report: Report) -> Answers | None:
+    if not prepared.compared:
+        return None
+    answers = answer_rows(prepared.base, prepared.renderer, prepared.compared, when=when, report=report)
+    folder.log({"step": cursor.step, "exact_match": answers.exact_match, "valid_json": answers.valid_json})
+    report(answers)
+    return answers
+
+
+def _side_by_side(before: Answers | None, after: Answers | None) -> list[dict[str, Any]]:
+    if after is None:
+        return []
+    earlier = [answer.answer for answer in before.rows] if before else [None] * len(after.rows)
+    return [
+        {"prompt": now.prompt, "expected": now.expected, "before": then, "after": now.answer}
+        for now, then in zip(after.rows, earlier, strict=True)
+    ]

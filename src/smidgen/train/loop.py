@@ -1,0 +1,159 @@
+"""The training loop: which rows when, at what rate, and what is told, saved and stopped in between."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from smidgen.data.batch import Batch, epoch_order, make_batch
+from smidgen.data.render import Example
+from smidgen.errors import RunError
+from smidgen.events import Report, Step
+from smidgen.lora.linear import LoraLinear
+from smidgen.model.build import Base
+from smidgen.model.device import current_rss_bytes
+from smidgen.train.config import Settings
+from smidgen.train.loss import batch_loss
+from smidgen.train.state import Cursor
+from smidgen.train.step import learning_rate_at, optimizer_step
+from smidgen.units import parse_duration
+
+__all__ = ["Outcome", "Schedule", "make_optimizer", "train"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each optimizer step takes: a function of the settings alone."""
+
+    num_rows: int
+    settings: Settings
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / (self.settings.micro_batch * self.settings.accumulation))
+
+    @property
+    def total_steps(self) -> int:
+        steps = math.ceil(self.steps_per_epoch * self.settings.epochs)
+        return min(steps, self.settings.max_steps or steps)
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        """The micro-batches of a step, as indices of rows."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        size = self.settings.micro_batch
+        first = position * size * self.settings.accumulation
+        rows = epoch_order(self.num_rows, self.settings.seed, epoch)[first : first + size * self.settings.accumulation]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """stopped: '' when all steps were done, else why not ('interrupted', 'max_time')."""
+
+    cursor: Cursor
+    stopped: str
+
+
+def make_optimizer(adapters: dict[str, LoraLinear], settings: Settings) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with betas 0.9, 0.999, its states in float32."""
+    parameters = [parameter for layer in adapters.values() for parameter in (layer.lora_A, layer.lora_B)]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+
+
+def train(
+    base: Base,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    settings: Settings,
+    cursor: Cursor,
+    *,
+    save: Callable[[Cursor], None],
+    evaluate: Callable[[Cursor], None],
+    record: Callable[[dict[str, Any]], None],
+    report: Report,
+) -> Outcome:
+    """Run the steps from `cursor` on. `save` and `evaluate` are called at their intervals, `record` after every step.
+
+    The first Ctrl-C ends the loop after the step in progress; a second one at once.
+    """
+    schedule = Schedule(len(examples), settings)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    limit_s = parse_duration(settings.max_time) if settings.max_time else math.inf
+    total, first = schedule.total_steps, Cursor(cursor.step, cursor.tokens, cursor.train_s)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return batch_loss(base, batch)
+
+    with _stop_on_interrupt() as interrupted:
+        while cursor.step < total:
+            begun = time.perf_counter()
+            batches = [make_batch([examples[row] for row in rows]) for rows in schedule.rows_of(cursor.step)]
+            rate = learning_rate_at(cursor.step, total, settings.learning_rate, settings.warmup, settings.schedule)
+            base.model.train()
+            try:
+                result = optimizer_step(loss_of, batches, parameters, optimizer, learning_rate=rate, clip=settings.clip)
+            except RunError as error:
+                rows = ", ".join(examples[row].where for group in schedule.rows_of(cursor.step) for row in group)
+                raise RunError(
+                    f"step {cursor.step + 1}: {error.what}", found=f"rows {rows}", cure=error.cure
+                ) from error
+            base.model.eval()
+
+            cursor.step += 1
+            cursor.tokens += result.tokens
+            cursor.train_s += time.perf_counter() - begun
+            elapsed_s = cursor.train_s - first.train_s
+            left_s = elapsed_s / (cursor.step - first.step) * (total - cursor.step)
+            step = Step(
+                step=cursor.step,
+                total_steps=total,
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+                tokens=cursor.tokens,
+                tokens_per_s=(cursor.tokens - first.tokens) / elapsed_s,
+                remaining_s=min(left_s, limit_s - cursor.train_s),
+                rss_bytes=current_rss_bytes(),
+            )
+            record({"step": step.step, "loss": step.loss, "learning_rate": rate, "grad_norm": step.grad_norm,
+                    "tokens": step.tokens, "train_s": round(cursor.train_s, 3), "rss_bytes": step.rss_bytes})  # fmt: skip
+            report(step)
+            if interrupted.is_set():
+                return Outcome(cursor, "interrupted")
+            if cursor.train_s >= limit_s and cursor.step < total:
+                return Outcome(cursor, "max_time")
+            if _due(cursor.step, settings.eval_interval, total):
+                evaluate(cursor)
+            if _due(cursor.step, settings.save_interval, total):
+                save(cursor)
+    return Outcome(cursor, "")
+
+
+def _due(step: int, interval: int, total: int) -> bool:
+    return bool(interval) and step % interval == 0 and step < total
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets. Only the main thread can listen; elsewhere it is never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def first(signum: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)  # a second one interrupts at once
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

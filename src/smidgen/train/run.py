@@ -1,0 +1,171 @@
+"""A run folder.
+
+    RUN/
+        settings.yaml               the run's settings, model and data; `--config RUN/settings.yaml` repeats it
+        smidgen.json                the base (its place, fingerprint, how it is stored), versions
+        metrics.jsonl               a line for each step and each evaluation
+        checkpoints/step-N/         PEFT folders with the training state
+        adapter_config.json, adapter_model.safetensors, tokenizer files       the result
+        summary.json, answers.jsonl (where answers were compared)
+
+It is made before the first step and never overwritten.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from smidgen.errors import RunError
+from smidgen.events import Report, Saved
+from smidgen.export.adapter import save_adapter
+from smidgen.export.files import new_folder, write_json
+from smidgen.lora.linear import LoraLinear
+from smidgen.model.build import Base
+from smidgen.train.config import Settings
+from smidgen.train.state import Cursor, save_state, write_manifest
+
+__all__ = ["RECORD", "Record", "RunFolder", "read_record"]
+
+RECORD = "smidgen.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What smidgen.json holds: enough to find the base again and to see that it is the same."""
+
+    model: str
+    model_path: str
+    base_format: str
+    base_fingerprint: str
+    storage: str
+    compute_dtype: str
+    data_sha256: str
+    versions: dict[str, str]
+    threads: int
+
+    @staticmethod
+    def versions_now() -> dict[str, str]:
+        names = ("smidgen", "torch", "transformers", "tokenizers", "safetensors")
+        return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a run or of one of its checkpoints; None where there is none. Raises RunError if it is damaged."""
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return Record(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise RunError(f"{file} cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Writes everything that a run leaves behind."""
+
+    path: Path
+    record: Record
+
+    @classmethod
+    def create(
+        cls, path: Path, settings: Settings, model: str, data: str, record: Record, tokenizer: Any
+    ) -> "RunFolder":
+        """Make the folder with settings, record and tokenizer. Raises RunError if there is anything at `path`."""
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        with new_folder(path) as staging:
+            content = {"model": model, "data": data, **asdict(settings)}
+            (staging / "settings.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            (staging / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(staging)
+            (staging / "checkpoints").mkdir()
+        return cls(path, record)
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", Settings, str, str]:
+        """(the folder, its settings, model, data). Raises RunError if it is no run."""
+        record = read_record(path)
+        try:
+            content = yaml.safe_load((path / "settings.yaml").read_text(encoding="utf-8"))
+            model, data = content.pop("model"), content.pop("data")
+        except (OSError, yaml.YAMLError, AttributeError, KeyError):
+            record = None
+        if record is None:
+            cure = "give the folder that finetune --out wrote"
+            raise RunError(f"{path} is no run folder", expected=f"settings.yaml and {RECORD} in it", cure=cure)
+        return cls(path, record), Settings(**content), model, data
+
+    def save_checkpoint(
+        self,
+        base: Base,
+        adapters: dict[str, LoraLinear],
+        optimizer: torch.optim.Optimizer,
+        cursor: Cursor,
+        tokenizer: Any,
+    ) -> Path:
+        """checkpoints/step-N, whole or not at all; nothing is done if it is there."""
+        folder = self.path / "checkpoints" / f"step-{cursor.step}"
+        if folder.exists():
+            return folder
+        with new_folder(folder) as staging:
+            save_adapter(staging, base, adapters, self.record.model)
+            save_state(staging, cursor, adapters, optimizer)
+            tokenizer.save_pretrained(staging)
+            (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
+            write_manifest(staging)
+        return folder
+
+    def save_result(
+        self,
+        base: Base,
+        adapters: dict[str, LoraLinear],
+        summary: dict[str, Any],
+        answers: list[dict[str, Any]],
+        report: Report,
+    ) -> None:
+        """The adapter into RUN itself, then summary.json and answers.jsonl."""
+        staging = self.path / ".result"
+        with new_folder(staging) as folder:
+            save_adapter(folder, base, adapters, self.record.model)
+            if answers:
+                lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+                (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
+        for file in sorted(
+            staging.iterdir(), key=lambda file: file.suffix == ".json"
+        ):  # the config last: it marks a result
+            file.replace(self.path / file.name)
+        staging.rmdir()
+        write_json(self.path / "summary.json", summary)
+        for file in sorted(self.path.iterdir()):
+            if file.is_file():
+                report(Saved(file, file.stat().st_size))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        try:
+            return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what was logged after `step`: those steps will be done again."""
+        kept = [line for line in self.logged() if line["step"] <= step]
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

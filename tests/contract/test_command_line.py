@@ -1,0 +1,126 @@
+"""What scripts rely on: the verbs, their flags and the defaults of a run."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import Any
+
+import click
+import pytest
+
+from smidgen.cli.main import VERBS, smidgen
+from smidgen.cli.options import Verb
+from smidgen.train.config import Settings
+
+# Changing a line here changes what `smidgen finetune` does to people who named no flag, or breaks their scripts.
+FROZEN_SETTINGS: dict[str, Any] = {
+    "quantize": "auto",
+    "compute_dtype": "auto",
+    "device": "auto",
+    "trust_remote_code": False,
+    "rank": 16,
+    "alpha": 32.0,
+    "dropout": 0.0,
+    "targets": "all",
+    "learning_rate": 5e-4,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "epochs": 1.0,
+    "max_steps": None,
+    "max_time": None,
+    "micro_batch": 4,
+    "accumulation": 1,
+    "seed": 0,
+    "recompute": "auto",
+    "seq_len": 1024,
+    "train_on_prompt": False,
+    "eval_interval": 0,
+    "save_interval": 100,
+    "compare": 0,
+    "log_to": "file",
+}
+SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_new_tokens", "system"}
+BASE = {"quantize", "compute_dtype", "device", "trust_remote_code"}
+FROZEN_FLAGS = {
+    "demo": {"out"},
+    "finetune": {"out", "resume", *FROZEN_SETTINGS},
+    "generate": {*SAMPLING, "raw", *BASE},
+    "chat": {*SAMPLING, *BASE},
+    "evaluate": {
+        "protocol",
+        "limit",
+        "answers",
+        "max_new_tokens",
+        "batch_size",
+        "seq_len",
+        "train_on_prompt",
+        *BASE,
+    },
+    "merge": {"out", "base", "dtype"},
+    "data": {"seq_len", "train_on_prompt"},
+    "download": set(),
+    "doctor": set(),
+}
+ARGUMENTS = {
+    "demo": "",
+    "finetune": "MODEL DATA",
+    "generate": "MODEL|RUN PROMPT",
+    "chat": "MODEL|RUN",
+    "evaluate": "MODEL|RUN DATA",
+    "merge": "RUN",
+    "data": "MODEL DATA",
+    "download": "HUB_ID",
+    "doctor": "",
+}
+
+
+def command(name: str) -> Verb:
+    found = smidgen.get_command(click.Context(smidgen), name)
+    assert isinstance(found, Verb)
+    return found
+
+
+def test_settings_and_their_defaults_are_frozen() -> None:
+    assert {f.name: f.default for f in fields(Settings)} == FROZEN_SETTINGS
+
+
+def test_verbs_are_frozen() -> None:
+    assert set(VERBS) == set(FROZEN_FLAGS)
+
+
+@pytest.mark.parametrize("name", FROZEN_FLAGS)
+def test_flags_of_each_verb_are_frozen(name: str) -> None:
+    assert {flag.name for flag in command(name).flags} == FROZEN_FLAGS[name]
+
+
+@pytest.mark.parametrize("name", FROZEN_FLAGS)
+def test_help_lists_every_flag_with_arguments_and_an_example(name: str) -> None:
+    verb = command(name)
+    text = verb.help_page()
+    for flag in verb.flags:
+        assert flag.spelling in text
+    for common in ("--json", "--config FILE.yaml", "--help"):
+        assert common in text
+    assert f"Usage: smidgen {name} [OPTIONS] {ARGUMENTS[name]}".strip() in text
+    assert f"  smidgen {name}" in text.partition("Examples:")[2]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["finetune", "generate"])
+def test_help_shows_groups_and_defaults(name: str) -> None:
+    text = " ".join(command(name).help_page().split())
+    assert "Base model:" in text
+    assert "[default: auto]" in text
+
+
+def test_help_of_a_verb_is_quick_and_imports_no_torch() -> None:
+    program = (
+        "import sys, smidgen.cli.main as m\n"
+        "try: m.main(['finetune', '--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,81 @@
+"""The package as others see it: public names, a cheap import, who may import whom, who prints."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smidgen
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src" / "smidgen").rglob("*.py"))
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(smidgen.__path__, "smidgen.")
+    if not module.name.endswith("__main__")
+)
+
+
+def test_public_names_are_frozen() -> None:
+    assert set(smidgen.__all__) == PUBLIC
+    for name in smidgen.__all__:
+        assert getattr(smidgen, name) is not None
+
+
+def test_import_smidgen_is_cheap() -> None:
+    program = "import smidgen, sys; print([n for n in ('torch', 'transformers', 'numpy', 'rich') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is_and_what_it_offers(name: str) -> None:
+    module = importlib.import_module(name)
+    if module.__file__ and Path(module.__file__).name == "__init__.py" and not Path(module.__file__).stat().st_size:
+        return
+    assert module.__doc__, f"{name} has no docstring"
+    for public in getattr(module, "__all__", ()):
+        assert hasattr(module, public), f"{name}.__all__ names {public}, which is not there"
+    if Path(str(module.__file__)).name != "__init__.py":
+        assert hasattr(module, "__all__"), f"{name} has no __all__"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_only_the_console_prints(path: Path) -> None:
+    if path.name == "console.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"}, (
+                f"{path}:{node.lineno} prints"
+            )
+
+
+def test_layers_import_only_downwards() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# The end, so that a change of it is seen: what `from smidgen import *` gives.
+PUBLIC = {
+    "Settings",
+    "SmidgenError",
+    "download",
+    "evaluate",
+    "finetune",
+    "inspect_data",
+    "load",
+    "merge",
+    "resume",
+}
