@@ -37,7 +37,7 @@ demo: .venv/.installed-run
 	.venv/bin/smidgen demo
 
 lint: .venv/.installed-dev
-	.venv/bin/ruff check src tests tools benchmarks
+	.venv/bin/ruff check $(wildcard src tests tools benchmarks)
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 

@@ -56,7 +56,7 @@ Prompt = str | Sequence[dict[str, Any]]
 def finetune(model: str, data: str, out: str | Path, *, report: Report = silent, **settings: Any) -> Run:
     """Train LoRA adapters on `data` over the frozen, quantised `model`, into the new folder `out`.
 
-    model: Hugging Face folder, .gguf file, built-in name or hub id. data: .json, .jsonl, .csv or .parquet file, a folder
+    model: Hugging Face folder, .gguf file, built-in name or hub id. data: .json, .jsonl, .csv or .parquet file, folder
     with train and validation files, built-in name or hub id. settings: the fields of train.config.Settings.
     Raises SmidgenError, before anything is written, for settings, data or models that cannot work. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt; `resume` goes on from there.
@@ -318,7 +318,7 @@ def _merge_dtype(base: Base) -> torch.dtype:
 
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
-    """Versions, device, threads, the measured compute type, and a check of the packed operations on every back end here."""
+    """Versions, device, threads, the measured compute type, and a check of packed operations on every back end here."""
     from smidgen.model.device import choose_compute_dtype, choose_device, measure_gflops
     from smidgen.quant.selfcheck import check_backends
 

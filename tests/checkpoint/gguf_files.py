@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["LLAMA", "TENSORS", "TOKENIZER", "entry", "gguf_bytes", "string", "tensor_row", "write_small_gguf"]
 
-_HIDDEN, _HEADS, _FFN, _VOCAB = 32, 2, 64, 260
+_HIDDEN, _HEADS, _FFN, _VOCAB = 32, 2, 64, 261
 
 
 def string(text: str) -> bytes:
@@ -45,14 +45,14 @@ LLAMA: dict[str, Any] = {
     "llama.attention.head_count": _HEADS,
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
 }
-# The letters that byte-level BPE writes bytes with, then two control tokens and two words.
+# The letters that byte-level BPE writes bytes with, then two control tokens, two words and a number.
 _LETTERS = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 TOKENIZER: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
-    "tokenizer.ggml.tokens": [*_LETTERS, "<s>", "</s>", "he", "hel"],
-    "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1, 1],
-    "tokenizer.ggml.merges": ["h e", "he l"],
+    "tokenizer.ggml.tokens": [*_LETTERS, "<s>", "</s>", "he", "hel", "12"],
+    "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["h e", "he l", "1 2"],
     "tokenizer.ggml.bos_token_id": 256,
     "tokenizer.ggml.eos_token_id": 257,
 }

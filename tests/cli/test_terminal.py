@@ -1,10 +1,15 @@
 """In a real terminal: bars that move, colours, a stream that comes as it is made."""
 
+import json
+import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from stories import stories_folder
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -26,11 +31,19 @@ console.stream(iter(["one ", "two"]))
 """
 
 
+def _spawn(*words: str, width: int = 80, term: str = "xterm-256color", cwd: Path | None = None) -> Any:
+    """Python with these words in a terminal of 40 rows."""
+    kept = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR", "COLUMNS"}}
+    env = {**kept, "TERM": term, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
+    return pexpect.spawn(
+        sys.executable, list(words), env=env, dimensions=(40, width), encoding="utf-8", timeout=120, cwd=cwd
+    )
+
+
 def _screen(tmp_path: Path, *, width: int, term: str = "xterm-256color") -> str:
     program = tmp_path / "program.py"
     program.write_text(_PROGRAM, encoding="utf-8")
-    env = {"TERM": term, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8"}
-    child = pexpect.spawn(sys.executable, [str(program)], env=env, dimensions=(40, width), encoding="utf-8", timeout=60)
+    child = _spawn(str(program), width=width, term=term)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
@@ -62,3 +75,55 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     assert "\x1b" not in screen
     assert "training 1/10" in screen
     assert "training 10/10" in screen
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run on stories260K made in a terminal: the folder that holds it, and all that the screen showed."""
+    folder = tmp_path_factory.mktemp("terminal")
+    stories_folder(folder)
+    rows = [{"messages": [_turn("user", f"Tom saw {n} cats"), _turn("assistant", "He ran.")]} for n in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["finetune", "stories260K", "rows.jsonl", "--out", "run", "--epochs", "2", "--micro-batch", "2", "--compute-dtype", "float32"]
+    child = _spawn("-m", "smidgen", *words, cwd=folder)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0, child.before
+    return folder, child.before
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_finetune_shows_its_progress_and_what_it_reached(trained: tuple[Path, str]) -> None:
+    folder, screen = trained
+    losses = re.findall(r"(\d+)/22 loss (\d+\.\d+) \d+ tok/s", screen)
+    assert len({step for step, _ in losses}) >= 2, "the bar is seen on the way"
+    assert losses[-1][0] == "22"
+    assert float(losses[-1][1]) < float(losses[0][1])
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert f"held-out loss   {summary['loss_before']:.3f}  {summary['loss_after']:.3f}" in plain
+    assert "smidgen chat run" in plain
+
+
+def test_chat_streams_stops_with_ctrl_c_and_leaves_with_ctrl_d(trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    child = _spawn("-m", "smidgen", "chat", "run", "--max-new-tokens", "400", "--temperature", "1.5", cwd=folder)
+    child.expect("> ")
+    child.sendline("/help")
+    child.expect("/reset starts anew")
+    child.expect("> ")
+    child.sendline("/reset")
+    child.expect("A new conversation")
+    child.expect("> ")
+    child.sendline("Tom saw 3 cats")
+    child.expect("\r\n")
+    child.expect("> ")
+    child.sendintr()  # at the prompt it only clears the line
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0

@@ -205,7 +205,7 @@ def test_merge_lists_its_files(smidgen: Callable[..., Any], api: Any) -> None:
         return {"out": str(out), "dtype": dtype, "max_difference": 0.001}
 
     api.merge = merge
-    outcome = smidgen("merge", "runs/x", "--out", "models/x")
+    outcome = smidgen("merge", "runs/x", "--out", "models/x", "--dtype", "bfloat16")
     for said in ("models/x/model.safetensors", "270.0 MB", "bfloat16", "smidgen generate models/x"):
         assert said in outcome.out
 

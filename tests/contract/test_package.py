@@ -69,8 +69,10 @@ def test_layers_import_only_downwards() -> None:
 
 # The end, so that a change of it is seen: what `from smidgen import *` gives.
 PUBLIC = {
-    "Settings",
-    "SmidgenError",
+    "Generation",
+    "LoadedModel",
+    "Run",
+    "doctor",
     "download",
     "evaluate",
     "finetune",

@@ -79,7 +79,7 @@ class Console:
                 self._answers[event.when] = event
                 valid = "" if event.valid_json is None else f", valid JSON {views.percent(event.valid_json)}"
                 self._say(
-                    f"answers {event.when} training: exact match {views.percent(event.exact_match)}{valid}"
+                    f"{_answers_when(event.when)}: exact match {views.percent(event.exact_match)}{valid}"
                     f" ({len(event.rows):,} rows)"
                 )
             case Saved():
@@ -101,7 +101,14 @@ class Console:
 
     def show(self, renderable: rich.console.RenderableType) -> None:
         """A table of the result."""
-        self._result.print(Padding(renderable, (0, 0, 0, 2), expand=False))
+        indented = Padding(renderable, (0, 0, 0, 2), expand=False)
+        if self._result.is_terminal:
+            self._result.print(indented)
+            return
+        with self._result.capture() as capture:
+            self._result.print(indented)
+        for line in capture.get().splitlines():  # rich fills its tables with blanks, which logs need not have
+            self._result.print(Text(line.rstrip()), soft_wrap=True)
 
     def json(self, result: Mapping[str, Any]) -> None:
         """The one JSON object of --json, on one line."""
@@ -122,6 +129,13 @@ class Console:
             self.title(title)
             self.show(renderable)
 
+    def some_answers(self) -> None:
+        """A few answers of the last comparison, those before training above them."""
+        last = next((self._answers[when] for when in reversed(self._answers) if when != "before"), None)
+        if last is not None:
+            self.title("Answers to held-out rows (✓ as the data has it)")
+            self.show(views.comparison(self._answers.get("before"), last))
+
     def finished(self, summary: Mapping[str, Any], run: Path) -> None:
         """The end of a run: before and after, answers, files, figures, and how to go on."""
         self._bars.close()
@@ -129,12 +143,9 @@ class Console:
         if compared.row_count:
             self.title("Before and after")
             self.show(compared)
-        asked: str = _Raw('"Hello!"')
-        if "after" in self._answers:
-            after = self._answers["after"]
-            self.title("Answers to held-out rows (✓ as the data has it)")
-            self.show(views.comparison(self._answers.get("before"), after))
-            asked = min((row.prompt for row in after.rows), key=len, default=asked)
+        self.some_answers()
+        prompts = [row.prompt for answers in self._answers.values() for row in answers.rows]
+        asked = min(prompts, key=len, default=_Raw('"Hello!"'))
         self.files()
         self.line()
         self.line(views.run_figures(summary))
@@ -223,6 +234,10 @@ def _console(stream: Any) -> rich.console.Console:
         markup=False,
         emoji=False,
     )
+
+
+def _answers_when(when: str) -> str:
+    return f"answers {when} training" if when in {"before", "after"} else "answers"
 
 
 def _finite(value: Any) -> Any:

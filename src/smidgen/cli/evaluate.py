@@ -53,5 +53,6 @@ def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
         **given.pick(BASE_FLAGS),
     )
     console.close()
+    console.some_answers()
     console.results(result)
     return result

@@ -7,6 +7,7 @@ else is our own bug and comes with its traceback.
 import errno
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Other libraries' progress bars and advice would break ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', and the work goes on
@@ -117,9 +119,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # The reader has gone (`smidgen ... | head`); Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # the reader has gone (`smidgen ... | head`), and needs no word about it
     except MemoryError:
         return _fail("out of memory. Try a smaller --micro-batch or --seq-len, or --recompute full")
     except OSError as error:

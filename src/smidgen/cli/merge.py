@@ -20,7 +20,14 @@ _FLAGS = (
         "Merge",
         metavar="MODEL",
     ),
-    Flag("dtype", str, "bfloat16", "Number type of the files.", "Merge", choices=("bfloat16", "float16", "float32")),
+    Flag(
+        "dtype",
+        str,
+        "auto",
+        "Number type of the files. auto: the base's own, float16 for a GGUF base.",
+        "Merge",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    ),
 )
 
 

@@ -69,7 +69,7 @@ def _peft_config(base: Base, adapters: dict[str, LoraLinear], base_name: str) ->
 
 
 def _target_modules(names: list[str], base: Base) -> list[str]:
-    """The last parts of the names where they pick exactly these layers (PEFT matches by suffix), else the full names."""
+    """Last parts of the names where they pick exactly these layers (PEFT matches by suffix), else the full names."""
     last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
     matched = {name for name, _ in base.model.named_modules() if name.rsplit(".", 1)[-1] in last_parts}
     inside = {f"{name}.base" for name in names}  # our own wrapping, which PEFT will not see

@@ -17,7 +17,7 @@ _TEXT = (
 
 @torch.no_grad()
 def compare_models(first: Base, second: Base, tokenizer: Any) -> dict[str, float]:
-    """Logits over a short text: the largest difference, the mean KL divergence in nats, how often the top token agrees."""
+    """Logits over a short text: the largest difference, mean KL divergence in nats, how often the top token agrees."""
     ids = torch.tensor([tokenizer(_TEXT).input_ids])
     ours = first.logits_of(first.hidden_of(ids.to(first.device)))[0].float().cpu()
     theirs = second.logits_of(second.hidden_of(ids.to(second.device)))[0].float().cpu()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from smidgen.events import Progress, Report, silent
@@ -45,14 +44,12 @@ def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torc
 
     A tied head is left out unless it has an adapter: then head and embedding are two matrices from now on.
     """
-    embedding: Any = base.model.get_input_embeddings()
     head_name = base.head_name
     for name, module in base.model.named_modules():
         lora = module if isinstance(module, LoraLinear) else None
-        linear = module.base if lora else module
+        linear = lora.base if lora else module
         if isinstance(linear, FrozenLinear) and not name.endswith(".base"):
-            tied = name == head_name and linear.weight.weight is embedding.weight.data  # type: ignore[union-attr]
-            if name == head_name and lora is None and (tied or _is_tied(base)):
+            if name == head_name and lora is None and _is_tied(base):
                 continue
             weight = _dense(linear.weight, lora, dtype)
             yield f"{name}.weight", weight.t().contiguous() if linear.transposed else weight
@@ -72,7 +69,6 @@ def _is_tied(base: Base) -> bool:
 
 def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
     """Write the merged model as a Hugging Face folder, whole or not at all. Raises RunError if `out` exists."""
-    head: nn.Module = base.model.get_output_embeddings()
     total = sum(p.numel() for p in base.model.parameters()) + sum(
         m.out_features * m.in_features for m in base.model.modules() if isinstance(m, FrozenMatrix)
     )
@@ -81,7 +77,7 @@ def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, repor
         _write_index(folder, shards)
         config = base.model.config.to_dict()
         config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
-        if isinstance(head, LoraLinear):
+        if isinstance(base.head, LoraLinear):
             config["tie_word_embeddings"] = False
         (folder / "config.json").write_text(
             json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"

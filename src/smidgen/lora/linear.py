@@ -3,7 +3,8 @@
 Base and adapter are one autograd function. It saves x and x Aᵀ, never a dense W, never a gradient of W, and no dropout
 mask: the mask is drawn again from its seed in the backward pass. A and B are float32 whatever the compute type.
 
-The base is anything with `weight.matmul(x)` (x Wᵀ), `weight.matmul_t(g)` (g W) and `bias`; how W is stored is not known here.
+The base is anything with `weight.matmul(x)` (x Wᵀ), `weight.matmul_t(g)` (g W) and `bias`; how W is stored is not
+known here.
 """
 
 import math
@@ -73,7 +74,7 @@ def _dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], both float32."""
+    """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], float32."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """A uniform in +-1 / sqrt(in_features) (Kaiming with a = sqrt 5, as PEFT), B zero: the model starts unchanged."""
+        """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero: the model starts unchanged."""
         bound = 1 / math.sqrt(self.in_features)
         self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * (2 * bound) - bound)
         self.lora_B.zero_()

@@ -40,7 +40,7 @@ _BY_PLACE: dict[str, tuple[str, str]] = {"c_proj": ("o", "down"), "dense": ("o",
 
 
 def fields_of(name: str, head: str) -> tuple[str, ...]:
-    """The fields that the linear layer called `name` holds, () if its name says nothing. head: the head's module name."""
+    """The fields that the linear layer `name` holds, () if its name says nothing. head: the head's module name."""
     if name == head:
         return ("head",)
     *parents, last = name.split(".")

@@ -1,7 +1,7 @@
 """A model folder or GGUF file -> a causal LM whose base is frozen and packed.
 
 transformers gives the architecture. Its skeleton is made on the meta device (no memory), every linear layer of the
-decoder is replaced by a FrozenLinear and filled from the mapped file, one tensor at a time: the float weights exist only
+decoder is replaced by a FrozenLinear and filled from the mapped file, one tensor at a time: float weights exist only
 while they are being packed. Embeddings and head stay in their stored type. Nothing of transformers is patched; modules
 are exchanged, and the base's own dropout is switched off in the config.
 
@@ -37,8 +37,8 @@ _LARGEST_UNPACKED_SHARE = 0.05
 class Base:
     """A causal LM with a frozen, packed base.
 
-    model: transformers' own class, `model(input_ids).logits`. linears: name -> FrozenLinear of every linear layer of the
-    decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none').
+    model: transformers' own class, `model(input_ids).logits`. linears: name -> FrozenLinear of every linear layer of
+    the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none').
     """
 
     model: PreTrainedModel
@@ -57,9 +57,13 @@ class Base:
         return self.backbone(input_ids=input_ids, use_cache=False)[0]
 
     @property
+    def head(self) -> Any:
+        """The output head: a FrozenLinear, or a LoraLinear over it."""
+        return self.model.get_output_embeddings()
+
+    @property
     def head_name(self) -> str:
-        head = self.model.get_output_embeddings()
-        return next(name for name, module in self.model.named_modules() if module is head)
+        return next(name for name, module in self.model.named_modules() if module is self.head)
 
     @property
     def linears(self) -> dict[str, FrozenLinear]:
@@ -67,7 +71,7 @@ class Base:
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [..., hidden_size] -> logits [..., vocab_size], as the architecture computes them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.head(hidden)
         config = self.model.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -87,7 +91,7 @@ def build_base(
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> Base:
-    """Builds the model and fills it. storage: see quant.matrix.quantise. Raises ModelError for what cannot be trained on."""
+    """Build and fill the model. storage: see quant.matrix.quantise. Raises ModelError for what cannot be trained on."""
     config = _read_config(checkpoint, trust_remote_code)
     model = _skeleton(config, compute_dtype, trust_remote_code)
     weights = Weights(model, checkpoint)
@@ -109,7 +113,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
             f"{checkpoint.path} is quantised already ({method}), which cannot be trained on in place yet",
             cure="take the 16-bit model it was made from; smidgen quantises it while loading",
         )
-    model_type = content.get("model_type")
+    model_type = str(content.get("model_type"))
     if trust_remote_code and content.get("auto_map"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
     elif model_type in CONFIG_MAPPING:
@@ -229,7 +233,7 @@ def _frozen_head(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -
 
 
 def _fill_module(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-    """Norms and other small parameters in the compute type; embeddings in their stored type, cast where they are read."""
+    """Norms and other small parameters in the compute type; embeddings in their stored type, cast when looked up."""
     stored = isinstance(module, nn.Embedding)
     for key, _ in list(module.named_parameters(recurse=False)):
         tensor = weights.read(f"{name}.{key}" if name else key)

@@ -1,7 +1,7 @@
 """Who de-quantises: plain PyTorch everywhere, or bitsandbytes' kernels on the same packed bytes.
 
-bitsandbytes is taken on CUDA when it is installed; it also runs on CPU, where the tests send the same cases through both.
-The environment variable SMIDGEN_BACKEND=torch|bitsandbytes decides otherwise.
+bitsandbytes is taken on CUDA when it is installed; it also runs on CPU, where the tests send the same cases through
+both. The environment variable SMIDGEN_BACKEND=torch|bitsandbytes decides otherwise.
 """
 
 import os

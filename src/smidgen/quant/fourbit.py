@@ -30,7 +30,7 @@ _CELLS = 512  # per unit; no two midpoints of a codebook fall into one cell
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Scales of blocks, themselves in 8 bits: codes uint8 [blocks], absmax float32 [ceil(blocks / 256)], offset float32 []."""
+    """Scales of blocks in 8 bits: codes uint8 [blocks], absmax float32 [ceil(blocks / 256)], offset float32 []."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -70,7 +70,7 @@ def quantise_4bit(weight: torch.Tensor, quant_type: str, blocksize: int = 64) ->
 @cache
 def _nearest_table(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Look-up of the nearest value: x in [-1, 1] lies in cell int((x + 1) * 512); its rank among the sorted values is
-    below[cell] + (x > midpoint[cell]). The cell index never decreases with x, so this equals a search over the midpoints.
+    below[cell] + (x > midpoint[cell]). The cell index never decreases with x, so this equals a search over midpoints.
     """
     code = four_bit_code(quant_type)
     order = torch.argsort(code)

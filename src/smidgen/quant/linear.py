@@ -35,6 +35,8 @@ class FrozenLinear(nn.Module):
     configuration need to know.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, weight: FrozenMatrix, bias: torch.Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         self.weight = weight

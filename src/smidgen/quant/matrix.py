@@ -7,15 +7,14 @@ A `FrozenMatrix` is W [out_features, in_features] in some stored form. It offers
     matmul(x)           x Wᵀ   [..., in_features]  -> [..., out_features]
     matmul_t(g)         g W    [..., out_features] -> [..., in_features]
 
-Both products walk over panels of rows: a panel is de-quantised into scratch memory that fits the cache and goes into an
-ordinary matrix product. The same panel serves forward (y[:, i:j] = x Pᵀ) and backward (dx += g[:, i:j] P), so no second
-layout and nothing dense is ever kept. The back end (plain PyTorch, or bitsandbytes' kernels on the same bytes) is chosen
-in backend.py.
+Both products walk over panels of rows: a panel is de-quantised into scratch memory that fits the cache and goes into
+an ordinary matrix product. The same panel serves forward (y[:, i:j] = x Pᵀ) and backward (dx += g[:, i:j] P), so no
+second layout and nothing dense is ever kept. The back end (plain PyTorch, or bitsandbytes' kernels on the same bytes)
+is chosen in backend.py.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,6 +77,11 @@ class FrozenMatrix(nn.Module, ABC):
 class FourBitMatrix(FrozenMatrix):
     """NF4 or FP4 blocks in bitsandbytes' layout; scales in float32, or nested in 8 bits (`-dq`)."""
 
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    nested_offset: torch.Tensor
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -103,10 +107,9 @@ class FourBitMatrix(FrozenMatrix):
 
     def scales(self, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start]: absmax of blocks start..stop."""
-        absmax: Any = self.absmax
         if not self.nested:
-            return absmax[start:stop]
-        return NestedScales(absmax, self.nested_absmax, self.nested_offset).scales(start, stop)  # type: ignore[arg-type]
+            return self.absmax[start:stop]
+        return NestedScales(self.absmax, self.nested_absmax, self.nested_offset).scales(start, stop)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         # Where K is no multiple of the blocksize, rows begin within a block: decode from the block's start and cut.
@@ -114,9 +117,8 @@ class FourBitMatrix(FrozenMatrix):
         first, last = start * self.in_features, stop * self.in_features
         first_block, last_block = first // self.blocksize, math.ceil(last / self.blocksize)
         begin, end = first_block * self.blocksize, min(last_block * self.blocksize, total)
-        packed: Any = self.packed
         values = backend.dequantise_4bit(
-            packed[begin // 2 : (end + 1) // 2],
+            self.packed[begin // 2 : (end + 1) // 2],
             self.scales(first_block, last_block),
             self.quant_type,
             self.blocksize,
@@ -128,6 +130,9 @@ class FourBitMatrix(FrozenMatrix):
 class Int8Matrix(FrozenMatrix):
     """8-bit rows with one scale each, as LLM.int8() stores them: W = codes * scale / 127 (arXiv 2208.07339)."""
 
+    codes: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__(*codes.shape)
         self.register_buffer("codes", codes)
@@ -138,15 +143,15 @@ class Int8Matrix(FrozenMatrix):
         return "int8"
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        codes: Any = self.codes
-        scale: Any = self.scale
-        panel = scratch("int8", (stop - start, self.in_features), torch.float32, codes.device)
-        panel.copy_(codes[start:stop]).mul_(scale[start:stop, None] / 127)
+        panel = scratch("int8", (stop - start, self.in_features), torch.float32, self.codes.device)
+        panel.copy_(self.codes[start:stop]).mul_(self.scale[start:stop, None] / 127)
         return panel if dtype == torch.float32 else _converted(panel, dtype)
 
 
 class DenseMatrix(FrozenMatrix):
     """A weight in its stored type, mapped from its file; a panel at a time is converted to the compute type."""
+
+    weight: torch.Tensor
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(*weight.shape)
@@ -154,15 +159,14 @@ class DenseMatrix(FrozenMatrix):
 
     @property
     def storage(self) -> str:
-        return str(self.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+        return str(self.weight.dtype).removeprefix("torch.")
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        weight: Any = self.weight
-        panel = weight[start:stop]
+        panel = self.weight[start:stop]
         return panel if panel.dtype == dtype else _converted(panel, dtype)
 
     def _panels(self) -> list[tuple[int, int]]:
-        return super()._panels() if self.weight.device.type == "cpu" else [(0, self.out_features)]  # type: ignore[union-attr]
+        return super()._panels() if self.weight.device.type == "cpu" else [(0, self.out_features)]
 
 
 def _converted(panel: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

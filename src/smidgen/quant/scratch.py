@@ -5,6 +5,7 @@ Fresh memory from the system costs a page fault for every 4 KiB, which is more t
 
 import math
 import threading
+from typing import Any
 
 import torch
 
@@ -14,11 +15,11 @@ _local = threading.local()
 
 
 def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of this shape with undefined content, valid until the next call with the same purpose, type and device."""
-    buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.__dict__
+    """A tensor with undefined content, valid until the next call with the same purpose, type and device."""
+    buffers: dict[Any, torch.Tensor] = _local.__dict__
     count = math.prod(shape)
     key = (purpose, dtype, device)
-    buffer = buffers.get(key)  # type: ignore[call-overload]
+    buffer = buffers.get(key)
     if buffer is None or buffer.numel() < count:
-        buffers[key] = buffer = torch.empty(count, dtype=dtype, device=device)  # type: ignore[index]
+        buffers[key] = buffer = torch.empty(count, dtype=dtype, device=device)
     return buffer[:count].view(shape)

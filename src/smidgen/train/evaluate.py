@@ -108,7 +108,7 @@ def _is_json(text: str) -> bool:
 
 
 def rouge_l(answers: Sequence[Answer]) -> float:
-    """Mean ROUGE-L F1 (Lin 2004) by the rouge-score package, with its stemmer. Raises DataError if it is not installed."""
+    """Mean ROUGE-L F1 (Lin 2004) by the package rouge-score, with its stemmer. Raises DataError where it is missing."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -131,8 +131,6 @@ def text_perplexity(
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) < window:
         raise DataError(f"the text has {len(ids)} tokens", expected=f"at least one window of {window} ({protocol})")
-    head = base.model.get_output_embeddings()
-    chunk = max(16, (1 << 23) // int(head.out_features))  # type: ignore[arg-type]
     bos = tokenizer.bos_token_id if protocol == "llama.cpp" and ids[0] == tokenizer.bos_token_id else None
     total, tokens, windows = 0.0, 0, len(ids) // window
     windows = min(windows, limit or windows)
@@ -142,7 +140,7 @@ def text_perplexity(
         if bos is not None:
             seen[0] = bos
         hidden = base.hidden_of(seen[None])[0, first:-1]
-        total += float(chunked_cross_entropy(hidden, part[first + 1 :], base.logits_of, [], chunk))
+        total += float(chunked_cross_entropy(base, hidden, part[first + 1 :]))
         tokens += window - first - 1
         report(Progress("perplexity", index + 1, windows))
     return HeldOut(total / tokens, windows, tokens)

@@ -1,6 +1,7 @@
 """A whole run: data, gate, base, adapters, training, evaluation before and after, files."""
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from smidgen.model.device import free_memory_bytes, peak_rss_bytes
 from smidgen.model.load import Source, load_base, open_source
 from smidgen.plan.estimate import estimate_activation_bytes
 from smidgen.train.config import Settings
-from smidgen.train.evaluate import HeldOut, answer_rows, held_out_loss
+from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
 from smidgen.train.run import Record, RunFolder
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
@@ -78,12 +79,13 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
 
 
 def resume(run: Path, report: Report = silent) -> Run:
-    """Go on from the newest whole checkpoint; a finished run is returned as it is. Raises RunError where base or data changed."""
+    """Go on from the newest whole checkpoint; a finished run is returned as it is.
+
+    Raises RunError where base or data have changed.
+    """
     started = time.perf_counter()
     folder, settings, model, data = RunFolder.open(run)
     if (run / "summary.json").is_file():
-        import json
-
         report(Note(f"{run} is finished: nothing to do"))
         return Run(run, json.loads((run / "summary.json").read_text(encoding="utf-8")))
     checkpoint = latest_checkpoint(run)
@@ -188,12 +190,8 @@ def _choose_recompute(base: Base, settings: Settings, longest: int, report: Repo
     if settings.recompute == "auto" and base.device.type == "cpu":
         recompute = needed > free_memory_bytes() / 2
         choice, relation = ("full", "more") if recompute else ("none", "less")
-        free = format_bytes(free_memory_bytes())
-        report(
-            Note(
-                f"recompute {choice}: activations need about {format_bytes(needed)}, {relation} than half of {free} free"
-            )
-        )
+        about, free = format_bytes(needed), format_bytes(free_memory_bytes())
+        report(Note(f"recompute {choice}: activations need about {about}, {relation} than half of the {free} free"))
     elif settings.recompute == "auto":
         recompute = True
         report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
@@ -213,13 +211,12 @@ def _train(
         folder.rewind_log(cursor.step if checkpoint else -1)
         report(show_row(prepared.train[0], tokenizer))
 
-        def evaluate(when: Cursor) -> HeldOut | None:
+        def evaluate(when: Cursor) -> None:
             if not prepared.held_out:
-                return None
+                return
             result = held_out_loss(base, prepared.held_out, settings.micro_batch * 2, report)
             folder.log({"step": when.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
             report(Evaluated(when.step, result.loss, result.rows, result.tokens))
-            return result
 
         before_answers: Answers | None = None
         if not checkpoint:
@@ -242,15 +239,14 @@ def _train(
         if outcome.stopped:
             total = Schedule(len(prepared.train), settings).total_steps
             report(Note(f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"))
-        after = evaluate(cursor)
+        evaluate(cursor)
         after_answers = _answer(prepared, "after", folder, cursor, report)
-    before = next((line for line in folder.logged() if line["step"] == 0 and "held_out_loss" in line), {})
-    answered = next((line for line in folder.logged() if line["step"] == 0 and "exact_match" in line), {})
+    before, after = folder.logged_at(0), folder.logged_at(cursor.step)
     summary: dict[str, Any] = {
         "run": str(folder.path),
         "base_format": base.storage,
         "loss_before": before.get("held_out_loss"),
-        "loss_after": after.loss if after else None,
+        "loss_after": after.get("held_out_loss"),
         "steps": cursor.step,
         "tokens": cursor.tokens,
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
@@ -260,9 +256,9 @@ def _train(
     }
     if after_answers:
         summary |= {
-            "exact_match_before": answered.get("exact_match"),
+            "exact_match_before": before.get("exact_match"),
             "exact_match_after": after_answers.exact_match,
-            "valid_json_before": answered.get("valid_json"),
+            "valid_json_before": before.get("valid_json"),
             "valid_json_after": after_answers.valid_json,
         }
     folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)

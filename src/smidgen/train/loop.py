@@ -122,8 +122,17 @@ def train(
                 remaining_s=min(left_s, limit_s - cursor.train_s),
                 rss_bytes=current_rss_bytes(),
             )
-            record({"step": step.step, "loss": step.loss, "learning_rate": rate, "grad_norm": step.grad_norm,
-                    "tokens": step.tokens, "train_s": round(cursor.train_s, 3), "rss_bytes": step.rss_bytes})  # fmt: skip
+            record(
+                {
+                    "step": step.step,
+                    "loss": step.loss,
+                    "learning_rate": rate,
+                    "grad_norm": step.grad_norm,
+                    "tokens": step.tokens,
+                    "train_s": round(cursor.train_s, 3),
+                    "rss_bytes": step.rss_bytes,
+                }
+            )
             report(step)
             if interrupted.is_set():
                 return Outcome(cursor, "interrupted")

@@ -1,8 +1,8 @@
 """Cross-entropy over the labelled positions, a chunk of logits at a time.
 
 Logits are the largest thing a small model makes: 49,152 floats a position. The head is therefore applied only where
-there is a label, to a chunk of positions at once, and the gradient of the hidden states is taken on the spot, so that no
-more than one chunk of logits ever exists. The result equals the loss over full logits.
+there is a label, to a chunk of positions at once, and the gradient of the hidden states is taken on the spot, so that
+no more than one chunk of logits ever exists. The result equals the loss over full logits.
 """
 
 from collections.abc import Callable
@@ -57,29 +57,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    parameters: list[torch.Tensor],
-    chunk: int,
+    base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
-    """hidden [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
+    """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    logits_of: [m, hidden_size] -> [m, vocab_size]. parameters: what of it is trained (a head's adapter), or nothing.
+    chunk: positions at once; by default what keeps a chunk of logits at 32 MiB. A head's adapter gets its gradient.
     """
-    return _ChunkedCrossEntropy.apply(hidden, targets, logits_of, chunk, *parameters)  # type: ignore[return-value]
+    chunk = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
+    trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
+    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, *trained)  # type: ignore[return-value]
 
 
 def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
     """The summed loss over a batch's labelled positions (label i is predicted from position i - 1), a float32 scalar.
 
-    Rows are padded on the right and attention is causal, so no attention mask is needed: nothing that counts sees padding.
+    Rows are padded on the right and attention is causal, so no attention mask is needed: what counts sees no padding.
     """
     hidden = base.hidden_of(batch.input_ids.to(base.device))
     targets = batch.labels[:, 1:].to(base.device)
     counted = targets != -100
-    head = base.model.get_output_embeddings()
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    vocab_size = base.model.get_output_embeddings().out_features
-    chunk = max(16, _CHUNK_LOGITS // int(vocab_size))  # type: ignore[arg-type]
-    return chunked_cross_entropy(hidden[:, :-1][counted], targets[counted], base.logits_of, trained, chunk)
+    return chunked_cross_entropy(base, hidden[:, :-1][counted], targets[counted])

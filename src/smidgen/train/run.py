@@ -165,6 +165,14 @@ class RunFolder:
         except FileNotFoundError:
             return []
 
+    def logged_at(self, step: int) -> dict[str, Any]:
+        """Everything that was logged at a step, in one dictionary."""
+        merged: dict[str, Any] = {}
+        for line in self.logged():
+            if line["step"] == step:
+                merged |= line
+        return merged
+
     def rewind_log(self, step: int) -> None:
         """Drop what was logged after `step`: those steps will be done again."""
         kept = [line for line in self.logged() if line["step"] <= step]

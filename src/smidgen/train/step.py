@@ -56,7 +56,7 @@ def optimizer_step(
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float, schedule: str) -> float:
-    """The learning rate of step `step` (0-based): linear warm-up over `warmup` x total_steps, then cosine, linear or constant."""
+    """The rate of step `step` (0-based): linear warm-up over warmup x total_steps, then cosine, linear or constant."""
     warmup_steps = math.ceil(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
