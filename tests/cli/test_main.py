@@ -33,6 +33,8 @@ def test_alone_it_prints_its_help(smidgen: Callable[..., Any]) -> None:
         (("download", "a", "b"), "unexpected extra argument"),
         (("generate",), "MODEL|RUN: missing."),
         (("generate", "m", "hi", "--raw", "--system", "x"), "--raw: has no place for --system."),
+        (("generate", "m", "hi", "--top-p", "0"), "--top-p: expected more than 0 and at most 1, found '0'."),
+        (("evaluate", "m", "d", "--limit", "0"), "--limit: expected 1 or more, found '0'."),
         (("merge", "run"), "--out: missing."),
         (("finetune", "--resume", "run", "--rank", "3"), "--rank: a resumed run keeps its own, leave it out."),
         (("chat", "m", "--config", "nowhere.yaml"), "--config nowhere.yaml: cannot be read (No such file"),

@@ -182,7 +182,8 @@ def test_chat_keeps_the_conversation_until_reset(
     asked = [[message["content"] for message in messages] for messages, _ in model.asked]
     assert asked == [["hi"], ["hi", "Hello there", "and?"], ["new"]]
     assert [sampling["seed"] for _, sampling in model.asked] == [0, 1, 2]
-    assert json.loads(outcome.out.splitlines()[-1])["messages"][-1] == {"role": "assistant", "content": "Hello there"}
+    assert len(outcome.out.splitlines()) == 1, "with --json the conversation goes to standard error"
+    assert json.loads(outcome.out)["messages"][-1] == {"role": "assistant", "content": "Hello there"}
 
 
 def test_evaluate_prints_what_it_measured(smidgen: Callable[..., Any], api: Any) -> None:

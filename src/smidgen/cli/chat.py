@@ -1,6 +1,7 @@
 """`smidgen chat MODEL|RUN`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from smidgen.cli.console import Console
@@ -51,7 +52,7 @@ def chat(console: Console, given: Given) -> Mapping[str, Any]:
             console.note(_HELP)
         elif asked:
             messages.append({"role": "user", "content": asked})
-            answer, complete = console.stream(model.stream(messages, **sampling))
+            answer, complete = console.stream(partial(model.stream, messages, **sampling))
             # What was said before Ctrl-C is part of the conversation, as the user has read it.
             messages.append({"role": "assistant", "content": answer})
             if not complete:

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,8 +167,8 @@ class Console:
         for each in commands:
             self._result.print(Text(f"  {views.printable(each)}", "cyan"), soft_wrap=True)
 
-    def stream(self, pieces: Iterable[str]) -> tuple[str, bool]:
-        """Writes an answer to standard output piece by piece as it comes. Ctrl-C ends it.
+    def stream(self, answer: Callable[[], Iterable[str]]) -> tuple[str, bool]:
+        """Writes an answer to standard output piece by piece as it comes. Ctrl-C ends it, or its preparation.
 
         Returns what was said, and whether it came to its end.
         """
@@ -178,7 +178,7 @@ class Console:
         said: list[str] = []
         complete = True
         try:
-            for piece in pieces:
+            for piece in answer():
                 said.append(piece)
                 print(clean(piece), end="", file=out, flush=True)
         except KeyboardInterrupt:

@@ -14,14 +14,20 @@ __all__ = ["DEMO_SETTINGS", "demo"]
 
 MODEL, DATA = "smollm2-135m", "toolcalls"
 # Requests of the shipped data set are short; 100 held-out rows are answered before and after.
-DEMO_SETTINGS: dict[str, Any] = {"seq_len": 256, "compare": 100}
+DEMO_SETTINGS: dict[str, Any] = {
+    "seq_len": 256,
+    "micro_batch": 8,
+    "learning_rate": 1e-3,
+    "max_steps": 60,
+    "compare": 100,
+}
 _FLAGS = (Flag("out", str, None, "Folder for the run.  [default: runs/demo, or the next free name]", metavar="RUN"),)
 _PLAN = f"""\
 smidgen demo: a language model learns to call tools, in 4 bits, on this machine.
 
   model     SmolLM2-135M-Instruct ({MODEL}), kept frozen in 4-bit NF4
   data      {DATA}: requests like "wake me at seven", answered with a line of JSON
-  training  LoRA adapters on every linear layer, one pass, a few minutes
+  training  LoRA adapters on every linear layer, a few minutes
 
 You will see a row as the model sees it, held-out loss and answers before and
 after training, and what was written.

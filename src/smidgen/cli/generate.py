@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from smidgen.cli.console import Console
@@ -49,7 +50,7 @@ def generate(console: Console, given: Given) -> Mapping[str, Any]:
         question = [{"role": "system", "content": given["system"]}, {"role": "user", "content": prompt}]
     if console.as_json:
         return asdict(model.generate(question, raw=given["raw"], **sampling))
-    _, complete = console.stream(model.stream(question, raw=given["raw"], **sampling))
+    _, complete = console.stream(partial(model.stream, question, raw=given["raw"], **sampling))
     if not complete:
         raise KeyboardInterrupt
     return {}

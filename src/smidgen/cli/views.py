@@ -29,6 +29,7 @@ __all__ = [
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ROW_CHARACTERS = 1500
+_SHARES = {"exact_match", "valid_json", "same_top_token"}
 
 
 def printable(text: str) -> str:
@@ -229,7 +230,9 @@ def _near(path: Path) -> str:
 def _value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name.endswith("_bytes") and isinstance(value, (int, float)):
+    if name in _SHARES and isinstance(value, (int, float)):
+        return percent(value)
+    if (name == "bytes" or name.endswith("_bytes")) and isinstance(value, (int, float)):
         return format_bytes(value)
     if name.endswith("_s") and isinstance(value, (int, float)) and not name.endswith("per_s"):
         return format_duration(value)

@@ -57,7 +57,7 @@ class Settings:
     compute_dtype: str = _setting(
         "auto",
         "Base model",
-        "Number type of the computation. auto: the faster of float32 and bfloat16, measured on this machine.",
+        "Number type of the computation. auto: float32, or bfloat16 where this machine is much faster at it (measured).",
         choices=COMPUTE_DTYPES,
         aliases=_LITGPT_PRECISION,
     )

@@ -58,7 +58,7 @@ def answer_rows(
     *,
     when: str,
     max_new_tokens: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 128,
     report: Report = silent,
 ) -> Answers:
     """Greedy answers to the last turn of each row, compared with the data's answers.

@@ -1,0 +1,287 @@
+"""Whole runs on tiny models: what is written, what is equal, what goes on after an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import smidgen
+import smidgen.errors
+from smidgen.errors import DataError, RunError, SettingsError
+from smidgen.events import Evaluated, Event, RowShown, Step
+from tiny import tiny_folder, write_rows
+
+QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", report=events.append, compare=2, **QUICK)
+    files = {file.name for file in run.path.iterdir()}
+    assert files >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "settings.yaml", "smidgen.json",
+        "metrics.jsonl", "summary.json", "answers.jsonl", "checkpoints",
+    }  # fmt: skip
+    assert not [name for name in files if name.startswith(".")]
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary == run.summary
+    assert set(summary) == {
+        "run", "base_format", "loss_before", "loss_after", "exact_match_before", "exact_match_after",
+        "valid_json_before", "valid_json_after", "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes",
+        "trainable_parameters",
+    }  # fmt: skip
+    assert summary["base_format"] == "nf4-dq"
+    assert summary["loss_after"] < summary["loss_before"] - 0.3
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [step.step for step in steps] == list(range(1, summary["steps"] + 1))
+    assert [type(event) for event in events if isinstance(event, Evaluated | RowShown)] == [
+        RowShown,
+        Evaluated,
+        Evaluated,
+    ]
+    tensors = load_file(run.path / "adapter_model.safetensors")
+    assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert all(tensor.any() for tensor in tensors.values())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(model: Path, rows: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        smidgen.finetune(str(model), str(rows), tmp_path / name, seed=seed, dropout=0.1, max_steps=4, **QUICK)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b") != adapter_bytes(tmp_path / "c")
+
+
+def test_training_does_not_touch_the_callers_random_numbers(model: Path, rows: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    smidgen.finetune(str(model), str(rows), tmp_path / "a", dropout=0.1, max_steps=2, **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def _stop_after(step: int) -> Any:
+    def report(event: Event) -> None:
+        if isinstance(event, Step) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+@pytest.mark.parametrize("extra", [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}])
+def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
+    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
+    assert (tmp_path / "cut" / "checkpoints" / "step-3" / "adapter_config.json").is_file()
+    assert smidgen.load(tmp_path / "cut").model is not None  # an unfinished run is usable
+    resumed = smidgen.resume(tmp_path / "cut")
+    assert adapter_bytes(whole.path) == adapter_bytes(resumed.path)
+    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes"}
+    assert {k: v for k, v in whole.summary.items() if k not in timing} == {
+        k: v for k, v in resumed.summary.items() if k not in timing
+    }
+    logged = [json.loads(line) for line in (resumed.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "grad_norm" in line] == list(range(1, whole.summary["steps"] + 1))
+
+
+@pytest.mark.parametrize("left_out", ["exp_avg", "rng"])
+def test_a_resume_that_leaves_a_piece_out_would_be_caught(
+    left_out: str, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # noqa: E501
+    """The control arm: without the moments, or without the random state, the adapter must differ."""
+    from safetensors.torch import save_file
+
+    settings = QUICK | {"dropout": 0.2, "micro_batch": 3}
+    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
+    state = tmp_path / "cut" / "checkpoints" / "step-3" / "state.safetensors"
+    tensors = load_file(state)
+    for name in tensors:
+        if name.endswith("exp_avg") and left_out == "exp_avg":
+            tensors[name] = torch.zeros_like(tensors[name])
+    if left_out == "rng":
+        torch.manual_seed(99)
+        tensors["rng"] = torch.get_rng_state()
+    save_file(tensors, state)
+    monkeypatch.setattr("smidgen.train.state._is_whole", lambda folder: True)
+    assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) != adapter_bytes(whole.path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = QUICK | {"micro_batch": 3, "save_interval": 2}
+    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
+    file = tmp_path / "cut" / "checkpoints" / "step-3" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    notes: list[str] = []
+    resumed = smidgen.resume(tmp_path / "cut", report=lambda event: notes.append(getattr(event, "text", "")))
+    assert any("from step 2" in note for note in notes)
+    assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
+
+
+def test_a_finished_run_is_returned_as_it_is(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=2, **QUICK)
+    before = adapter_bytes(run.path)
+    assert smidgen.resume(run.path).summary == run.summary
+    assert adapter_bytes(run.path) == before
+
+
+def test_changed_data_or_base_is_refused_at_resume(model: Path, tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(base), str(data), tmp_path / "run", report=_stop_after(2), **QUICK)
+    original = data.read_text()
+    data.write_text(original.replace("grey", "gray"))
+    with pytest.raises(RunError, match="is not the data that"):
+        smidgen.resume(tmp_path / "run")
+    data.write_text(original)
+    tiny_folder(base, seed=1)
+    with pytest.raises(RunError, match="is not the base that"):
+        smidgen.resume(tmp_path / "run")
+    with pytest.raises(RunError, match="is not the base that"):
+        smidgen.load(tmp_path / "run")
+
+
+def test_a_run_is_never_overwritten(model: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds something already"):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4-dq", "fp4", "int8", "none"])
+def test_every_stored_form_trains_merges_and_answers(storage: str, model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", quantize=storage, **QUICK)
+    assert run.summary["base_format"] == storage
+    assert run.summary["loss_after"] < run.summary["loss_before"] - 0.3
+    scores = smidgen.evaluate(run.path, str(rows), limit=6, max_new_tokens=20)
+    assert set(scores) == {"rows", "tokens", "loss", "perplexity", "exact_match", "valid_json"}
+    merged = smidgen.merge(run.path, tmp_path / "merged", dtype="float32")
+    assert merged["max_logit_difference"] < 1e-3 and merged["same_top_token"] == 1.0
+    loaded, whole = (
+        smidgen.load(run.path, compute_dtype="float32"),
+        smidgen.load(tmp_path / "merged", quantize="none", compute_dtype="float32"),
+    )
+    prompt = "say blue 1"
+    assert loaded.generate(prompt, max_new_tokens=12).text == whole.generate(prompt, max_new_tokens=12).text
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt-neox", "gpt2", "mixtral", "phi3", "falcon"])
+def test_every_architecture_trains_and_merges(architecture: str, rows: Path, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base", architecture)
+    run = smidgen.finetune(str(folder), str(rows), tmp_path / "run", **QUICK)
+    assert run.summary["loss_after"] < run.summary["loss_before"] - 0.2
+    merged = smidgen.merge(run.path, tmp_path / "merged", dtype="float32")
+    assert merged["max_logit_difference"] < 1e-3
+
+
+def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", save_interval=2, **QUICK)
+    for checkpoint in (run.path / "checkpoints").iterdir():
+        assert smidgen.load(checkpoint).generate("say red 0", max_new_tokens=4).new_tokens <= 4
+    assert {c.name for c in (run.path / "checkpoints").iterdir()} >= {"step-2", "step-4"}
+
+
+# Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
+EFFECTS = {
+    "rank": 2, "alpha": 3.0, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3, "schedule": "constant",
+    "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2, "micro_batch": 2,
+    "accumulation": 2, "seed": 9, "seq_len": 40, "train_on_prompt": True, "quantize": "int8",
+    "compute_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    smidgen.finetune(str(model), str(rows), folder, **QUICK)
+    return adapter_bytes(folder)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_each_setting_changes_the_result(name: str, plain: bytes, model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK | {name: EFFECTS[name]})
+    assert adapter_bytes(run.path) != plain
+
+
+def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=50, **QUICK)
+    assert run.summary["steps"] == 1
+    assert adapter_bytes(run.path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"targets": "q,nothing"}, "no layer matches nothing"),
+        ({"rank": 0, "dropout": 1.0, "schedule": "square"}, "schedule: expected one of"),
+        ({"seq_len": 8}, "cut"),
+        ({"quantize": "keep"}, "cannot be trained on in place"),
+    ],
+)
+def test_the_gate_refuses_before_anything_is_written(
+    settings: dict, words: str, model: Path, rows: Path, tmp_path: Path
+) -> None:  # noqa: E501
+    with pytest.raises((SettingsError, DataError, smidgen.errors.ModelError)) as refused:
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK | settings)
+    assert words in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_in_the_terminal_saves_and_says_how_to_go_on(model: Path, rows: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "smidgen", "finetune", str(model), str(rows), "--out", "run", "--epochs", "500"]
+    process = subprocess.Popen(
+        [*words, "--rank", "4"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and "grad_norm" in metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "smidgen finetune --resume run" in errors and "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(model: Path, rows: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        words = [sys.executable, "-m", "smidgen", "finetune", str(model), str(rows), "--out", str(small / "run")]
+        done = subprocess.run([*words, "--rank", "16", "--max-steps", "2"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "disk is full" in done.stderr and "Traceback" not in done.stderr
+        left = [file.name for file in small.rglob("*")]
+        assert not [name for name in left if name.startswith(".tmp") or name.startswith("step-")]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

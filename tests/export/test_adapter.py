@@ -1,0 +1,153 @@
+"""Adapters that real PEFT loads with the same logits, and adapters that must not be loaded."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smidgen.errors import RunError
+from smidgen.export.adapter import load_adapter, save_adapter
+from smidgen.lora.attach import attach_lora
+from smidgen.lora.targets import select_targets
+from tiny import VOCAB_SIZE, build, tiny_folder
+
+IDS = torch.randint(0, VOCAB_SIZE, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def _adapted(folder: Path, targets: str = "all", storage: str = "none") -> tuple[Any, dict]:
+    base = build(folder, storage)
+    names, _ = select_targets(targets, base.linears, base.head_name)
+    adapters = attach_lora(base.model, names, rank=4, alpha=12, dropout=0.0, seed=0)
+    with torch.no_grad():
+        for index, layer in enumerate(adapters.values()):
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.1)
+    return base, adapters
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("llama", "all"),
+        ("llama", "q,v"),
+        ("llama", "o,down"),
+        ("llama", "layers.1.self_attn.q_proj"),
+        ("llama", "q,head"),
+        ("llama-tied", "v,head"),
+        ("gpt2", "all"),
+        ("gpt2", "q,down"),
+        ("gpt-neox", "all"),
+        ("gpt-neox", "o,up"),
+        ("gemma3", "all"),
+        ("qwen3", "all"),
+        ("phi3", "q,gate"),
+        ("falcon", "all"),
+        ("mixtral", "all"),
+    ],
+)
+def test_real_peft_gives_the_same_logits(architecture: str, targets: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tiny_folder(tmp_path / "base", architecture)
+    base, adapters = _adapted(folder, targets)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base, adapters, str(folder))
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    bare = dense(IDS).logits.clone()
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()(IDS).logits
+    ours = base.model(IDS).logits
+    assert float((ours - bare).abs().max()) > 0.01  # the adapter does something
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_adapter_loads_to_the_same_bits(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    base, adapters = _adapted(folder, storage="nf4-dq")
+    (tmp_path / "a").mkdir()
+    save_adapter(tmp_path / "a", base, adapters, str(folder))
+    again = build(folder, "nf4-dq")
+    loaded = load_adapter(again, tmp_path / "a")
+    assert list(loaded) == list(adapters)
+    assert torch.equal(again.model(IDS).logits, base.model(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in again.model.parameters())
+
+
+def test_an_rslora_adapter_of_peft_is_scaled_right(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tiny_folder(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    base = build(folder)
+    loaded = load_adapter(base, tmp_path / "a")
+    assert next(iter(loaded.values())).scaling == pytest.approx(6 / math.sqrt(4))
+    torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def _broken(folder: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
+    if config:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if tensors is not None:
+        kept = load_file(folder / "adapter_model.safetensors") | tensors
+        save_file({k: v for k, v in kept.items() if v is not None}, folder / "adapter_model.safetensors")
+    return folder
+
+
+_Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({"use_dora": True}, None, "use_dora is not supported"),
+        ({"peft_type": "IA3"}, None, "peft_type 'IA3'"),
+        ({"bias": "all"}, None, "bias is not supported"),
+        (None, {f"{_Q}.lora_B.weight": None}, "lora_A or lora_B"),
+        (None, {f"{_Q}.lora_B.weight": torch.ones(63, 4)}, "expected shape [64, 4], found [63, 4]"),
+        (None, {f"{_Q}.lora_magnitude_vector": torch.ones(64)}, "unexpected tensor"),
+        (
+            None,
+            {
+                "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64),
+                "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.ones(96, 4),
+            },
+            "for another model",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(config: Any, tensors: Any, words: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    base, adapters = _adapted(folder, "q")
+    (tmp_path / "a").mkdir()
+    save_adapter(tmp_path / "a", base, adapters, str(folder))
+    with pytest.raises(RunError) as refused:
+        load_adapter(build(folder), _broken(tmp_path / "a", config, tensors))
+    assert words in str(refused.value)
+
+
+def test_an_adapter_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    base, adapters = _adapted(folder, "q")
+    with torch.no_grad():
+        for layer in adapters.values():
+            layer.lora_B.zero_()
+    (tmp_path / "a").mkdir()
+    save_adapter(tmp_path / "a", base, adapters, str(folder))
+    with pytest.raises(RunError, match="would change nothing"):
+        load_adapter(build(folder), tmp_path / "a")
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    base, adapters = _adapted(tiny_folder(tmp_path / "base"), "q")
+    with torch.no_grad():
+        next(iter(adapters.values())).lora_A[0, 0] = torch.inf
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RunError, match="not finite"):
+        save_adapter(tmp_path / "a", base, adapters, "x")
+    assert not list((tmp_path / "a").iterdir())

@@ -1,0 +1,62 @@
+"""Merged folders load with real transformers and compute what base + adapter computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from smidgen.errors import RunError
+from smidgen.export import merge as merge_module
+from smidgen.export.merge import save_merged
+from smidgen.lora.attach import attach_lora
+from smidgen.lora.targets import select_targets
+from tiny import CONFIGS, VOCAB_SIZE, build, byte_tokenizer, tiny_folder
+
+IDS = torch.randint(0, VOCAB_SIZE, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def _adapted(folder: Path, targets: str, storage: str = "nf4-dq"):
+    base = build(folder, storage)
+    names, _ = select_targets(targets, base.linears, base.head_name)
+    for index, layer in enumerate(attach_lora(base.model, names, rank=4, alpha=8, dropout=0, seed=0).values()):
+        with torch.no_grad():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.1)
+    return base
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_merged_folder_computes_the_same_in_transformers(architecture: str, tmp_path: Path) -> None:
+    base = _adapted(tiny_folder(tmp_path / "base", architecture), "all")
+    save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(merged.eval()(IDS).logits, base.model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_with_an_adapter_becomes_its_own_matrix(tmp_path: Path) -> None:
+    base = _adapted(tiny_folder(tmp_path / "base", "llama-tied"), "q,head")
+    save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    torch.testing.assert_close(merged(IDS).logits, base.model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_shards_have_an_index_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_module, "_SHARD_BYTES", 60_000)
+    base = _adapted(tiny_folder(tmp_path / "base"), "all")
+    save_merged(base, tmp_path / "merged", torch.bfloat16, byte_tokenizer())
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    # bfloat16 keeps 8 bits of each weight
+    torch.testing.assert_close(merged(IDS).logits, base.model(IDS).logits, rtol=0.1, atol=0.1)
+    assert torch.equal(build(tmp_path / "merged").model(IDS).logits, merged(IDS).logits)  # and we read it as well
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
+    base = _adapted(tiny_folder(tmp_path / "base"), "q")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="exists already"):
+        save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["mine.txt"]

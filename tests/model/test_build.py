@@ -1,0 +1,117 @@
+"""The packed model computes what transformers computes, for every kind of architecture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smidgen.errors import ModelError
+from smidgen.quant.matrix import FrozenMatrix
+from tiny import CONFIGS, VOCAB_SIZE, build, tiny_folder
+
+IDS = torch.randint(0, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_unquantised_logits_equal_transformers(architecture: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, architecture)
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    base = build(folder)
+    # the same products in panels: equal to a few ulps of float32
+    torch.testing.assert_close(base.model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    if architecture != "opt":  # its backbone is called in parts
+        torch.testing.assert_close(base.logits_of(base.hidden_of(IDS)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_quantised_logits_are_those_of_the_dequantised_weights(architecture: str, tmp_path: Path) -> None:
+    """Put each de-quantised matrix into transformers' own dense model: the logits must be the same."""
+    folder = tiny_folder(tmp_path, architecture)
+    base = build(folder, "nf4-dq")
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    unpacked = 0
+    with torch.no_grad():
+        for name, module in dense.named_modules():
+            if type(module).__name__ == "MixtralExperts":
+                ours = base.model.get_submodule(name)
+                for key, experts in (("gate_up_proj", ours.gate_up), ("down_proj", ours.down)):
+                    for index, expert in enumerate(experts):
+                        getattr(module, key)[index] = expert.rows(0, expert.out_features, torch.float32)
+            elif name in base.linears and name != base.head_name:
+                matrix = base.linears[name].weight
+                rows = matrix.rows(0, matrix.out_features, torch.float32)
+                assert not torch.equal(rows, module.weight.t() if base.linears[name].transposed else module.weight)
+                module.weight.copy_(rows.t() if base.linears[name].transposed else rows)
+                unpacked += 1
+    assert unpacked >= 4
+    torch.testing.assert_close(base.model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_base_is_mapped_and_never_copied_to_float32(tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path, dtype=torch.bfloat16))
+    types = {module.storage for module in base.model.modules() if isinstance(module, FrozenMatrix)}
+    assert types == {"bfloat16"}
+    assert base.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert base.model(IDS).logits.dtype == torch.float32
+
+
+def test_a_tied_head_shares_the_embedding(tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path, "llama-tied"), "nf4-dq")
+    embedding = base.model.get_input_embeddings().weight
+    assert base.head.weight.weight.data_ptr() == embedding.data_ptr()
+
+
+def _edit(folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file(
+        {k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight missing"),
+        ({"model.layers.7.extra.weight": torch.ones(2)}, "model.layers.7.extra.weight left over"),
+        ({"model.norm.weight": torch.ones(63)}, "expected shape [64]"),
+        ({"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 32)}, "expected shape [64, 64]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(change: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as refused:
+        build(_edit(tiny_folder(tmp_path), change), "nf4-dq")
+    assert words in str(refused.value)
+
+
+def test_an_architecture_that_would_stay_unpacked_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE, head_dim=16, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"would stay unpacked .*expected at most 5%"):
+        build(tmp_path, "nf4-dq")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "no_such_model"}, "model_type 'no_such_model' is unknown"),
+        ({"model_type": "no_such_model", "auto_map": {"AutoConfig": "x.Y"}}, "--trust-remote-code"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already (gptq)"),
+        ({"model_type": "t5"}, "does not describe a causal language model"),
+    ],
+)
+def test_configs_that_cannot_be_trained_on_are_refused(config: dict, words: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(ModelError) as refused:
+        build(folder)
+    assert words in str(refused.value)

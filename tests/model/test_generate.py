@@ -1,0 +1,70 @@
+"""Decoding against transformers' own, and batches against single prompts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from smidgen.errors import SettingsError
+from smidgen.model.generate import Sampling, generate_batch, stream_text, stream_tokens
+from tiny import VOCAB_SIZE, build, tiny_folder
+
+PROMPTS = [[5, 9, 80, 33], [7], [100, 101, 102, 103, 104, 105, 106]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "gpt-neox", "qwen3"])
+def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, architecture)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    base = build(folder)
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        expected = reference.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
+        stop = [257]
+        ours = list(stream_tokens(base, prompt, stop, Sampling(max_new_tokens=12), VOCAB_SIZE))
+        theirs = expected[0, len(prompt) :].tolist()
+        assert ours == (theirs[: theirs.index(257)] if 257 in theirs else theirs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "gpt-neox"])
+def test_a_batch_answers_as_each_prompt_alone(architecture: str, tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path, architecture), "nf4-dq")
+    alone = [list(stream_tokens(base, p, [], Sampling(max_new_tokens=10), VOCAB_SIZE)) for p in PROMPTS]
+    stop = alone[0][4]  # rows end at different times and leave the batch
+    expected = [row[: row.index(stop)] if stop in row else row for row in alone]
+    assert generate_batch(base, PROMPTS, [stop], Sampling(max_new_tokens=10), VOCAB_SIZE) == expected
+
+
+def test_sampling_is_repeatable_and_follows_its_seed(tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path))
+
+    def sample(**changes: float) -> list[int]:
+        sampling = Sampling(**{"temperature": 1.5, "seed": 1, "max_new_tokens": 20} | changes)  # type: ignore[arg-type]
+        return list(stream_tokens(base, [3, 4], [], sampling, VOCAB_SIZE))
+
+    assert sample() == sample()
+    assert sample() != sample(seed=2)
+    greedy = sample(temperature=0)
+    assert sample(top_k=1) == greedy and sample(top_p=1e-6) == greedy
+    assert len(sample(max_new_tokens=3)) == 3
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    kept = {int(Sampling(temperature=1, top_p=0.75, seed=s).chooser()(logits)) for s in range(200)}
+    assert kept == {0, 1}
+
+
+def test_a_character_in_several_tokens_comes_whole() -> None:
+    text = "é€🙂 a"
+    pieces = list(stream_text(iter(text.encode()), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
+    assert pieces == ["é", "€", "🙂", " ", "a"]
+
+
+def test_wrong_sampling_settings_are_all_named() -> None:
+    with pytest.raises(SettingsError) as refused:
+        Sampling(temperature=-1, top_p=0, top_k=-2, max_new_tokens=0)
+    assert [problem.split(":")[0] for problem in refused.value.problems] == [
+        "temperature", "top_p", "top_k", "max_new_tokens",
+    ]  # fmt: skip

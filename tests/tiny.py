@@ -1,0 +1,105 @@
+"""Tiny random models of many architectures, as the folders that transformers itself writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCAB_SIZE = 272
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": VOCAB_SIZE}
+_ENDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": transformers.LlamaConfig(**_GROUPED),
+    "llama-tied": transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "llama-odd": transformers.LlamaConfig(**_GROUPED | {"intermediate_size": 72}),  # blocks cross the rows of down_proj
+    "qwen3": transformers.Qwen3Config(**_GROUPED, head_dim=16),
+    "gemma3": transformers.Gemma3TextConfig(
+        **_GROUPED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt-neox": transformers.GPTNeoXConfig(**_SMALL),
+    "gpt2": transformers.GPT2Config(**_GPT2, **_ENDS),
+    "mixtral": transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "phi3": transformers.Phi3Config(**_GROUPED),
+    "falcon": transformers.FalconConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB_SIZE, **_ENDS
+    ),
+    "granite": transformers.GraniteConfig(**_GROUPED, logits_scaling=3.0),
+    "gemma2": transformers.Gemma2Config(**_GROUPED, head_dim=16, final_logit_softcapping=5.0),
+    "opt": transformers.OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB_SIZE,
+        max_position_embeddings=256, word_embed_proj_dim=64, **_ENDS,
+    ),
+}  # fmt: skip
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and four special ones; any text goes through it and comes back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHATML
+    return fast
+
+
+def tiny_folder(path: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A model folder with random weights (norms too, so that nothing cancels) and the byte tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
+    model.to(dtype).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """A .jsonl of small chats whose answers follow from their questions."""
+    lines = []
+    for index in range(count):
+        word = ("red", "green", "blue", "grey")[index % 4]
+        messages = [
+            {"role": "user", "content": f"say {word} {index % 3}"},
+            {"role": "assistant", "content": f'{{"say": "{word}"}}'},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def build(path: Path, storage: str = "none", dtype: torch.dtype = torch.float32) -> Any:
+    """The folder as a smidgen Base on the CPU."""
+    from smidgen.checkpoint.open import open_checkpoint
+    from smidgen.model.build import build_base
+
+    return build_base(open_checkpoint(path), storage=storage, compute_dtype=dtype, device=torch.device("cpu"))

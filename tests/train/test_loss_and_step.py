@@ -1,0 +1,182 @@
+"""The loss and one step: what must be equal whatever is chunked, recomputed or accumulated."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smidgen.data.batch import Batch, make_batch
+from smidgen.data.render import Example
+from smidgen.errors import RunError
+from smidgen.lora.attach import attach_lora
+from smidgen.train.loss import batch_loss, chunked_cross_entropy
+from smidgen.train.step import learning_rate_at, optimizer_step
+from tiny import VOCAB_SIZE, build, tiny_folder
+
+
+def _examples(lengths: list[int], seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+        labels = [-100] * (length // 2) + ids[length // 2 :]
+        examples.append(Example(ids, labels, False, f"row {number}"))
+    return examples
+
+
+def _model(path: Path, architecture: str = "llama", targets: str = "all", storage: str = "nf4-dq"):
+    base = build(tiny_folder(path, architecture), storage)
+    names = [n for n in base.linears if n != base.head_name or targets == "head"]
+    adapters = attach_lora(base.model, names, rank=4, alpha=8, dropout=0.0, seed=0)
+    with torch.no_grad():  # B not zero, so that A has a gradient too
+        for index, layer in enumerate(adapters.values()):
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05)
+    base.model.train()
+    return base, [p for p in base.model.parameters() if p.requires_grad]
+
+
+def _grads(base, parameters, batches: list[Batch]) -> list[torch.Tensor]:
+    for parameter in parameters:
+        parameter.grad = None
+    tokens = sum(batch.num_labels for batch in batches)
+    for batch in batches:
+        (batch_loss(base, batch) / tokens).backward()
+    return [parameter.grad.clone() for parameter in parameters]
+
+
+def _assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        # float32 sums in another order
+        assert float((a - b).norm()) <= 2e-5 * float(b.norm()) + 1e-9
+
+
+def _full_loss(base, batch: Batch) -> torch.Tensor:
+    logits = base.model(batch.input_ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "llama-tied", "gemma2", "gemma3", "granite", "gpt2", "mixtral", "gpt-neox"]
+)
+@pytest.mark.parametrize("targets", ["all", "head"])
+def test_chunked_loss_and_gradients_equal_the_full_ones(architecture: str, targets: str, tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path, architecture, targets)
+    batch = make_batch(_examples([12, 30, 21]))
+    ours = batch_loss(base, batch)
+    ours.backward()
+    grads = [parameter.grad.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    full = _full_loss(base, batch)
+    full.backward()
+    torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-4)
+    _assert_close(grads, [parameter.grad for parameter in parameters])
+
+
+def test_any_chunk_gives_the_same_loss(tmp_path: Path) -> None:
+    base, _ = _model(tmp_path, targets="head")
+    hidden, targets = torch.randn(50, 64), torch.randint(0, VOCAB_SIZE, (50,))
+    expected = F.cross_entropy(base.logits_of(hidden), targets, reduction="sum")
+    for chunk in (1, 7, 50, 1000):
+        torch.testing.assert_close(chunked_cross_entropy(base, hidden, targets, chunk), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_every_adapter_equal_a_dense_float64_model(tmp_path: Path) -> None:
+    """The whole model in float64, dense and by ordinary autograd, is the reference."""
+    base, parameters = _model(tmp_path, storage="none")
+    batch = make_batch(_examples([12, 30, 21]))
+    ours = _grads(base, parameters, [batch])
+    double, doubles = _model(tmp_path / "again", storage="none")
+    double.model.double()
+    for layer in double.linears.values():
+        layer.double()
+    double.compute_dtype = torch.float64
+    loss = _full_loss_double(double, batch)
+    loss.backward()
+    for a, b in zip(ours, [p.grad for p in doubles], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 1e-4  # float32 through two layers
+
+
+def _full_loss_double(base, batch: Batch) -> torch.Tensor:
+    logits = base.model(batch.input_ids, use_cache=False).logits[:, :-1]
+    flat = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return flat / batch.num_labels
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_recomputed_gradients_are_the_same(architecture: str, tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path, architecture)
+    batch = make_batch(_examples([12, 30, 21]))
+    kept = _grads(base, parameters, [batch])
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    layer = next(m for n, m in base.model.named_modules() if n.endswith(("mlp", "mlp.gate")))
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    recomputed = _grads(base, parameters, [batch])
+    assert len(calls) == 2  # really computed twice
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_recomputed_dropout_draws_the_same_mask(tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path)
+    for module in base.model.modules():
+        if hasattr(module, "lora_A"):
+            module.dropout = 0.3
+    batch = make_batch(_examples([12, 30, 21]))
+    torch.manual_seed(0)
+    kept = _grads(base, parameters, [batch])
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, _grads(base, parameters, [batch]), strict=True))
+
+
+def test_accumulated_one_by_four_equals_four_by_one(tmp_path: Path) -> None:
+    """Rows of very different lengths: a mean of means would give another gradient."""
+    base, parameters = _model(tmp_path)
+    examples = _examples([6, 40, 12, 25])
+    together = _grads(base, parameters, [make_batch(examples)])
+    _assert_close(_grads(base, parameters, [make_batch([e]) for e in examples]), together)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    base, _ = _model(tmp_path)
+    short, long = _examples([8, 40])
+    alone = batch_loss(base, make_batch([short]))
+    beside = batch_loss(base, make_batch([short, long])) - batch_loss(base, make_batch([long]))
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-3)
+
+
+def test_a_step_reports_the_mean_over_labelled_tokens_and_clips(tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path)
+    batches = [make_batch([e]) for e in _examples([6, 40])]
+    expected = sum(float(batch_loss(base, b)) for b in batches) / sum(b.num_labels for b in batches)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    result = optimizer_step(lambda b: batch_loss(base, b), batches, parameters, optimizer, learning_rate=1.0, clip=0.01)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert (result.tokens, result.labelled_tokens) == (46, 23)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(parameters, before, strict=True)]).norm()
+    assert result.grad_norm > 0.01 and float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step_and_changes_nothing(tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path)
+    with torch.no_grad():
+        parameters[0][0, 0] = torch.nan
+    before = [p.detach().clone() for p in parameters[1:]]
+    optimizer = torch.optim.AdamW(parameters)
+    with pytest.raises(RunError, match="loss nan"):
+        optimizer_step(
+            lambda b: batch_loss(base, b), [make_batch(_examples([9]))], parameters, optimizer, learning_rate=1, clip=1
+        )
+    assert all(torch.equal(p, b) for p, b in zip(parameters[1:], before, strict=True))
+
+
+def test_learning_rates_of_the_schedules() -> None:
+    rates = [learning_rate_at(s, 10, 1.0, 0.2, "linear") for s in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert [learning_rate_at(s, 4, 2.0, 0.0, "constant") for s in range(4)] == [2.0] * 4
+    cosine = [learning_rate_at(s, 8, 1.0, 0.0, "cosine") for s in (0, 2, 4, 6)]
+    assert cosine == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert learning_rate_at(0, 1, 1.0, 0.05, "cosine") == 1.0  # one step in all is no reason for a rate of zero
