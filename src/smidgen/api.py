@@ -9,6 +9,7 @@ print(model.generate("Wake me in 20 minutes").text)
 smidgen.merge("runs/mine", "models/mine")
 """
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -259,6 +260,7 @@ def evaluate(
             batch_size=batch_size,
             report=report,
         )
+        report(given)
         scores["exact_match"] = given.exact_match
         if given.valid_json is not None:
             scores["valid_json"] = given.valid_json
@@ -317,9 +319,16 @@ def _merge_dtype(base: Base) -> torch.dtype:
     return stored.weight.dtype
 
 
+def _processor_name() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text().split("model name")[1].split(":", 1)[1].split("\n")[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, device, threads, the measured compute type, and a check of packed operations on every back end here."""
-    from smidgen.model.device import choose_compute_dtype, choose_device, measure_gflops
+    from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
     from smidgen.quant.selfcheck import check_backends
 
     device = choose_device("auto")
@@ -328,6 +337,9 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
     speeds = {str(t).removeprefix("torch."): round(measure_gflops(t, device)) for t in (torch.float32, torch.bfloat16)}
     return {
         "versions": Record.versions_now(),
+        "python": platform.python_version(),
+        "processor": _processor_name(),
+        "free_memory_bytes": free_memory_bytes(),
         "device": str(device) + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -88,6 +88,10 @@ class Checkpoint(Protocol):
         """The tensor: a view of the file where its stored type is one of torch's, else decoded to float32."""
         ...
 
+    def release(self) -> None:
+        """Give the memory of pages read so far back to the system; they are read again when they are touched."""
+        ...
+
     def fingerprint(self) -> str:
         """'sha256:...', the same for every copy of the same weights, however they are split into files."""
         ...
@@ -112,6 +116,11 @@ class MappedFile:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def release(self) -> None:
+        """Drop the pages that have been read from this process's memory; nothing is ever written to them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.data.madvise(mmap.MADV_DONTNEED)
 
     def tensor(self, dtype: str, shape: tuple[int, ...], offset: int) -> "torch.Tensor":
         """A view of the file's bytes as a tensor of a stored type of DTYPES."""

@@ -92,6 +92,9 @@ class GgufCheckpoint:
             values = dequantize(raw.reshape(math.prod(info.shape[:-1]), -1), GGMLQuantizationType[info.dtype])
         return torch.from_numpy(values.reshape(info.shape))
 
+    def release(self) -> None:
+        self._file.release()
+
     def fingerprint(self) -> str:
         """Over the file's own metadata: a config key that is added here later leaves it as it is."""
         prefix = f"{self.architecture}."

@@ -44,7 +44,7 @@ class SafetensorsCheckpoint:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
         if self.config.get("auto_map"):
-            _check_own_code(path, self.config["model_type"], report)
+            report(Warned(f"{path} brings its own code (auto_map): it is not run unless you trust it"))
         self._files: dict[Path, MappedFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         promised = _read_index(path)
@@ -70,6 +70,10 @@ class SafetensorsCheckpoint:
         info = self.tensors[name]
         return self._files[info.file].tensor(info.dtype, info.shape, info.offset)
 
+    def release(self) -> None:
+        for file in self._files.values():
+            file.release()
+
     def fingerprint(self) -> str:
         identity = {key: value for key, value in self.config.items() if key not in _IDLE_KEYS and value is not None}
         return fingerprint_of(identity, self.tensors.values(), self._files)
@@ -90,18 +94,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = repr(config.get("model_type", "none"))[:40]
         raise ModelError(f"{path}: wrong model_type", expected="a string such as 'llama'", found=found)
     return config
-
-
-def _check_own_code(folder: Path, model_type: str, report: Report) -> None:
-    """A model folder with code of its own: the code is never run; transformers must know the architecture itself."""
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"{folder} brings its own code for {model_type[:40]!r}, and code of a model folder is never run",
-            expected="an architecture that transformers has itself",
-        )
-    report(Warned(f"{folder} brings its own code (auto_map): it is not run, transformers' own {model_type} is used"))
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

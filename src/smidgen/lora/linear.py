@@ -102,7 +102,7 @@ class LoraLinear(nn.Module):
         # The seed comes from the global generator, so that recomputation (which restores it) draws the same mask.
         seed = int(torch.randint(0, 2**62, ()).item()) if active else 0
         y = _LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.weight, self.scaling, active, seed)
-        return y if self.base.bias is None else y.add_(self.base.bias)  # type: ignore[union-attr, return-value]
+        return y if self.base.bias is None else y + self.base.bias  # type: ignore[return-value, operator]
 
     @torch.no_grad()
     def delta(self, start: int, stop: int) -> torch.Tensor:

@@ -185,8 +185,10 @@ def _fill(
             continue
         if isinstance(module, nn.Linear | Conv1D):
             _exchange(model, name, _frozen_linear(module, name, weights, storage, dtype).to(device))
+            weights.checkpoint.release()
         elif is_experts(module):
             _exchange(model, name, _packed_experts(module, name, weights, storage).to(device))
+            weights.checkpoint.release()
         else:
             _fill_module(module, name, weights, dtype, device)
     _exchange(

@@ -47,7 +47,7 @@ def dequantise_4bit(
 
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             packed.view(-1, 1), absmax, blocksize, quant_type, [packed.numel() * 2], dtype
-        )
+        ).view(-1)
     values = fourbit.dequantise_4bit(packed, absmax, quant_type, blocksize)
     return (
         values if dtype == torch.float32 else fourbit.scratch("cast", values.shape, dtype, values.device).copy_(values)

@@ -46,4 +46,4 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = frozen_matmul(x, self.weight)
-        return y if self.bias is None else y.add_(self.bias)
+        return y if self.bias is None else y + self.bias

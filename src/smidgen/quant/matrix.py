@@ -43,18 +43,20 @@ class FrozenMatrix(nn.Module, ABC):
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> x Wᵀ [..., out_features], in x's type. Not recorded by autograd."""
         flat = x.reshape(-1, self.in_features)
-        y = torch.empty(flat.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
+        flat_y = y.view(-1, self.out_features)  # y itself is returned: models may change it in place, but no view of it
         for start, stop in self._panels():
-            torch.mm(flat, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
-        return y.view(*x.shape[:-1], self.out_features)
+            torch.mm(flat, self.rows(start, stop, x.dtype).t(), out=flat_y[:, start:stop])
+        return y
 
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g [..., out_features] -> g W [..., in_features], in g's type. Not recorded by autograd."""
         flat = g.reshape(-1, self.out_features)
-        dx = torch.empty(flat.shape[0], self.in_features, dtype=g.dtype, device=g.device)
+        dx = torch.empty(*g.shape[:-1], self.in_features, dtype=g.dtype, device=g.device)
+        flat_dx = dx.view(-1, self.in_features)
         for start, stop in self._panels():
-            dx.addmm_(flat[:, start:stop], self.rows(start, stop, g.dtype), beta=0.0 if start == 0 else 1.0)
-        return dx.view(*g.shape[:-1], self.in_features)
+            flat_dx.addmm_(flat[:, start:stop], self.rows(start, stop, g.dtype), beta=0.0 if start == 0 else 1.0)
+        return dx
 
     def _panels(self) -> list[tuple[int, int]]:
         height = max(1, PANEL_WEIGHTS // self.in_features)

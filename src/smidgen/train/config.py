@@ -57,7 +57,7 @@ class Settings:
     compute_dtype: str = _setting(
         "auto",
         "Base model",
-        "Number type of the computation. auto: float32, or bfloat16 where this machine is much faster at it (measured).",
+        "Number type of the computation. auto: float32, or bfloat16 where this machine is much faster at it; measured.",
         choices=COMPUTE_DTYPES,
         aliases=_LITGPT_PRECISION,
     )

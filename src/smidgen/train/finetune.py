@@ -60,7 +60,7 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        cure = "choose another folder, or go on with it: smidgen finetune --resume"
+        cure = f"choose another folder, or go on with it: smidgen finetune --resume {out}"
         raise RunError(f"{out} holds something already", expected="a new or empty folder", cure=cure)
     prepared = _prepare(open_source(model, report), data, settings, report)
     record = Record(
