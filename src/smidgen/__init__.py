@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from smidgen.errors import SmidgenError
+
 if TYPE_CHECKING:
     from smidgen.api import (
         Generation,
@@ -22,6 +24,7 @@ __all__ = [
     "Generation",
     "LoadedModel",
     "Run",
+    "SmidgenError",
     "doctor",
     "download",
     "evaluate",

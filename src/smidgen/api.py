@@ -24,7 +24,7 @@ from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import DataError, RunError
-from smidgen.events import Note, Report, silent
+from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
 from smidgen.export.merge import save_merged
 from smidgen.model.build import Base
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 Prompt = str | Sequence[dict[str, Any]]
+_TEXT_SUFFIXES = (".txt", ".raw", ".md")
 
 
 def finetune(model: str, data: str, out: str | Path, *, report: Report = silent, **settings: Any) -> Run:
@@ -228,6 +229,9 @@ def evaluate(
     data: as in finetune; its test rows, else its validation rows, else all. With `protocol` ('gptq', 'llama.cpp') a
     plain UTF-8 text. Returns rows, tokens, loss, perplexity, and exact_match, valid_json, rouge_l where they apply.
     """
+    if protocol is None and Path(data).suffix in _TEXT_SUFFIXES:
+        protocol = "gptq"
+        report(Note(f"{data} is plain text: perplexity by protocol gptq (windows of 2048, every token)"))
     if protocol:
         text = _read_text(Path(data))
         loaded = load(model, report=report, **loading)
@@ -265,7 +269,10 @@ def evaluate(
         if given.valid_json is not None:
             scores["valid_json"] = given.valid_json
         else:
-            scores["rouge_l"] = rouge_l(given.rows)
+            try:
+                scores["rouge_l"] = rouge_l(given.rows)
+            except ImportError:
+                report(Warned("ROUGE-L is left out: it needs pip install 'smidgen[eval]'"))
     return scores
 
 

@@ -72,6 +72,7 @@ PUBLIC = {
     "Generation",
     "LoadedModel",
     "Run",
+    "SmidgenError",
     "doctor",
     "download",
     "evaluate",

@@ -104,7 +104,6 @@ def test_an_architecture_that_would_stay_unpacked_is_refused(tmp_path: Path) -> 
     [
         ({"model_type": "no_such_model"}, "model_type 'no_such_model' is unknown"),
         ({"model_type": "no_such_model", "auto_map": {"AutoConfig": "x.Y"}}, "--trust-remote-code"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already (gptq)"),
         ({"model_type": "t5"}, "does not describe a causal language model"),
     ],
 )

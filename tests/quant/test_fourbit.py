@@ -42,7 +42,7 @@ def test_bytes_and_values_equal_bitsandbytes(
     assert torch.equal(absmax, state.absmax)
     values = fourbit.dequantise_4bit(packed, absmax, quant_type, blocksize)[: weight.numel()].view(weight.shape)
     if columns % blocksize and columns % 16 == 0:
-        # bitsandbytes 0.50's AVX-512 kernel takes wrong scales where blocks cross rows of such lengths: its layout holds
+        # bitsandbytes 0.50 on AVX-512 takes wrong scales where blocks cross rows of such lengths: its layout holds
         codes = torch.stack([theirs >> 4, theirs & 15], dim=-1).flatten()[: weight.numel()].long()
         scales = state.absmax.repeat_interleave(blocksize)[: weight.numel()]
         expected = (four_bit_code(quant_type)[codes] * scales).view(weight.shape).to(dtype)

@@ -109,7 +109,7 @@ def test_recomputed_gradients_are_the_same(architecture: str, tmp_path: Path) ->
     base, parameters = _model(tmp_path, architecture)
     batch = make_batch(_examples([12, 30, 21]))
     kept = _grads(base, parameters, [batch])
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     calls = []
     layer = next(m for n, m in base.model.named_modules() if n.endswith(("mlp", "mlp.gate")))
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -126,7 +126,7 @@ def test_recomputed_dropout_draws_the_same_mask(tmp_path: Path) -> None:
     batch = make_batch(_examples([12, 30, 21]))
     torch.manual_seed(0)
     kept = _grads(base, parameters, [batch])
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(kept, _grads(base, parameters, [batch]), strict=True))
 

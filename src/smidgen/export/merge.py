@@ -76,6 +76,7 @@ def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, repor
         shards = _write_shards(base, folder, dtype, total, report)
         _write_index(folder, shards)
         config = base.model.config.to_dict()
+        config.pop("quantization_config", None)
         config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
         if isinstance(base.head, LoraLinear):
             config["tie_word_embeddings"] = False

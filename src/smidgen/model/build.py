@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
-from smidgen.events import Note, Progress, Report, silent
+from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.weights import Weights
 from smidgen.quant.linear import FrozenLinear
@@ -107,12 +107,7 @@ def build_base(
 
 def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
     content = dict(checkpoint.config)
-    if content.get("quantization_config"):
-        method = content["quantization_config"].get("quant_method", "an unnamed method")
-        raise ModelError(
-            f"{checkpoint.path} is quantised already ({method}), which cannot be trained on in place yet",
-            cure="take the 16-bit model it was made from; smidgen quantises it while loading",
-        )
+    content.pop("quantization_config", None)  # the blocks are read by ourselves
     model_type = str(content.get("model_type"))
     if trust_remote_code and content.get("auto_map"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
@@ -208,8 +203,10 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _frozen_linear(layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype) -> FrozenLinear:
     transposed = isinstance(layer, Conv1D)
-    weight = weights.read(f"{name}.weight")
-    matrix = quantise(weight.t() if transposed else weight, storage)
+    matrix = None if transposed else weights.packed(f"{name}.weight")
+    if matrix is None:
+        weight = weights.read(f"{name}.weight")
+        matrix = quantise(weight.t() if transposed else weight, storage)
     bias = None if layer.bias is None else weights.read(f"{name}.bias").to(dtype)
     return FrozenLinear(matrix, bias, transposed=transposed)  # type: ignore[arg-type]
 
@@ -285,9 +282,3 @@ def _check_head(base: Base) -> None:
             f"{type(base.model).__name__} computes its logits in a way that is not known here",
             cure="report the model's name, it takes one line to add",
         )
-
-
-def note_of(base: Base) -> Note:
-    """What was built, in one sentence."""
-    kept = {module.weight.storage for module in base.linears.values()}
-    return Note(f"base: {type(base.model).__name__}, {' + '.join(sorted(kept))}")

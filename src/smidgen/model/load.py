@@ -11,6 +11,7 @@ from smidgen.errors import ModelError
 from smidgen.events import Note, Report, silent
 from smidgen.model.build import Base, build_base
 from smidgen.model.device import choose_compute_dtype, choose_device
+from smidgen.model.prequantised import stored_storage
 from smidgen.model.tokenizer import load_tokenizer
 
 __all__ = ["Source", "choose_storage", "load_base", "open_source"]
@@ -42,11 +43,21 @@ def open_source(spec: str, report: Report = silent, *, tokenizer_from: Path | No
 
 
 def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
-    """(how the base will be stored, the sentence that says why). Raises ModelError where `keep` has nothing to keep."""
+    """(how the base will be stored, the sentence that says why).
+
+    Raises ModelError where `keep` has nothing to keep, or where a base that is quantised is to be quantised anew.
+    """
+    stored = stored_storage(checkpoint.config)
+    if stored and quantize in ("auto", "keep", stored):
+        return stored, f"quantize {quantize}: the base's own {stored} blocks are used as they are"
+    if stored:
+        raise ModelError(
+            f"{checkpoint.path} is stored as {stored} already", expected=f"--quantize auto or {stored}", found=quantize
+        )
     if quantize == "keep":
         raise ModelError(
-            f"{checkpoint.path}: its blocks cannot be trained on in place yet",
-            cure="use --quantize auto, which decodes them and stores nf4-dq",
+            f"{checkpoint.path}: there are no blocks to keep that can be trained on in place",
+            cure="use --quantize auto, which stores nf4-dq",
         )
     if quantize == "auto":
         return DEFAULT_STORAGE, f"quantize auto: {DEFAULT_STORAGE} (4-bit NormalFloat, double quantisation)"

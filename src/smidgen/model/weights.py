@@ -18,6 +18,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
+from smidgen.model.prequantised import is_companion, stored_matrix
+from smidgen.quant.matrix import FrozenMatrix
 
 __all__ = ["Weights"]
 
@@ -59,6 +61,8 @@ class Weights:
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         recipes: dict[str, _Recipe] = {}
         for source in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            if is_companion(source):
+                continue
             name, pattern = rename_source_key(source, renamings, converters, prefix, expected)  # type: ignore[arg-type]
             if pattern is None and source in expected:
                 name = source
@@ -99,6 +103,11 @@ class Weights:
     def sources(self, name: str) -> list[str]:
         """The checkpoint's tensors that make up this parameter."""
         return self._recipes[name].names()
+
+    def packed(self, name: str) -> FrozenMatrix | None:
+        """The parameter as the checkpoint has packed it already; None if it is stored as numbers."""
+        out_features, in_features = self.shapes[name]
+        return stored_matrix(self.checkpoint, self.sources(name)[0], (out_features, in_features))
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter in its stored type: a view of the mapped file where no conversion is needed."""

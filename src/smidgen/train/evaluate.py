@@ -108,11 +108,9 @@ def _is_json(text: str) -> bool:
 
 
 def rouge_l(answers: Sequence[Answer]) -> float:
-    """Mean ROUGE-L F1 (Lin 2004) by the package rouge-score, with its stemmer. Raises DataError where it is missing."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise DataError("ROUGE-L needs the package rouge-score", cure="pip install 'smidgen[eval]'") from None
+    """Mean ROUGE-L F1 (Lin 2004) by rouge-score with its stemmer. Raises ImportError where that is missing."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return sum(scorer.score(a.expected, a.answer)["rougeL"].fmeasure for a in answers) / max(1, len(answers))
 

@@ -196,7 +196,7 @@ def _choose_recompute(base: Base, settings: Settings, longest: int, report: Repo
         recompute = True
         report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
     if recompute:
-        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _train(

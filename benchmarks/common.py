@@ -1,0 +1,30 @@
+"""What every benchmark writes beside its figures: where, when and with what they were measured."""
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SMIDGEN = [sys.executable, "-m", "smidgen"]
+
+
+def run_json(words: list[str], cwd: Path) -> dict[str, Any]:
+    """Run a smidgen command with --json in its own process (its peak memory is its own) and return the object."""
+    done = subprocess.run([*SMIDGEN, *words, "--json"], cwd=cwd, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_result(name: str, figures: dict[str, Any], cwd: Path) -> None:
+    """benchmarks/results/NAME.json with machine, versions and commit."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    doctor = run_json(["doctor"], cwd)
+    machine = {key: doctor[key] for key in ("processor", "threads", "python", "versions", "gflops")}
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    content = {"measured": when, "commit": commit.stdout.strip(), "machine": machine, **figures}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))

@@ -1,0 +1,109 @@
+"""Bases that bitsandbytes has packed already: their blocks are used as they lie in the file.
+
+A 4-bit layer has X.weight (uint8 [N K / 2, 1]), X.weight.absmax and, for nested scales, X.weight.nested_absmax; the
+JSON in X.weight.quant_state.bitsandbytes__nf4 (or __fp4) says blocksize, shape and offset. An 8-bit layer has X.weight
+(int8 [N, K]) and X.SCB (float32 [N]). Everything is checked before the first product: lengths, tables, scales.
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from smidgen.checkpoint.base import Checkpoint
+from smidgen.errors import ModelError
+from smidgen.quant.codebooks import dynamic_map, four_bit_code
+from smidgen.quant.fourbit import NESTED_BLOCKSIZE, NestedScales
+from smidgen.quant.matrix import FourBitMatrix, FrozenMatrix, Int8Matrix
+
+__all__ = ["is_companion", "stored_matrix", "stored_storage"]
+
+_COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+
+
+def stored_storage(config: dict[str, Any]) -> str | None:
+    """How a base is stored by its config.json: 'nf4-dq', ..., 'int8'; None if it is not quantised.
+
+    Raises ModelError for a quantisation that cannot be trained on in place.
+    """
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return None
+    if (
+        quantised.get("quant_method") == "bitsandbytes"
+        or quantised.get("load_in_4bit")
+        or quantised.get("load_in_8bit")
+    ):
+        if quantised.get("load_in_4bit"):
+            kind = str(quantised.get("bnb_4bit_quant_type", "fp4"))
+            return kind + ("-dq" if quantised.get("bnb_4bit_use_double_quant") else "")
+        return "int8"
+    raise ModelError(
+        f"the base is quantised already ({quantised.get('quant_method', 'an unnamed method')}),"
+        " in a form that cannot be trained on in place yet",
+        cure="take the 16-bit model it was made from; smidgen quantises it while loading",
+    )
+
+
+def is_companion(name: str) -> bool:
+    """Is the tensor a part of a packed weight rather than a parameter?"""
+    return name.endswith(_COMPANIONS) or ".quant_state.bitsandbytes__" in name
+
+
+def stored_matrix(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> FrozenMatrix | None:
+    """The packed weight `name` (X.weight) of a linear layer [N, K]; None if it is stored as numbers.
+
+    Raises ModelError where the parts do not fit together.
+    """
+    tensors = checkpoint.tensors
+    scale_name = name.removesuffix("weight") + "SCB"
+    if scale_name in tensors:
+        codes, scale = checkpoint.read(name), checkpoint.read(scale_name)
+        _check(checkpoint, name, codes.dtype == torch.int8 and tuple(codes.shape) == shape, f"int8 {list(shape)}")
+        _check(checkpoint, scale_name, tuple(scale.shape) == shape[:1], f"one scale for each of {shape[0]} rows")
+        _check(checkpoint, scale_name, bool(scale.isfinite().all()), "finite scales")
+        return Int8Matrix(codes, scale.float())
+    states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+    state_name = next((state for state in states if state in tensors), None)
+    return None if state_name is None else _four_bit(checkpoint, name, state_name, shape)
+
+
+def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[int, int]) -> FourBitMatrix:
+    try:
+        state = json.loads(bytes(checkpoint.read(state_name).tolist()).decode())
+        quant_type, blocksize = str(state["quant_type"]), int(state["blocksize"])
+        stated_shape, offset = tuple(state["shape"]), float(state.get("nested_offset", 0.0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{checkpoint.path}: {state_name} cannot be read ({error})") from error
+    _check(checkpoint, state_name, stated_shape == shape, f"shape {list(shape)} by config.json")
+    _check(checkpoint, state_name, blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096), "a known blocksize")
+    _check(checkpoint, state_name, quant_type in ("nf4", "fp4"), "nf4 or fp4")
+    count = math.prod(shape)
+    blocks = math.ceil(count / blocksize)
+    packed = checkpoint.read(name).view(-1).view(torch.uint8)
+    _check(checkpoint, name, packed.numel() == (count + 1) // 2, f"{(count + 1) // 2} bytes")
+    table = checkpoint.read(f"{name}.quant_map")
+    _check(
+        checkpoint,
+        f"{name}.quant_map",
+        torch.equal(table.float(), four_bit_code(quant_type)),
+        f"the {quant_type} table",
+    )
+    absmax = checkpoint.read(f"{name}.absmax")
+    _check(checkpoint, f"{name}.absmax", absmax.numel() == blocks, f"{blocks} scales")
+    if f"{name}.nested_absmax" not in checkpoint.tensors:
+        _check(checkpoint, f"{name}.absmax", bool(absmax.isfinite().all()), "finite scales")
+        return FourBitMatrix(shape, packed, absmax.float().view(-1), quant_type, blocksize)
+    nested, nested_table = checkpoint.read(f"{name}.nested_absmax"), checkpoint.read(f"{name}.nested_quant_map")
+    groups = math.ceil(blocks / NESTED_BLOCKSIZE)
+    _check(checkpoint, f"{name}.nested_absmax", nested.numel() == groups, f"{groups} scales")
+    _check(checkpoint, f"{name}.nested_absmax", bool(nested.isfinite().all()), "finite scales")
+    _check(checkpoint, f"{name}.nested_quant_map", torch.equal(nested_table, dynamic_map()), "the dynamic map")
+    scales = NestedScales(absmax.view(-1), nested.float().view(-1), torch.tensor(offset))
+    return FourBitMatrix(shape, packed, scales, quant_type, blocksize)
+
+
+def _check(checkpoint: Checkpoint, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ModelError(f"{checkpoint.path}: tensor {name} does not fit", expected=expected, cure="download it again")
