@@ -29,6 +29,7 @@ class BuiltinModel:
     nbytes: int
     sha256: str
     licence: str
+    hub_id: str  # where the same model lies on the hub, for the adapters that are trained on it
 
     @property
     def file_name(self) -> str:
@@ -42,6 +43,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
         nbytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

@@ -31,12 +31,9 @@ VERBS = {
     "download": "Fetch a model into the cache.",
     "doctor": "What this machine can do.",
 }
-# Read by libraries when they are loaded. Without the first, threads that wait burn the time that another program's
-# threads need: two programs on two cores then run at a tenth of their speed, not at half. Without the second, oneDNN
-# keeps a compiled product for each of 1,024 shapes, and rows of many lengths let the memory of bfloat16 runs grow.
-# Other libraries' progress bars and advice would break ours.
+# Read by libraries when they are loaded. oneDNN keeps a compiled product for each of 1,024 shapes: rows of many lengths
+# would let the memory of bfloat16 runs grow by a gigabyte. The others keep progress bars and advice out of our output.
 _ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
 from smidgen.events import Report, Saved
 from smidgen.export.adapter import save_adapter
@@ -47,6 +48,11 @@ class Record:
     data_sha256: str
     versions: dict[str, str]
     threads: int
+
+    @property
+    def peft_base(self) -> str:
+        """What an adapter's base_model_name_or_path says: a name that other tools find the base by."""
+        return BUILTIN_MODELS[self.model].hub_id if self.model in BUILTIN_MODELS else self.model
 
     @staticmethod
     def versions_now() -> dict[str, str]:
@@ -121,7 +127,7 @@ class RunFolder:
         if folder.exists():
             return folder
         with new_folder(folder) as staging:
-            save_adapter(staging, base, adapters, self.record.model)
+            save_adapter(staging, base, adapters, self.record.peft_base)
             save_state(staging, cursor, adapters, optimizer)
             tokenizer.save_pretrained(staging)
             (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
@@ -139,7 +145,7 @@ class RunFolder:
         """The adapter into RUN itself, then summary.json and answers.jsonl."""
         staging = self.path / ".result"
         with new_folder(staging) as folder:
-            save_adapter(folder, base, adapters, self.record.model)
+            save_adapter(folder, base, adapters, self.record.peft_base)
             if answers:
                 lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
                 (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
