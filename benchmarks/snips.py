@@ -25,8 +25,5 @@ with tempfile.TemporaryDirectory() as name:
         (folder / "snips" / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     test = (SOURCE / "snips_test.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "snips" / "test.jsonl").write_text("\n".join(test[:: len(test) // 100][:100]) + "\n", encoding="utf-8")
-    words = ["finetune", "smollm2-135m", "snips", "--compare", "100", *SETTINGS]
-    figures = {
-        dtype: run_json([*words, "--compute-dtype", dtype, "--out", dtype], folder) for dtype in ("float32", "auto")
-    }
-    write_result("snips", {"command": "smidgen " + " ".join(words), "by_compute_dtype": figures}, folder)
+    words = ["finetune", "smollm2-135m", "snips", "--out", "run", "--compare", "100", *SETTINGS]
+    write_result("snips", {"command": "smidgen " + " ".join(words), "summary": run_json(words, folder)}, folder)

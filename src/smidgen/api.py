@@ -23,15 +23,16 @@ from smidgen.checkpoint.hub import download as _download
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
 from smidgen.data.report import DataReport, build_report
-from smidgen.errors import DataError, RunError
+from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
 from smidgen.export.merge import save_merged
 from smidgen.model.build import Base
+from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
-from smidgen.train.config import Settings
-from smidgen.train.evaluate import answer_rows, held_out_loss, rouge_l, text_perplexity
+from smidgen.train.config import settings_from
+from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.run import Record, read_record
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 Prompt = str | Sequence[dict[str, Any]]
+_MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TEXT_SUFFIXES = (".txt", ".raw", ".md")
 
 
@@ -63,7 +65,7 @@ def finetune(model: str, data: str, out: str | Path, *, report: Report = silent,
     Raises SmidgenError, before anything is written, for settings, data or models that cannot work. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt; `resume` goes on from there.
     """
-    return run_finetune(str(model), str(data), Path(out), Settings(**settings), report)
+    return run_finetune(str(model), str(data), Path(out), settings_from(settings), report)
 
 
 def resume(run: str | Path, *, report: Report = silent) -> Run:
@@ -161,6 +163,8 @@ def load(
 
     Raises RunError where the base is not the one that the adapter was trained on.
     """
+    wanted = settings_from({"quantize": quantize, "compute_dtype": compute_dtype, "device": device})
+    quantize, compute_dtype = wanted.quantize, wanted.compute_dtype
     folder = _adapter_folder(Path(model), report)
     spec, record = _base_of(folder) if folder else (str(model), None)
     has_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
@@ -172,6 +176,8 @@ def load(
         )
     if record and quantize == "auto":
         quantize = record.storage
+    if record and compute_dtype == "auto" and choose_device(device).type == "cpu":
+        compute_dtype = record.compute_dtype  # what the adapter was trained with: no other rounding, nothing to measure
     base = load_base(
         source,
         quantize=quantize,
@@ -232,6 +238,8 @@ def evaluate(
     if protocol is None and Path(data).suffix in _TEXT_SUFFIXES:
         protocol = "gptq"
         report(Note(f"{data} is plain text: perplexity by protocol gptq (windows of 2048, every token)"))
+    if protocol and protocol not in PROTOCOLS:
+        raise SettingsError([f"protocol: expected one of {', '.join(PROTOCOLS)}, found {protocol!r}"])
     if protocol:
         text = _read_text(Path(data))
         loaded = load(model, report=report, **loading)
@@ -246,6 +254,7 @@ def evaluate(
     parts = read_data(str(data), hold_out=False, report=report)
     rows = (parts.test or parts.validation or parts.train)[:limit]
     loaded = load(model, report=report, **loading)
+    seq_len = min(seq_len, loaded.base.max_positions)
     renderer = Renderer(loaded.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
     held_out = held_out_loss(loaded.base, renderer.render_all(rows), batch_size, report)
     scores = {
@@ -296,21 +305,21 @@ def merge(
     from smidgen.export.compare import compare_models
     from smidgen.export.files import folder_bytes
 
+    if dtype not in _MERGE_DTYPES:
+        raise SettingsError([f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}"])
     out = Path(out)
     folder = _adapter_folder(Path(run), report)
     if folder is None:
         raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
-    trained = load(run, compute_dtype="float32", report=report)
+    trained = load(run, compute_dtype="float32")
     target = trained
     if base is not None:
         source = open_source(base, report, tokenizer_from=folder)
-        target = LoadedModel(
-            load_base(source, quantize="none", compute_dtype="float32", report=report), source.tokenizer, report
-        )
+        target = LoadedModel(load_base(source, quantize="none", compute_dtype="float32"), source.tokenizer, report)
         load_adapter(target.base, folder)
     chosen = _merge_dtype(target.base) if dtype == "auto" else getattr(torch, dtype)
     save_merged(target.base, out, chosen, trained.tokenizer, report)
-    merged = load(out, quantize="none", compute_dtype="float32", report=report)
+    merged = load(out, quantize="none", compute_dtype="float32")
     return {
         "out": str(out),
         "dtype": str(chosen).removeprefix("torch."),
@@ -335,7 +344,6 @@ def _processor_name() -> str:
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, device, threads, the measured compute type, and a check of packed operations on every back end here."""
-    from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
     from smidgen.quant.selfcheck import check_backends
 
     device = choose_device("auto")

@@ -23,7 +23,8 @@ _MEMBER = "pack/tiny.gguf"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
     raw = gguf_bytes()
-    model = BuiltinModel("tiny-wheel==1.0", _MEMBER, len(raw), hashlib.sha256(raw).hexdigest(), "Apache-2.0", "owner/tiny")
+    digest = hashlib.sha256(raw).hexdigest()
+    model = BuiltinModel("tiny-wheel==1.0", _MEMBER, len(raw), digest, "Apache-2.0", "owner/tiny")
     monkeypatch.setitem(hub.BUILTIN_MODELS, "tiny", model)
     return tmp_path / "cache" / "models"
 

@@ -22,7 +22,7 @@ from smidgen.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of"]
+__all__ = ["DTYPES", "PICKLES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of"]
 
 # Stored type -> (torch's name, bytes of one element). The names are those of the safetensors format.
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -45,6 +45,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "C64": ("complex64", 8),
 }
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FINGERPRINT_BYTES = 4096  # of each end of a tensor
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from smidgen.errors import ModelError
 from smidgen.events import Report, silent
 
-from .base import Checkpoint
+from .base import PICKLES, Checkpoint
 
 __all__ = ["open_checkpoint"]
 
@@ -19,6 +19,11 @@ def open_checkpoint(path: Path, report: Report = silent) -> Checkpoint:
     if not path.exists():
         raise ModelError(f"{path} does not exist", expected="a model folder or a .gguf file")
     if path.suffix != ".gguf":
+        if path.suffix in PICKLES:
+            raise ModelError(
+                f"{path} is a pickle, which can run any program when it is opened: it is never opened",
+                cure="take the .safetensors files of the model, or convert it where you trust it",
+            )
         cure = f"give the folder that it lies in: {path.parent}" if path.suffix == ".safetensors" else ""
         raise ModelError(f"{path} is no model", expected="a folder or a .gguf file", cure=cure)
     from .gguf import GgufCheckpoint

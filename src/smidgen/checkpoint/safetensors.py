@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from smidgen.errors import ModelError
 from smidgen.events import Report, Warned, silent
 
-from .base import DTYPES, MappedFile, TensorInfo, fingerprint_of
+from .base import DTYPES, PICKLES, MappedFile, TensorInfo, fingerprint_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ __all__ = ["SafetensorsCheckpoint", "read_config", "read_safetensors_header"]
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 100_000_000  # config and index
 _MAX_DIMENSIONS = 16
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What the same weights may differ in without computing anything else: not part of a fingerprint.
 _IDLE_KEYS = frozenset(
@@ -152,7 +151,7 @@ def _single_file(folder: Path) -> str:
     if files:
         cure = "add model.safetensors.index.json, which says what is where"
         raise ModelError(f"{folder} holds {len(files)} .safetensors files and no index", found=files[0], cure=cure)
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ModelError(
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read",

@@ -68,3 +68,5 @@ def resumable(console: Console, run_folder: Path) -> None:
         console.warn(f"Stopped. Go on with: {command('finetune', '--resume', run_folder)}")
     else:
         console.warn("Stopped before the first checkpoint.")
+        if (run_folder / "settings.yaml").exists():
+            console.warn(f"Start anew with: {command('finetune', '--resume', run_folder)}")

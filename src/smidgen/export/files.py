@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from smidgen.errors import RunError
 
 __all__ = ["folder_bytes", "new_folder", "replace_file", "write_json"]
@@ -24,8 +26,10 @@ __all__ = ["folder_bytes", "new_folder", "replace_file", "write_json"]
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a staging folder; when the block ends without an error it becomes `path`.
 
-    Raises RunError when `path` exists already or the disk is full; the staging folder is removed on any error.
+    Raises RunError when `path` holds something already or the disk is full; the staging folder is removed on any error.
     """
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
     if path.exists():
         raise RunError(f"{path} exists already", cure="choose another folder, or remove this one first")
     staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
@@ -75,10 +79,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full_disk(path) from error
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+    except SafetensorError as error:
+        if "No space left" in str(error):
             raise _full_disk(path) from error
-        raise
+        raise RunError(f"{path} cannot be written: {error}") from error
 
 
 def _full_disk(path: Path) -> RunError:

@@ -57,6 +57,12 @@ class Base:
         return self.backbone(input_ids=input_ids, use_cache=False)[0]
 
     @property
+    def max_positions(self) -> int:
+        """The longest sequence, in tokens, that the model was made for; a learned position table ends there."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+    @property
     def head(self) -> Any:
         """The output head: a FrozenLinear, or a LoraLinear over it."""
         return self.model.get_output_embeddings()

@@ -66,7 +66,7 @@ def measure_gflops(dtype: torch.dtype, device: torch.device, budget_s: float = 0
 def choose_compute_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(type, the sentence that says why). 'auto': float32, or bfloat16 where this machine is much faster at it."""
     if wanted != "auto":
-        return _DTYPES[wanted], f"compute type {wanted}, as asked"
+        return _DTYPES[wanted], f"compute type {wanted}"
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         return (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from smidgen.errors import SettingsError
+from smidgen.errors import DataError, SettingsError
 from smidgen.model.build import Base
 
 __all__ = ["Sampling", "generate_batch", "stream_text", "stream_tokens"]
@@ -60,6 +60,15 @@ def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
+def _room(base: Base, prompt_tokens: int, sampling: Sampling) -> int:
+    """How many tokens may follow the prompt. Raises DataError for a prompt that leaves no position free."""
+    if prompt_tokens >= base.max_positions:
+        raise DataError(
+            f"the prompt has {prompt_tokens} tokens", expected=f"fewer than the model's {base.max_positions} positions"
+        )
+    return min(sampling.max_new_tokens, base.max_positions - prompt_tokens + 1)
+
+
 @torch.inference_mode()
 def stream_tokens(
     base: Base, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
@@ -68,7 +77,7 @@ def stream_tokens(
     choose, stops = sampling.chooser(), set(stop_ids)
     cache = DynamicCache(config=base.model.config)
     step = torch.tensor([list(prompt)], device=base.device)
-    for _ in range(sampling.max_new_tokens):
+    for _ in range(_room(base, len(prompt), sampling)):
         hidden = base.backbone(input_ids=step, past_key_values=cache, use_cache=True)[0]
         step = choose(base.logits_of(hidden[:, -1])[:, :vocab_size])[:, None]
         token = int(step)
@@ -107,7 +116,7 @@ def generate_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # row of the batch -> index of the prompt
     running = [True] * len(active)
-    for _ in range(sampling.max_new_tokens):
+    for _ in range(_room(base, longest, sampling)):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step.shape[1] :]
         hidden = base.backbone(
             input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True

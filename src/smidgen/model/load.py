@@ -28,6 +28,12 @@ class Source:
     tokenizer: Any
 
     @property
+    def max_positions(self) -> int:
+        """The longest sequence, in tokens, by config.json."""
+        config = self.checkpoint.config
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         config = self.checkpoint.config
@@ -61,7 +67,7 @@ def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
         )
     if quantize == "auto":
         return DEFAULT_STORAGE, f"quantize auto: {DEFAULT_STORAGE} (4-bit NormalFloat, double quantisation)"
-    return quantize, f"quantize {quantize}, as asked"
+    return quantize, f"base stored as {quantize}"
 
 
 def load_base(

@@ -4,6 +4,7 @@ The command line's flags, the keys of `--config FILE.yaml`, the keyword argument
 `RUN/settings.yaml` are all these fields. A test freezes the list, and each field has a test that it changes something.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -11,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from smidgen.errors import SettingsError
 from smidgen.units import parse_duration
 
-__all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "normalise_quantize"]
+__all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
 
 QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "none")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,7 +45,7 @@ def _setting(default: Any, group: str, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. Units: learning rates per step, `max_time` in seconds or as '90s', '15m', '1h30m'."""
+    """The settings of a run. `max_time` is written as '90s', '15m' or '1h30m'."""
 
     quantize: str = _setting(
         "auto",
@@ -115,9 +116,13 @@ class Settings:
             raise SettingsError(problems)
 
 
-def normalise_quantize(name: str) -> str:
-    """LitGPT's 'bnb.nf4-dq' -> 'nf4-dq'; others unchanged."""
-    return _LITGPT_QUANTIZE.get(name, name)
+def settings_from(given: dict[str, Any]) -> Settings:
+    """Settings from keyword arguments, LitGPT's spellings understood. Raises SettingsError, for unknown names too."""
+    unknown = sorted(given.keys() - {f.name for f in fields(Settings)})
+    if unknown:
+        raise SettingsError([f"{name}: there is no such setting" for name in unknown])
+    aliases = {f.name: f.metadata["aliases"] for f in fields(Settings) if "aliases" in f.metadata}
+    return Settings(**{name: aliases.get(name, {}).get(value, value) for name, value in given.items()})
 
 
 def _wrong_types(settings: Settings) -> list[str]:
@@ -146,6 +151,7 @@ def _wrong_values(s: Settings) -> list[str]:
         if not ok:
             problems.append(f"{name}: expected {expected}, found {getattr(s, name)!r}")
 
+    need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device)), "device", "auto, cpu, cuda, cuda:N or mps")
     need(s.rank >= 1, "rank", "1 or more")
     need(s.alpha > 0, "alpha", "more than 0")
     need(0 <= s.dropout < 1, "dropout", "0 or more and less than 1")

@@ -19,6 +19,7 @@ from smidgen.train.loss import batch_loss, chunked_cross_entropy
 
 __all__ = ["PROTOCOLS", "HeldOut", "answer_rows", "held_out_loss", "rouge_l", "text_perplexity"]
 
+_CACHE_TOKENS = 1 << 14  # keys and values of all rows of a batch of answers
 PROTOCOLS = {"gptq": (2048, 0), "llama.cpp": (512, 256)}  # window, first position that counts
 
 
@@ -74,6 +75,8 @@ def answer_rows(
         max_new_tokens = max(lengths, default=0) + 8
     sampling = Sampling(max_new_tokens=max_new_tokens)
     prompts = [renderer.prompt_ids(row) for row in rows]
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    batch_size = max(1, min(batch_size, _CACHE_TOKENS // (longest + max_new_tokens)))
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     answers = [""] * len(rows)
     for start in range(0, len(order), batch_size):
@@ -126,6 +129,12 @@ def text_perplexity(
     Raises DataError where the text is shorter than one window.
     """
     window, first = PROTOCOLS[protocol]
+    if window > base.max_positions:
+        raise DataError(
+            f"protocol {protocol} takes windows of {window} tokens",
+            expected=f"at most the model's {base.max_positions} positions",
+            cure="use --protocol llama.cpp, whose windows have 512 tokens" if window > 512 else "",
+        )
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) < window:
         raise DataError(f"the text has {len(ids)} tokens", expected=f"at least one window of {window} ({protocol})")

@@ -27,7 +27,7 @@ from smidgen.plan.estimate import estimate_activation_bytes
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
-from smidgen.train.run import Record, RunFolder
+from smidgen.train.run import Record, RunFolder, read_record
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
 from smidgen.units import format_bytes, format_count
 
@@ -60,13 +60,15 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        cure = f"choose another folder, or go on with it: smidgen finetune --resume {out}"
+        cure = "choose another folder"
+        if read_record(out):
+            cure += f", or go on with it: smidgen finetune --resume {out}"
         raise RunError(f"{out} holds something already", expected="a new or empty folder", cure=cure)
     prepared = _prepare(open_source(model, report), data, settings, report)
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
-        base_format=prepared.source.checkpoint.format,
+        checkpoint_format=prepared.source.checkpoint.format,
         base_fingerprint=prepared.source.checkpoint.fingerprint(),
         storage=prepared.base.storage,
         compute_dtype=str(prepared.base.compute_dtype).removeprefix("torch."),
@@ -114,9 +116,10 @@ def _prepare(
 ) -> _Prepared:
     """Cheap checks first: data and gate come before the weights are read."""
     rows = read_data(data, report=report)
-    renderer = Renderer(
-        source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=settings.seq_len, report=report
-    )
+    seq_len = min(settings.seq_len, source.max_positions)
+    if seq_len < settings.seq_len:
+        report(Note(f"seq_len {seq_len}: the model has no more positions"))
+    renderer = Renderer(source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=seq_len, report=report)
     examples = _labelled(renderer.render_all(rows.train), report)
     held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
     check_examples([*examples, *held_out], source.tokenizer, source.vocab_size, renderer.end_ids, layout=rows.layout)

@@ -12,7 +12,7 @@ It is made before the first step and never overwritten.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
 from smidgen.events import Report, Saved
 from smidgen.export.adapter import save_adapter
-from smidgen.export.files import new_folder, write_json
+from smidgen.export.files import new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
@@ -41,7 +41,7 @@ class Record:
 
     model: str
     model_path: str
-    base_format: str
+    checkpoint_format: str
     base_fingerprint: str
     storage: str
     compute_dtype: str
@@ -90,8 +90,6 @@ class RunFolder:
         cls, path: Path, settings: Settings, model: str, data: str, record: Record, tokenizer: Any
     ) -> "RunFolder":
         """Make the folder with settings, record and tokenizer. Raises RunError if there is anything at `path`."""
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
         with new_folder(path) as staging:
             content = {"model": model, "data": data, **asdict(settings)}
             (staging / "settings.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -107,11 +105,14 @@ class RunFolder:
         try:
             content = yaml.safe_load((path / "settings.yaml").read_text(encoding="utf-8"))
             model, data = content.pop("model"), content.pop("data")
-        except (OSError, yaml.YAMLError, AttributeError, KeyError):
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError):
             record = None
         if record is None:
             cure = "give the folder that finetune --out wrote"
             raise RunError(f"{path} is no run folder", expected=f"settings.yaml and {RECORD} in it", cure=cure)
+        unknown = sorted(content.keys() - {field.name for field in fields(Settings)})
+        if unknown:
+            raise RunError(f"{path}/settings.yaml: unknown settings {', '.join(unknown)}", cure="take them out")
         return cls(path, record), Settings(**content), model, data
 
     def save_checkpoint(
@@ -165,11 +166,12 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl; a last line that a crash cut off is passed over."""
         try:
-            return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def logged_at(self, step: int) -> dict[str, Any]:
         """Everything that was logged at a step, in one dictionary."""
@@ -182,4 +184,4 @@ class RunFolder:
     def rewind_log(self, step: int) -> None:
         """Drop what was logged after `step`: those steps will be done again."""
         kept = [line for line in self.logged() if line["step"] <= step]
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        replace_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
