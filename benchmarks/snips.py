@@ -1,7 +1,6 @@
-"""SNIPS, the first 300 rows, one epoch: held-out loss, exact match, speed and memory. About eight minutes on two cores.
+"""SNIPS, the first 300 rows, one epoch: held-out loss, exact match, speed and memory. About six minutes on two cores.
 
 Data: $SMIDGEN_TEST_DATA/sft/snips_{train,valid,test}.jsonl, chat rows made from sonos/nlu-benchmark (CC0-1.0).
-Data: $SMIDGEN_TEST_DATA/sft/snips_{train,valid,test}.jsonl, chat rows from sonos/nlu-benchmark (CC0-1.0).
 """
 
 import os

@@ -287,3 +287,71 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(model: Path, ro
         assert not [name for name in left if name.startswith(".tmp") or name.startswith("step-")]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_position_table_is_never_left(tmp_path: Path) -> None:
+    """GPT-2's positions are learned: the row after the last one does not exist."""
+    model = tiny_folder(tmp_path / "gpt2", "gpt2")  # 256 positions
+    long = {"messages": [{"role": "user", "content": "a" * 200}, {"role": "assistant", "content": "b" * 30}]}
+    longer = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 400}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in [long] * 6 + [longer]) + "\n")
+    notes: list[str] = []
+    run = smidgen.finetune(
+        str(model), str(rows), tmp_path / "run", report=lambda event: notes.append(getattr(event, "text", "")), **QUICK
+    )
+    assert any("seq_len 256: the model has no more positions" in note for note in notes)
+    loaded = smidgen.load(run.path)
+    assert loaded.generate("hello", max_new_tokens=400).new_tokens <= 256
+    with pytest.raises(DataError, match="fewer than the model's 256 positions"):
+        loaded.generate("a" * 300)
+    (tmp_path / "text.txt").write_text("words " * 500)
+    with pytest.raises(DataError, match="at most the model's 256 positions"):
+        smidgen.evaluate(run.path, str(tmp_path / "text.txt"), protocol="llama.cpp")
+
+
+def test_a_log_torn_by_a_crash_does_not_stop_a_resume(model: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(2), **QUICK)
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert smidgen.resume(tmp_path / "run").summary["loss_after"] is not None
+
+
+def test_settings_of_another_version_are_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(2), **QUICK)
+    with open(tmp_path / "run" / "settings.yaml", "a", encoding="utf-8") as file:
+        file.write("tomorrow: 1\n")
+    with pytest.raises(RunError, match="unknown settings tomorrow"):
+        smidgen.resume(tmp_path / "run")
+
+
+def test_python_understands_the_same_spellings_and_errors_as_the_command_line(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", quantize="bnb.nf4", max_steps=1, rank=2)
+    assert run.summary["base_format"] == "nf4"
+    for call in (
+        lambda: smidgen.finetune(str(model), str(rows), tmp_path / "x", foo=1),
+        lambda: smidgen.load(model, quantize="foo"),
+        lambda: smidgen.load(model, compute_dtype="foo"),
+        lambda: smidgen.load(model, device="gpu"),
+        lambda: smidgen.merge(run.path, tmp_path / "m", dtype="foo"),
+        lambda: smidgen.evaluate(model, "a.txt", protocol="zz"),
+    ):
+        with pytest.raises(SettingsError):
+            call()
+
+
+def test_a_run_is_loaded_in_the_types_it_was_trained_in(model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = QUICK | {"compute_dtype": "bfloat16", "quantize": "int8", "max_steps": 2}
+    loaded = smidgen.load(smidgen.finetune(str(model), str(rows), tmp_path / "run", **settings).path)
+    assert (loaded.base.compute_dtype, loaded.base.storage) == (torch.bfloat16, "int8")
+
+
+def test_an_empty_folder_may_be_the_place_of_a_run_and_of_a_merge(model: Path, rows: Path, tmp_path: Path) -> None:
+    for name in ("run", "merged"):
+        (tmp_path / name).mkdir()
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=2, **QUICK)
+    assert smidgen.merge(run.path, tmp_path / "merged")["bytes"] > 0

@@ -85,11 +85,11 @@ def comparison(before: Answers | None, after: Answers, *, limit: int = 4) -> Tab
             table.add_row()
         was = earlier.get((row.prompt, row.expected))
         table.add_row("asked", "", Text(_short(row.prompt, 160), "bold"))
-        if not _right(row):  # else it is the line "after"
+        if not _right(row):  # else it is the line of the answer
             table.add_row("expected", "", _short(row.expected, 240))
         if was is not None:
             table.add_row("before", _mark(was), _short(was.answer, 240))
-        table.add_row("after", _mark(row), _short(row.answer, 240))
+        table.add_row("after" if before else "answer", _mark(row), _short(row.answer, 240))
     return table
 
 

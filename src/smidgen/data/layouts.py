@@ -134,6 +134,8 @@ def _from_prompt(answer: str) -> Callable[[Columns, str], list[Message]]:
         if isinstance(record["prompt"], list):
             return _turns(record["prompt"], "prompt", where) + _turns(record[answer], answer, where)
         prompt, completion = _text(record, "prompt", where), _text(record, answer, where)
+        if not prompt.strip():
+            raise DataError(f"{where}, column prompt: empty", expected="what the answer answers")
         return [_message("user", prompt), _message("assistant", completion)]
 
     return messages_of
