@@ -1,7 +1,16 @@
-"""Tiny models gain nothing from a second thread and lose much when tests share two cores."""
+"""What all tests share: one thread, no network, the same random numbers every time."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from a second one, and tests share two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles its plain operators anew for every shape
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    import torch
+
+    torch.manual_seed(0)

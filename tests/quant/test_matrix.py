@@ -64,7 +64,8 @@ def test_quantised_is_close_to_the_weight() -> None:
     }
     assert errors["none"] == 0
     assert errors["int8"] < 0.02 < errors["nf4"] < 0.11  # NF4 of a normal distribution: about 0.09
-    assert errors["nf4"] <= errors["nf4-dq"] < errors["fp4"] + 0.02
+    assert abs(errors["nf4-dq"] - errors["nf4"]) < 1e-3  # 8 bits for the scales cost almost nothing
+    assert errors["nf4-dq"] < errors["fp4"]
 
 
 def test_bytes_per_weight_are_those_of_the_paper() -> None:
