@@ -17,7 +17,7 @@ MODEL, DATA = "smollm2-135m", "toolcalls"
 DEMO_SETTINGS: dict[str, Any] = {
     "seq_len": 256,
     "micro_batch": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "max_steps": 60,
     "compare": 100,
 }
