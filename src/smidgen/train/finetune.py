@@ -54,6 +54,7 @@ class _Prepared:
     held_out: list[Example]
     compared: list[Row]
     data_sha256: str
+    system: str
 
 
 def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
@@ -75,6 +76,7 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         data_sha256=prepared.data_sha256,
         versions=Record.versions_now(),
         threads=torch.get_num_threads(),
+        system=prepared.system,
     )
     folder = RunFolder.create(out, settings, record.model, _absolute(data), record, prepared.source.tokenizer)
     return _train(prepared, folder, settings, None, started, report)
@@ -154,6 +156,7 @@ def _prepare(
         held_out,
         _compared(rows, settings.compare),
         _digest([*examples, *held_out]),
+        _shared_system(rows.train),
     )
 
 
@@ -166,6 +169,12 @@ def _labelled(examples: Sequence[Example], report: Report) -> list[Example]:
             Warned(f"{len(examples) - len(kept)} rows have no trained token within seq_len and are left out ({first})")
         )
     return kept or list(examples)
+
+
+def _shared_system(rows: Sequence[Row]) -> str:
+    """The system message that every row begins with, "" if there is no such one."""
+    first = {row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else "" for row in rows}
+    return first.pop() if len(first) == 1 else ""
 
 
 def _compared(rows: DataSet, count: int) -> list[Row]:

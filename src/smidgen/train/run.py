@@ -48,6 +48,7 @@ class Record:
     data_sha256: str
     versions: dict[str, str]
     threads: int
+    system: str = ""  # the system message that all training rows begin with, if they do
 
     @property
     def peft_base(self) -> str:
