@@ -354,7 +354,14 @@ def test_a_run_remembers_the_system_message_its_rows_share(model: Path, tmp_path
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     shared = [json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *turns]})] * 12
-    for name, lines, expected in (("a", shared, "Be brief."), ("b", [*shared, json.dumps({"messages": turns})], "")):
+    for name, lines, expected in (
+        ("a", shared, "Be brief."),
+        (
+            "b",
+            shared + [json.dumps({"messages": [{"role": "user", "content": f"hi {n}"}, turns[1]]}) for n in range(9)],
+            "",
+        ),
+    ):
         rows.write_text("\n".join(lines) + "\n")
         loaded = smidgen.load(smidgen.finetune(str(model), str(rows), tmp_path / name, max_steps=2, **QUICK).path)
         assert loaded.system == expected
