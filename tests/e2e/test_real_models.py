@@ -43,6 +43,7 @@ def test_stories260k_learns_a_new_character(kind: str, tales: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # a shared machine may be several times slower
 def test_smollm2_learns_tool_calls_on_the_command_line(tmp_path: Path) -> None:
     """A third of the demo: 20 steps. The full demo goes from 0 to more than 80 % in 60."""
     words = [sys.executable, "-m", "smidgen", "finetune", "smollm2-135m", "toolcalls", "--out", "run", "--json"]
