@@ -179,9 +179,11 @@ def _fill(
 ) -> None:
     """Exchange and fill every module, in the order of the model; floats live only while they are packed."""
     head = model.get_output_embeddings()
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    what = "load" if storage == "none" else f"quantise to {storage}"
     modules = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
     for done, (name, module) in enumerate(modules):
-        report(Progress(f"quantise to {storage}" if storage != "none" else "load", done, len(modules)))
+        report(Progress(what, done, len(modules)))
         if module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
@@ -192,14 +194,12 @@ def _fill(
             weights.checkpoint.release()
         else:
             _fill_module(module, name, weights, dtype, device)
-    _exchange(
-        model, Base(model, weights.checkpoint, storage, dtype, device).head_name, _frozen_head(model, weights, dtype)
-    )
+    _exchange(model, head_name, _frozen_head(model, head_name, weights, dtype))
     for buffer_name, buffer in list(model.named_buffers()):
         if buffer.device != device:
             parent, _, last = buffer_name.rpartition(".")
             model.get_submodule(parent)._buffers[last] = buffer.to(device)
-    report(Progress(f"quantise to {storage}" if storage != "none" else "load", len(modules), len(modules)))
+    report(Progress(what, len(modules), len(modules)))
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -226,10 +226,9 @@ def _packed_experts(module: nn.Module, name: str, weights: Weights, storage: str
     return PackedExperts(packed["gate_up_proj"], packed["down_proj"], module.act_fn)  # type: ignore[arg-type]
 
 
-def _frozen_head(model: PreTrainedModel, weights: Weights, dtype: torch.dtype) -> FrozenLinear:
+def _frozen_head(model: PreTrainedModel, name: str, weights: Weights, dtype: torch.dtype) -> FrozenLinear:
     """The head in its stored type; tied to the embedding where the checkpoint has no head of its own."""
     head: Any = model.get_output_embeddings()
-    name = next(n for n, module in model.named_modules() if module is head)
     tied = model.config.get_text_config().tie_word_embeddings or f"{name}.weight" not in weights
     embedding: Any = model.get_input_embeddings()
     weight = embedding.weight.data if tied else weights.read(f"{name}.weight").to(embedding.weight.device)
