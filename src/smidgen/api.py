@@ -26,11 +26,14 @@ from smidgen.data.report import DataReport, build_report
 from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
+from smidgen.export.compare import compare_models
+from smidgen.export.files import check_vacant, folder_bytes
 from smidgen.export.merge import save_merged
 from smidgen.model.build import Base
 from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
+from smidgen.quant.selfcheck import check_backends
 from smidgen.train.config import settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
@@ -257,25 +260,14 @@ def evaluate(
         text = _read_text(Path(data))
         loaded = load(model, report=report, **loading)
         result = text_perplexity(loaded.base, loaded.tokenizer, text, protocol, limit, report)
-        return {
-            "protocol": protocol,
-            "rows": result.rows,
-            "tokens": result.tokens,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-        }
+        return {"protocol": protocol} | result.as_dict()
     parts = read_data(str(data), hold_out=False, report=report)
     rows = (parts.test or parts.validation or parts.train)[:limit]
     loaded = load(model, report=report, **loading)
     seq_len = min(seq_len, loaded.base.max_positions)
     renderer = Renderer(loaded.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
     held_out = held_out_loss(loaded.base, renderer.render_all(rows), batch_size, report)
-    scores = {
-        "rows": held_out.rows,
-        "tokens": held_out.tokens,
-        "loss": held_out.loss,
-        "perplexity": held_out.perplexity,
-    }
+    scores = held_out.as_dict()
     if answers and any(row.messages for row in rows):
         given = answer_rows(
             loaded.base,
@@ -315,23 +307,21 @@ def merge(
     base: add the adapter to this 16-bit model instead of the de-quantised one. dtype: 'bfloat16', 'float16', 'float32',
     or 'auto': the base's own, float16 for a GGUF base. Returns out, dtype, bytes, max_logit_difference, same_top_token.
     """
-    from smidgen.export.compare import compare_models
-    from smidgen.export.files import folder_bytes
-
     if dtype not in _MERGE_DTYPES:
         raise SettingsError([f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}"])
     out = Path(out)
+    check_vacant(out)
     folder = _adapter_folder(Path(run), report)
     if folder is None:
         raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
     trained = load(run, compute_dtype="float32")
-    target = trained
+    target = trained.base
     if base is not None:
         source = open_source(base, report, tokenizer_from=folder)
-        target = LoadedModel(load_base(source, quantize="none", compute_dtype="float32"), source.tokenizer, report)
-        load_adapter(target.base, folder)
-    chosen = _merge_dtype(target.base) if dtype == "auto" else getattr(torch, dtype)
-    save_merged(target.base, out, chosen, trained.tokenizer, report)
+        target = load_base(source, quantize="none", compute_dtype="float32")
+        load_adapter(target, folder)
+    chosen = _merge_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    save_merged(target, out, chosen, trained.tokenizer, report)
     merged = load(out, quantize="none", compute_dtype="float32")
     return {
         "out": str(out),
@@ -357,8 +347,6 @@ def _processor_name() -> str:
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, device, threads, the measured compute type, and a check of packed operations on every back end here."""
-    from smidgen.quant.selfcheck import check_backends
-
     device = choose_device("auto")
     dtype, why = choose_compute_dtype("auto", device)
     report(Note(why))

@@ -57,6 +57,6 @@ def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     base = _adapted(tiny_folder(tmp_path / "base"), "q")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("mine")
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="holds something already"):
         save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["mine.txt"]

@@ -19,7 +19,13 @@ from safetensors import SafetensorError
 
 from smidgen.errors import RunError
 
-__all__ = ["folder_bytes", "new_folder", "replace_file", "write_json"]
+__all__ = ["check_vacant", "folder_bytes", "new_folder", "replace_file", "write_json"]
+
+
+def check_vacant(path: Path, cure: str = "choose another folder, or remove this one first") -> None:
+    """Raise RunError unless `path` is free to become a folder: nothing there, or an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RunError(f"{path} holds something already", expected="a new or empty folder", cure=cure)
 
 
 @contextmanager
@@ -28,10 +34,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises RunError when `path` holds something already or the disk is full; the staging folder is removed on any error.
     """
-    if path.is_dir() and not any(path.iterdir()):
+    check_vacant(path)
+    if path.is_dir():
         path.rmdir()
-    if path.exists():
-        raise RunError(f"{path} exists already", cure="choose another folder, or remove this one first")
     staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         with _disk_errors(path):

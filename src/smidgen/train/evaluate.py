@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"perplexity": self.perplexity}
 
 
 @torch.no_grad()

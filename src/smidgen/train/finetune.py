@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
+from smidgen.export.files import check_vacant
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
@@ -60,11 +61,8 @@ class _Prepared:
 def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        cure = "choose another folder"
-        if read_record(out):
-            cure += f", or go on with it: smidgen finetune --resume {out}"
-        raise RunError(f"{out} holds something already", expected="a new or empty folder", cure=cure)
+    resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
+    check_vacant(out, "choose another folder" + resumable)
     prepared = _prepare(open_source(model, report), data, settings, report)
     record = Record(
         model=prepared.source.name,
@@ -101,9 +99,9 @@ def resume(run: Path, report: Report = silent) -> Run:
     if folder.record.threads != torch.get_num_threads():
         now, then = torch.get_num_threads(), folder.record.threads
         report(Warned(f"started with {then} threads, now {now}: rounding will differ from the uninterrupted run"))
-    prepared = _prepare(
-        source, data, settings, report, storage=folder.record.storage, dtype=folder.record.compute_dtype
-    )
+    # what `auto` chose at the start is kept, whatever it would choose now
+    settings = replace(settings, quantize=folder.record.storage, compute_dtype=folder.record.compute_dtype)
+    prepared = _prepare(source, data, settings, report)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, settings, checkpoint, started, report)
@@ -113,9 +111,7 @@ def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
-def _prepare(
-    source: Source, data: str, settings: Settings, report: Report, *, storage: str = "", dtype: str = ""
-) -> _Prepared:
+def _prepare(source: Source, data: str, settings: Settings, report: Report) -> _Prepared:
     """Cheap checks first: data and gate come before the weights are read."""
     rows = read_data(data, report=report)
     seq_len = min(settings.seq_len, source.max_positions)
@@ -132,8 +128,8 @@ def _prepare(
 
     base = load_base(
         source,
-        quantize=storage or settings.quantize,
-        compute_dtype=dtype or settings.compute_dtype,
+        quantize=settings.quantize,
+        compute_dtype=settings.compute_dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         report=report,
@@ -253,28 +249,29 @@ def _train(
             report(Note(f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"))
         evaluate(cursor)
         after_answers = _answer(prepared, "after", folder, cursor, report)
+    summary = _summary(prepared, folder, cursor) | {"wall_s": round(time.perf_counter() - started, 1)}
+    folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)
+    return Run(folder.path, summary)
+
+
+def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str, Any]:
+    """What summary.json says; the figures before and after come from the log, where a resumed run finds them too."""
     before, after = folder.logged_at(0), folder.logged_at(cursor.step)
     summary: dict[str, Any] = {
         "run": str(folder.path),
-        "base_format": base.storage,
+        "base_format": prepared.base.storage,
         "loss_before": before.get("held_out_loss"),
         "loss_after": after.get("held_out_loss"),
         "steps": cursor.step,
         "tokens": cursor.tokens,
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
-        "wall_s": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
-        "trainable_parameters": sum(p.numel() for layer in adapters.values() for p in layer.parameters()),
+        "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
     }
-    if after_answers:
-        summary |= {
-            "exact_match_before": before.get("exact_match"),
-            "exact_match_after": after_answers.exact_match,
-            "valid_json_before": before.get("valid_json"),
-            "valid_json_after": after_answers.valid_json,
-        }
-    folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)
-    return Run(folder.path, summary)
+    for figure in ("exact_match", "valid_json"):
+        if figure in after:
+            summary |= {f"{figure}_before": before.get(figure), f"{figure}_after": after[figure]}
+    return summary
 
 
 def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
