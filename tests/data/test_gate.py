@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_tokenizers import CHATML, word_tokenizer
 
+from small_tokenizers import CHATML, word_tokenizer
 from smidgen.data.batch import epoch_order, make_batch
 from smidgen.data.gate import check_examples
 from smidgen.data.layouts import Row

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from small_tokenizers import CHATML, LLAMA2, word_tokenizer
 
+from small_tokenizers import CHATML, LLAMA2, word_tokenizer
 from smidgen.data.gate import check_examples
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from small_tokenizers import CHATML, LLAMA2, OPENING, PLAIN, THINKING, joining_tokenizer, word_tokenizer
 
+from small_tokenizers import CHATML, LLAMA2, OPENING, PLAIN, THINKING, joining_tokenizer, word_tokenizer
 from smidgen.data.layouts import Row
 from smidgen.data.render import Example, Renderer
 from smidgen.errors import DataError
