@@ -25,11 +25,11 @@ help:
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-.venv/.installed-run: pyproject.toml constraints.txt .venv/.installed-torch
+.venv/.installed-run: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*) .venv/.installed-torch
 	$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt .venv/.installed-torch
+.venv/.installed-dev: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*) .venv/.installed-torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@ .venv/.installed-run
 

@@ -32,6 +32,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GROUPED),
     "llama-tied": transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
     "llama-odd": transformers.LlamaConfig(**_GROUPED | {"intermediate_size": 72}),  # blocks cross the rows of down_proj
+    "mistral": transformers.MistralConfig(**_GROUPED, sliding_window=8),
+    "qwen2": transformers.Qwen2Config(**_GROUPED),
     "qwen3": transformers.Qwen3Config(**_GROUPED, head_dim=16),
     "gemma3": transformers.Gemma3TextConfig(
         **_GROUPED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]

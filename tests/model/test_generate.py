@@ -13,7 +13,7 @@ from tiny import VOCAB_SIZE, build, tiny_folder
 PROMPTS = [[5, 9, 80, 33], [7], [100, 101, 102, 103, 104, 105, 106]]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "gpt-neox", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma3", "gpt2", "gpt-neox", "qwen3"])
 def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, architecture)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -27,7 +27,7 @@ def test_greedy_tokens_equal_transformers(architecture: str, tmp_path: Path) -> 
         assert ours == (theirs[: theirs.index(257)] if 257 in theirs else theirs)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "gpt-neox"])
 def test_a_batch_answers_as_each_prompt_alone(architecture: str, tmp_path: Path) -> None:
     base = build(tiny_folder(tmp_path, architecture), "nf4-dq")
     alone = [list(stream_tokens(base, p, [], Sampling(max_new_tokens=10), VOCAB_SIZE)) for p in PROMPTS]

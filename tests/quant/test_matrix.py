@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from smidgen.kernels.library import native_library
 from smidgen.quant import matrix as matrix_module
 from smidgen.quant.linear import FrozenLinear, frozen_matmul
 from smidgen.quant.matrix import DenseMatrix, Int8Matrix, quantise
@@ -11,10 +12,12 @@ STORAGES = ("nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "none")
 SHAPES = [(96, 64), (1, 64), (33, 72), (7, 1), (130, 200)]
 
 
-@pytest.fixture(params=["torch", "bitsandbytes"])
+@pytest.fixture(params=["native", "torch", "bitsandbytes"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "bitsandbytes":
         pytest.importorskip("bitsandbytes")
+    if request.param == "native" and native_library() is None:
+        pytest.skip("the native kernels are not built")
     monkeypatch.setenv("SMIDGEN_BACKEND", request.param)
     return request.param
 

@@ -24,6 +24,7 @@ from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
+from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.weights import Weights
 from smidgen.quant.linear import FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
@@ -55,6 +56,17 @@ class Base:
     def hidden_of(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T] -> last hidden states [B, T, hidden_size]; causal, without a cache."""
         return self.backbone(input_ids=input_ids, use_cache=False)[0]
+
+    def hidden_of_rows(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T], padded on the right; lengths [B] -> last hidden states of the real tokens [sum of lengths,
+        hidden_size], row after row. Padding is not even computed where the layers are our own.
+        """
+        real = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        backbone: Any = self.backbone
+        if is_fused(backbone) and not backbone.layers[0].drops:
+            return hidden_rows(backbone, input_ids[real], lengths.tolist())
+        # attention is causal, so what counts sees no padding, and no mask is needed
+        return self.hidden_of(input_ids.to(self.device))[real.to(self.device)]
 
     @property
     def max_positions(self) -> int:
@@ -103,6 +115,8 @@ def build_base(
     weights = Weights(model, checkpoint)
     _fill_buffers(model)
     _fill(model, weights, storage, compute_dtype, device, report)
+    if device.type == "cpu":
+        fuse_layers(model)
     base = Base(model, checkpoint, storage, compute_dtype, device)
     model.requires_grad_(False)
     model.eval()

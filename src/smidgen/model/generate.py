@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from smidgen.errors import DataError, SettingsError
 from smidgen.model.build import Base
+from smidgen.model.decoder import decoder_for
 
 __all__ = ["Sampling", "generate_batch", "stream_text", "stream_tokens"]
 
@@ -74,13 +74,12 @@ def stream_tokens(
     base: Base, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
 ) -> Iterator[int]:
     """Yields new token ids; a stop token ends the stream and is not yielded."""
-    choose, stops = sampling.chooser(), set(stop_ids)
-    cache = DynamicCache(config=base.model.config)
-    step = torch.tensor([list(prompt)], device=base.device)
-    for _ in range(_room(base, len(prompt), sampling)):
-        hidden = base.backbone(input_ids=step, past_key_values=cache, use_cache=True)[0]
-        step = choose(base.logits_of(hidden[:, -1])[:, :vocab_size])[:, None]
-        token = int(step)
+    choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
+    tokens = torch.empty(0, dtype=torch.int64)
+    for count in range(_room(base, len(prompt), sampling)):
+        hidden = decoder.step(tokens) if count else decoder.start([prompt])
+        tokens = choose(base.logits_of(hidden)[:, :vocab_size])
+        token = int(tokens)
         if token in stops:
             return
         yield token
@@ -107,33 +106,21 @@ def stream_text(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> It
 def generate_batch(
     base: Base, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
 ) -> list[list[int]]:
-    """New token ids for each prompt, stop token left out. Prompts are padded on the left and masked."""
-    choose, stops = sampling.chooser(), set(stop_ids)
-    longest = max(len(prompt) for prompt in prompts)
-    step = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=base.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)
-    cache = DynamicCache(config=base.model.config)
+    """New token ids for each prompt, stop token left out."""
+    choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # row of the batch -> index of the prompt
-    running = [True] * len(active)
-    for _ in range(_room(base, longest, sampling)):
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step.shape[1] :]
-        hidden = base.backbone(
-            input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )[0]
-        tokens = choose(base.logits_of(hidden[:, -1])[:, :vocab_size])
-        for row, token in enumerate(tokens.tolist()):
-            running[row] = running[row] and token not in stops
-            if running[row]:
-                answers[active[row]].append(token)
-        if not any(running):
+    active = list(range(len(prompts)))  # row of the decoder -> index of the prompt
+    hidden, tokens = decoder.start(prompts), torch.empty(0, dtype=torch.int64)
+    for count in range(_room(base, max(len(prompt) for prompt in prompts), sampling)):
+        if count:
+            hidden = decoder.step(tokens)
+        tokens = choose(base.logits_of(hidden)[:, :vocab_size])
+        running = [row for row, token in enumerate(tokens.tolist()) if token not in stops]
+        if not running:
             break
-        step = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        if sum(running) <= len(active) // 2:  # rows that have ended leave the batch
-            keep = torch.tensor([row for row, going in enumerate(running) if going], device=base.device)
-            cache.batch_select_indices(keep)
-            step, mask = step[keep], mask[keep]
-            active = [active[row] for row in keep.tolist()]
-            running = [True] * len(active)
+        if len(running) < len(active):  # rows that have ended leave the batch
+            decoder.keep(running)
+            active, tokens = [active[row] for row in running], tokens[running]
+        for index, token in zip(active, tokens.tolist(), strict=True):
+            answers[index].append(token)
     return answers

@@ -1,5 +1,6 @@
 """From what the user calls a model to a base in memory: open it (cheap), then build it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.hub import BUILTIN_MODELS, resolve_model
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
-from smidgen.events import Note, Report, silent
+from smidgen.events import Note, Report, Warned, silent
+from smidgen.kernels.library import MISSING, native_library
 from smidgen.model.build import Base, build_base
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.prequantised import stored_storage
@@ -83,6 +85,8 @@ def load_base(
     place = choose_device(device)
     storage, why = choose_storage(quantize, source.checkpoint)
     report(Note(why))
+    if place.type == "cpu" and "SMIDGEN_BACKEND" not in os.environ and native_library() is None:
+        report(Warned(MISSING))
     dtype, why = choose_compute_dtype(compute_dtype, place)
     report(Note(why))
     return build_base(

@@ -2,14 +2,24 @@
 
 __all__ = ["estimate_activation_bytes"]
 
+# Vectors that a token of a layer keeps for the backward pass: (of hidden_size, of intermediate_size), by what is
+# computed again. q, k and v count as three of hidden_size; grouped heads need less.
+_KEPT_VECTORS = {
+    "none": (8, 3),  # input, normed, q, k, v, attended, middle, its norm; gate, up, product
+    "cheap": (6, 2),  # without the two norms' outputs and the product
+    "full": (1, 0),  # the input
+    "modules": (14, 5),  # transformers' own modules, which keep the input of every operation
+}
+
 
 def estimate_activation_bytes(
-    tokens: int, *, hidden_size: int, intermediate_size: int, num_layers: int, itemsize: int
+    tokens: int, *, hidden_size: int, intermediate_size: int, num_layers: int, itemsize: int, recompute: str
 ) -> int:
-    """What the layers of a Llama-shaped decoder keep for the backward pass, without recomputation.
+    """What the layers of a Llama-shaped decoder keep for the backward pass.
 
-    A token of a layer keeps about 14 vectors of hidden_size (two norms with their inputs, q, k, v before and after
-    rotation, the attention's output, residuals) and 5 of intermediate_size (gate, up, activation, product). Left out:
-    attention's own buffers, adapters, logits. Grouped heads need less than this.
+    recompute: 'none', 'cheap' or 'full' of fused layers; 'modules' for transformers' layers without recomputation. Left
+    out: the working set of one layer (with 'full', that is one layer of 'none'), attention's own buffers, adapters,
+    logits.
     """
-    return tokens * num_layers * itemsize * (14 * hidden_size + 5 * intermediate_size)
+    hidden, intermediate = _KEPT_VECTORS[recompute]
+    return tokens * num_layers * itemsize * (hidden * hidden_size + intermediate * intermediate_size)

@@ -17,10 +17,10 @@ from functools import cache
 
 import torch
 
+from smidgen.kernels.scratch import scratch
 from smidgen.quant.codebooks import dynamic_map, four_bit_code
-from smidgen.quant.scratch import scratch
 
-__all__ = ["NESTED_BLOCKSIZE", "NestedScales", "dequantise_4bit", "nest_scales", "quantise_4bit"]
+__all__ = ["NESTED_BLOCKSIZE", "NestedScales", "dequantise_4bit", "midpoints_and_codes", "nest_scales", "quantise_4bit"]
 
 NESTED_BLOCKSIZE = 256
 _TINY = 1e-38
@@ -60,7 +60,7 @@ def quantise_4bit(weight: torch.Tensor, quant_type: str, blocksize: int = 64) ->
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales
         if scaled.numel() % 2:
             scaled = torch.nn.functional.pad(scaled, (0, 1))
-        cell = ((scaled + 1) * _CELLS).long()
+        cell = ((scaled + 1) * _CELLS).nan_to_num_(nan=2 * _CELLS).long()  # a NaN is above all, as in the reference
         rank = torch.gather(below, 0, cell) + (scaled > torch.gather(midpoint, 0, cell))
         codes = rank if quant_type == "nf4" else rank_to_code[rank.long()]
         packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
@@ -72,16 +72,25 @@ def _nearest_table(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """Look-up of the nearest value: x in [-1, 1] lies in cell int((x + 1) * 512); its rank among the sorted values is
     below[cell] + (x > midpoint[cell]). The cell index never decreases with x, so this equals a search over midpoints.
     """
-    code = four_bit_code(quant_type)
-    order = torch.argsort(code)
-    midpoints = (code[order[:-1]] + code[order[1:]]) / 2
+    midpoints, codes = midpoints_and_codes(quant_type)
     below = torch.zeros(2 * _CELLS + 1, dtype=torch.uint8)
     midpoint = torch.full((2 * _CELLS + 1,), 2.0)
     for cell, value in zip(((midpoints + 1) * _CELLS).long().tolist(), midpoints.tolist(), strict=True):
         assert midpoint[cell] == 2.0, "two midpoints in one cell"
         below[cell + 1 :] += 1
         midpoint[cell] = value
-    return below, midpoint, order.to(torch.uint8)
+    return below, midpoint, codes.to(torch.uint8)
+
+
+@cache
+def midpoints_and_codes(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same look-up for the native kernel: (midpoints float32 [15], rising; codes int32 [16]).
+
+    The code of x is codes[how many midpoints x is above].
+    """
+    code = four_bit_code(quant_type)
+    order = torch.argsort(code)
+    return (code[order[:-1]] + code[order[1:]]) / 2, order.to(torch.int32)
 
 
 def _scale_blocks(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,21 +9,23 @@ A `FrozenMatrix` is W [out_features, in_features] in some stored form. It offers
 
 Both products walk over panels of rows: a panel is de-quantised into scratch memory that fits the cache and goes into
 an ordinary matrix product. The same panel serves forward (y[:, i:j] = x Pᵀ) and backward (dx += g[:, i:j] P), so no
-second layout and nothing dense is ever kept. The back end (plain PyTorch, or bitsandbytes' kernels on the same bytes)
-is chosen in backend.py.
+second layout and nothing dense is ever kept. The back end (native kernels, plain PyTorch, or bitsandbytes' kernels on
+the same bytes) is chosen in backend.py.
 """
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
+from smidgen.kernels.packed import SMALL_ROWS
+from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
-from smidgen.quant.fourbit import NestedScales, nest_scales, quantise_4bit
-from smidgen.quant.scratch import scratch
+from smidgen.quant.fourbit import NestedScales, nest_scales
 
-__all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "quantise"]
+__all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "quantise"]
 
 PANEL_WEIGHTS = 1 << 20  # 4 MiB of float32 and as much for the look-up: measured best between 2**18 and 2**22
 
@@ -37,28 +39,55 @@ class FrozenMatrix(nn.Module, ABC):
         self.in_features = in_features
 
     @abstractmethod
+    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """W[start:stop] into out [stop - start, in_features]: contiguous, float32, bfloat16 or float16."""
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """W[start:stop] as [stop - start, in_features] of `dtype`; valid until the next call in this thread."""
+        device = next(self.buffers()).device
+        panel = scratch("panel", ((stop - start) * self.in_features,), dtype, device).view(-1, self.in_features)
+        self.write_rows(start, stop, panel)
+        return panel
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> x Wᵀ [..., out_features], in x's type. Not recorded by autograd."""
-        flat = x.reshape(-1, self.in_features)
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
-        flat_y = y.view(-1, self.out_features)  # y itself is returned: models may change it in place, but no view of it
-        for start, stop in self._panels():
-            torch.mm(flat, self.rows(start, stop, x.dtype).t(), out=flat_y[:, start:stop])
+        # y itself is returned: models may change it in place, but no view of it
+        self.write_product(x.reshape(-1, self.in_features), y.view(-1, self.out_features))
         return y
+
+    def write_product(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x [M, in_features] -> x Wᵀ into y [M, out_features], of x's type; its rows may lie apart (stride(1) is 1)."""
+        if 0 < x.shape[0] <= SMALL_ROWS and x.device.type == "cpu" and self._small_product(x, y):
+            return
+        for start, stop in self._panels(x.dtype):
+            torch.mm(x, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
+
+    def _small_product(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """write_product without a panel, where a native kernel does it; False where none does."""
+        if x.dtype == torch.float32:
+            return self._fused(x if x.stride(1) == 1 else x.contiguous(), y)
+        wide = torch.empty(y.shape, dtype=torch.float32)
+        done = self._fused(x.float().contiguous(), wide)
+        if done:
+            y.copy_(wide)
+        return done
+
+    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """x [M, in_features] Wᵀ into y [M, out_features], both float32, for M <= SMALL_ROWS; see _small_product."""
+        return False
 
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g [..., out_features] -> g W [..., in_features], in g's type. Not recorded by autograd."""
         flat = g.reshape(-1, self.out_features)
         dx = torch.empty(*g.shape[:-1], self.in_features, dtype=g.dtype, device=g.device)
         flat_dx = dx.view(-1, self.in_features)
-        for start, stop in self._panels():
+        for start, stop in self._panels(g.dtype):
             flat_dx.addmm_(flat[:, start:stop], self.rows(start, stop, g.dtype), beta=0.0 if start == 0 else 1.0)
         return dx
 
-    def _panels(self) -> list[tuple[int, int]]:
+    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """Which rows are taken at once, for a product in `dtype`."""
         height = max(1, PANEL_WEIGHTS // self.in_features)
         return [(i, min(i + height, self.out_features)) for i in range(0, self.out_features, height)]
 
@@ -107,26 +136,26 @@ class FourBitMatrix(FrozenMatrix):
     def storage(self) -> str:
         return self.quant_type + ("-dq" if self.nested else "")
 
-    def scales(self, start: int, stop: int) -> torch.Tensor:
-        """float32 [stop - start]: absmax of blocks start..stop."""
-        if not self.nested:
-            return self.absmax[start:stop]
-        return NestedScales(self.absmax, self.nested_absmax, self.nested_offset).scales(start, stop)
+    @property
+    def scales(self) -> torch.Tensor | NestedScales:
+        """As they are stored."""
+        return NestedScales(self.absmax, self.nested_absmax, self.nested_offset) if self.nested else self.absmax
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        # Where K is no multiple of the blocksize, rows begin within a block: decode from the block's start and cut.
-        total = self.out_features * self.in_features
-        first, last = start * self.in_features, stop * self.in_features
-        first_block, last_block = first // self.blocksize, math.ceil(last / self.blocksize)
-        begin, end = first_block * self.blocksize, min(last_block * self.blocksize, total)
-        values = backend.dequantise_4bit(
-            self.packed[begin // 2 : (end + 1) // 2],
-            self.scales(first_block, last_block),
-            self.quant_type,
-            self.blocksize,
-            dtype,
+        return self._decoded(start, stop, dtype, None)
+
+    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        self._decoded(start, stop, out.dtype, out.view(-1))
+
+    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        return backend.product_4bit(self.packed, self.scales, self.quant_type, self.blocksize, x, y)
+
+    def _decoded(self, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+        k = self.in_features
+        flat = backend.dequantise_4bit(
+            self.packed, self.scales, self.quant_type, self.blocksize, start * k, (stop - start) * k, dtype, out
         )
-        return values[first - begin : last - begin].view(stop - start, self.in_features)
+        return flat.view(stop - start, k)
 
 
 class Int8Matrix(FrozenMatrix):
@@ -144,10 +173,11 @@ class Int8Matrix(FrozenMatrix):
     def storage(self) -> str:
         return "int8"
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        panel = scratch("int8", (stop - start, self.in_features), torch.float32, self.codes.device)
-        panel.copy_(self.codes[start:stop]).mul_(self.scale[start:stop, None] / 127)
-        return panel if dtype == torch.float32 else _converted(panel, dtype)
+    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        backend.dequantise_int8(self.codes[start:stop], self.scale[start:stop], out)
+
+    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        return backend.product_int8(self.codes, self.scale, x, y)
 
 
 class DenseMatrix(FrozenMatrix):
@@ -163,16 +193,70 @@ class DenseMatrix(FrozenMatrix):
     def storage(self) -> str:
         return str(self.weight.dtype).removeprefix("torch.")
 
+    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.weight[start:stop])
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        panel = self.weight[start:stop]
-        return panel if panel.dtype == dtype else _converted(panel, dtype)
+        return self.weight[start:stop] if self.weight.dtype == dtype else super().rows(start, stop, dtype)
 
-    def _panels(self) -> list[tuple[int, int]]:
-        return super()._panels() if self.weight.device.type == "cpu" else [(0, self.out_features)]
+    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        return backend.product_dense(self.weight, x, y)
+
+    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        whole = self.weight.dtype == dtype or self.weight.device.type != "cpu"
+        return [(0, self.out_features)] if whole else super()._panels(dtype)
 
 
-def _converted(panel: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return scratch("panel", tuple(panel.shape), dtype, panel.device).copy_(panel)
+class StackedMatrix(FrozenMatrix):
+    """Matrices of the same in_features on top of one another, which multiply as one (q, k, v; gate, up).
+
+    Panels go across the parts' borders, so that small parts do not make small products. The parts stay what they are
+    and may have different forms; nothing is copied.
+    """
+
+    def __init__(self, parts: Sequence[FrozenMatrix]) -> None:
+        widths = {part.in_features for part in parts}
+        assert len(widths) == 1, f"parts of one width expected, found {sorted(widths)}"
+        super().__init__(sum(part.out_features for part in parts), widths.pop())
+        self.parts = nn.ModuleList(parts)
+
+    @property
+    def storage(self) -> str:
+        return "+".join(dict.fromkeys(part.storage for _, part in self._placed()))
+
+    def _placed(self) -> list[tuple[int, FrozenMatrix]]:
+        """(first row, part)"""
+        placed, first = [], 0
+        for module in self.parts:
+            part = cast(FrozenMatrix, module)
+            placed.append((first, part))
+            first += part.out_features
+        return placed
+
+    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        for first, part in self._placed():
+            begin, end = max(start, first), min(stop, first + part.out_features)
+            if begin < end:
+                part.write_rows(begin - first, end - first, out[begin - start : end - start])
+
+    def _small_product(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        for first, part in self._placed():
+            part.write_product(x, y[:, first : first + part.out_features])
+        return True
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        for first, part in self._placed():
+            if first <= start and stop <= first + part.out_features:
+                return part.rows(start - first, stop - first, dtype)
+        return super().rows(start, stop, dtype)
+
+    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        if not any(isinstance(part, DenseMatrix) and part.weight.dtype == dtype for part in self.parts):
+            return super()._panels(dtype)
+        # such a part multiplies as it lies: no panel that copies it
+        return [
+            (first + start, first + stop) for first, part in self._placed() for start, stop in part._panels(dtype)
+        ]
 
 
 def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:
@@ -183,22 +267,9 @@ def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:
     if storage == "none":
         return DenseMatrix(weight)
     if storage == "int8":
-        return _quantise_int8(weight)
+        return Int8Matrix(*backend.quantise_int8(weight))
     quant_type, _, nested = storage.partition("-")
-    packed, absmax = quantise_4bit(weight, quant_type)
+    packed, absmax = backend.quantise_4bit(weight, quant_type)
     return FourBitMatrix(
         (weight.shape[0], weight.shape[1]), packed, nest_scales(absmax) if nested else absmax, quant_type
     )
-
-
-def _quantise_int8(weight: torch.Tensor) -> Int8Matrix:
-    """Row-wise: scale = max |row|, codes = round(127 row / scale), in float32."""
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    height = max(1, PANEL_WEIGHTS // weight.shape[1])
-    for i in range(0, weight.shape[0], height):
-        panel = weight[i : i + height].float()
-        scale[i : i + height] = row_max = panel.abs().amax(dim=1)
-        factor = torch.where(row_max > 0, 127.0 / row_max, 0.0)
-        codes[i : i + height] = (panel * factor[:, None]).round().to(torch.int8)
-    return Int8Matrix(codes, scale)

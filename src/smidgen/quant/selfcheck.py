@@ -17,6 +17,8 @@ def check_backends(device: torch.device) -> dict[str, str]:
     results = {}
     try:
         for name in BACKENDS:
+            if name == "native" and device.type != "cpu":
+                continue
             os.environ["SMIDGEN_BACKEND"] = name
             try:
                 results[name] = _check(device)

@@ -16,6 +16,7 @@ __all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
 
 QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "none")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+RECOMPUTE = ("none", "cheap", "full")
 
 # LitGPT's spellings of --quantize and of --precision, and what they become here.
 _LITGPT_QUANTIZE = {
@@ -95,9 +96,10 @@ class Settings:
     recompute: str = _setting(
         "auto",
         "Training",
-        "Recompute each layer in the backward pass (gradient checkpointing): full saves memory for about a third"
-        " more time. auto: only when activations would not fit in half of the free memory.",
-        choices=("auto", "none", "full"),
+        "What each layer computes again in the backward pass to save memory. none: nothing; cheap: norms and gates, at"
+        " hardly any time; full: all of it (gradient checkpointing), for about a third more time. auto: the first of"
+        " the three whose activations fit in half of the free memory.",
+        choices=("auto", *RECOMPUTE),
     )
 
     seq_len: int = _setting(1024, "Data", "Longest row in tokens; longer ones are cut at the end, and it is said.")

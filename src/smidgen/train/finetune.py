@@ -23,7 +23,9 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
+from smidgen.model.fused import is_fused
 from smidgen.model.load import Source, load_base, open_source
+from smidgen.model.recompute import set_recompute
 from smidgen.plan.estimate import estimate_activation_bytes
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
@@ -185,26 +187,29 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _choose_recompute(base: Base, settings: Settings, longest: int, report: Report) -> None:
-    config: Any = base.model.config.get_text_config()
-    hidden = config.hidden_size
-    needed = estimate_activation_bytes(
-        settings.micro_batch * longest,
-        hidden_size=hidden,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * hidden,
-        num_layers=config.num_hidden_layers,
-        itemsize=base.compute_dtype.itemsize,
-    )
-    recompute = settings.recompute == "full"
-    if settings.recompute == "auto" and base.device.type == "cpu":
-        recompute = needed > free_memory_bytes() / 2
-        choice, relation = ("full", "more") if recompute else ("none", "less")
-        about, free = format_bytes(needed), format_bytes(free_memory_bytes())
-        report(Note(f"recompute {choice}: activations need about {about}, {relation} than half of the {free} free"))
-    elif settings.recompute == "auto":
-        recompute = True
+    """Set the layers' choice; 'auto' takes the first of none, cheap, full that fits in half of the free memory."""
+    choice = settings.recompute
+    if choice == "auto" and base.device.type != "cpu":
+        choice = "full"
         report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
-    if recompute:
-        base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif choice == "auto":
+        config: Any = base.model.config.get_text_config()
+        free = free_memory_bytes()
+        for choice in ("none", "cheap", "full"):
+            needed = estimate_activation_bytes(
+                settings.micro_batch * longest,
+                hidden_size=config.hidden_size,
+                intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+                num_layers=config.num_hidden_layers,
+                itemsize=base.compute_dtype.itemsize,
+                recompute=choice if is_fused(base.backbone) or choice == "full" else "modules",
+            )
+            if needed <= free / 2:
+                break
+        fits = "within" if needed <= free / 2 else "more than"
+        about = format_bytes(needed)
+        report(Note(f"recompute {choice}: activations need about {about}, {fits} half of the {format_bytes(free)} free"))
+    set_recompute(base, choice)
 
 
 def _train(

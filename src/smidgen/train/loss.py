@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from smidgen.data.batch import Batch
+from smidgen.kernels.elementwise import cross_entropy_
 from smidgen.model.build import Base
 
 __all__ = ["batch_loss", "chunked_cross_entropy"]
@@ -38,10 +39,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
-                loss = F.cross_entropy(logits_of(part).float(), targets[start : start + chunk], reduction="sum")
-            total += loss.detach()
+                logits = logits_of(part)
+            # The gradient takes the logits' place: no operation that `logits_of` ends with needs its result again.
+            gradient = logits.detach()
+            total += cross_entropy_(gradient, targets[start : start + chunk], backward=wants_grad).sum()
             if grad_hidden is not None:
-                grad_part, *grad_parameters = torch.autograd.grad(loss, [part, *parameters])
+                grad_part, *grad_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
                 grad_hidden[start : start + chunk] = grad_part
                 for grad, more in zip(grads, grad_parameters, strict=True):
                     grad += more
@@ -69,11 +72,9 @@ def chunked_cross_entropy(
 
 
 def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
-    """The summed loss over a batch's labelled positions (label i is predicted from position i - 1), a float32 scalar.
-
-    Rows are padded on the right and attention is causal, so no attention mask is needed: what counts sees no padding.
-    """
-    hidden = base.hidden_of(batch.input_ids.to(base.device))
-    targets = batch.labels[:, 1:].to(base.device)
+    """The summed loss over a batch's labelled positions (label i is predicted from position i - 1), a float32 scalar."""
+    hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
+    following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
+    targets = following[torch.arange(following.shape[1]) < batch.lengths[:, None]].to(base.device)
     counted = targets != -100
-    return chunked_cross_entropy(base, hidden[:, :-1][counted], targets[counted])
+    return chunked_cross_entropy(base, hidden[counted], targets[counted])

@@ -1,0 +1,2 @@
+#define SMIDGEN_ISA avx2
+#include "isa.h"

@@ -1,0 +1,2 @@
+#define SMIDGEN_ISA avx512
+#include "isa.h"

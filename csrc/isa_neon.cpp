@@ -1,0 +1,2 @@
+#define SMIDGEN_ISA neon
+#include "isa.h"

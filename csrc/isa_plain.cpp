@@ -1,0 +1,2 @@
+#define SMIDGEN_ISA plain
+#include "isa.h"

@@ -1,0 +1,247 @@
+// The kernels: what each one is given, and the table of them that every instruction set fills.
+//
+// A kernel is a function of its arguments and a range of independent tasks. It touches no state, starts no thread and
+// allocates nothing but `worker_scratch`; api.cpp hands the ranges to the threads. Sources named isa_*.cpp compile the
+// same bodies (the other headers) for one instruction set each. They use no inline function of the standard library:
+// the linker would keep one copy for all, compiled for whichever instruction set came last.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace smidgen {
+
+constexpr int64_t kQueries = 64;  // queries in a block of attention
+
+// Number types of activations; the values are part of the C interface.
+enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // float16: only stored weights
+
+// C = alpha op(A) op(B) + beta C, Fortran interface of BLAS: column-major, every argument by address.
+using Sgemm = void (*)(const char* transa, const char* transb, const int* m, const int* n, const int* k,
+                       const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
+                       const float* beta, float* c, const int* ldc);
+
+// Memory of the calling thread, 64-byte aligned, valid until its next call with the same slot. nullptr: none left.
+float* worker_scratch(int slot, size_t floats);
+
+// y = x / rms(x) * weight; x, y [rows, width]; rstd [rows] (may be null). Tasks: rows.
+struct RmsNorm {
+    const void* x;
+    const float* weight;
+    void* y;
+    float* rstd;
+    int64_t width, x_stride, y_stride;
+    float eps;
+    Type type;
+};
+
+// grad_x = the gradient of y = x rstd weight, plus `residual` if it is not null. Tasks: rows.
+struct RmsNormBackward {
+    const void* grad_y;
+    const void* x;
+    const float* weight;
+    const float* rstd;
+    const void* residual;
+    void* grad_x;
+    int64_t width, grad_y_stride, x_stride, grad_x_stride;
+    Type type;
+};
+
+// In place: heads of x [rows, heads * head_dim] rotated by cos, sin [rows, rotary_dim / 2]; sign -1 rotates back.
+// Element i of a head's first rotary_dim values is paired with element i + rotary_dim / 2. Tasks: rows.
+struct Rotate {
+    void* x;
+    const float* cosine;
+    const float* sine;
+    int64_t heads, head_dim, rotary_dim, x_stride;
+    float sign;
+    Type type;
+};
+
+// y [rows, width] = silu(gate) * up, where gate_up is [rows, 2 * width]: gate first. Tasks: rows.
+struct SwiGlu {
+    const void* gate_up;
+    void* y;
+    int64_t width;
+    Type type;
+};
+
+// From grad_y [rows, width] and gate_up [rows, 2 * width]: the gradient of gate_up, and y again (may be null).
+struct SwiGluBackward {
+    const void* grad_y;
+    const void* gate_up;
+    void* grad_gate_up;
+    void* y;
+    int64_t width;
+    Type type;
+};
+
+// loss [rows] = logsumexp(logits) - logits[target]; with `backward`, logits become softmax(logits) - onehot(target).
+struct CrossEntropy {
+    void* logits;
+    const int64_t* targets;
+    float* loss;
+    int64_t width;
+    int backward;
+    Type type;
+};
+
+// Causal attention of rows of tokens that lie one behind the other, float32. Row r is tokens starts[r] .. starts[r + 1].
+// Token t has its queries, keys and values at q, k, v + t * stride, head h at + h * head_dim; heads of q share the keys
+// of head h / (heads / kv_heads). window: how many tokens back a query sees, itself included (0: all of its row).
+// lse [heads, tokens]: log of the sum of exponentials. blocks: pairs (row, block of kQueries queries in it).
+// A task is one head of one of these blocks.
+struct Attention {
+    const float* q;
+    const float* k;
+    const float* v;
+    float* out;
+    float* lse;
+    const int64_t* starts;
+    const int64_t* blocks;
+    int64_t tokens, heads, kv_heads, head_dim, stride, out_stride, window;
+    float scale;
+    Sgemm sgemm;
+};
+
+// Gradients of the above. parts: triples (row, part, parts of this row): every parts-th block of queries, from `part`
+// on, is the work of one task, so that few long rows keep all threads busy. partial_k, partial_v [most parts, heads, tokens,
+// head_dim] receive what each part adds to its head's keys and values; summed afterwards in a fixed order, so that the
+// result does not depend on the threads. A task is one head of one part.
+struct AttentionBackward {
+    Attention forward;
+    const float* grad_out;
+    float* grad_q;
+    float* partial_k;
+    float* partial_v;
+    const int64_t* parts;
+};
+
+// grad_k, grad_v [tokens, stride] from the partial sums. parts_of_row [rows]. A task is one key head of one row.
+struct AttentionReduce {
+    const float* partial_k;
+    const float* partial_v;
+    float* grad_k;
+    float* grad_v;
+    const int64_t* starts;
+    const int64_t* parts_of_row;
+    int64_t tokens, heads, kv_heads, head_dim, stride;
+};
+
+// One query per row against its cached keys and values [row, kv_heads, capacity, head_dim]; lengths [rows] of them are
+// filled. A task is one key head of one row.
+struct AttentionDecode {
+    const float* q;
+    const float* k;
+    const float* v;
+    const int64_t* lengths;
+    float* out;
+    int64_t heads, kv_heads, head_dim, capacity, q_stride, out_stride, window;
+    float scale;
+};
+
+// A matrix in 4-bit blocks. code [16] float32; absmax: the blocks' scales, float32, or if `map` is not null uint8 codes:
+// scale = map[absmax[block]] * outer[block / 256] + *offset. blocksize: a power of two.
+struct FourBit {
+    const uint8_t* packed;
+    const float* code;
+    const void* absmax;
+    const float* map;
+    const float* outer;
+    const float* offset;
+    int64_t blocksize;
+};
+
+// out [last - first] = weights [first, last) of the flat matrix. A task is what lies of them in one stretch of `task`
+// weights; the stretches begin at `origin` <= first. Both are multiples of the blocksize.
+struct Dequantise4bit {
+    FourBit matrix;
+    int64_t first, last, origin, task;
+    void* out;
+    Type type;
+};
+
+// out [rows, width] = codes [rows, width] * scale [rows] / 127. Tasks: rows.
+struct DequantiseInt8 {
+    const int8_t* codes;
+    const float* scale;
+    int64_t width;
+    void* out;
+    Type type;
+};
+
+// The opposite: weight [count] -> packed [ceil(count / 2)], absmax [ceil(count / blocksize)]. A weight divided by its
+// block's largest magnitude gets the code of its rank, which is the number of midpoints that it is above; a NaN is above
+// all of them. A task is one stretch of `task` weights, a multiple of the blocksize.
+struct Quantise4bit {
+    const void* weight;
+    const float* midpoints;  // [15], rising
+    const int32_t* codes;    // [16], by rank
+    uint8_t* packed;
+    float* absmax;
+    int64_t count, blocksize, task;
+    Type type;
+};
+
+// codes [rows, width] = round(127 weight / scale), scale [rows] = the largest magnitude of the row. Tasks: rows.
+struct QuantiseInt8 {
+    const void* weight;
+    int8_t* codes;
+    float* scale;
+    int64_t width;
+    Type type;
+};
+
+constexpr int64_t kSmallRows = 16;  // rows of x at most
+
+// y [rows, N] = x [rows, width] W [N, width]^T in float32, for 1 to kSmallRows rows. Tasks: rows of W.
+struct Product {
+    const float* x;
+    float* y;
+    int64_t rows, width, x_stride, y_stride;
+};
+struct Product4bit {
+    FourBit matrix;  // with width and blocksize multiples of 32, and whole blocks in each row
+    Product product;
+};
+struct ProductInt8 {
+    const int8_t* codes;
+    const float* scale;
+    Product product;
+};
+struct ProductDense {
+    const void* weight;
+    Product product;
+    Type type;
+};
+
+// Name of the arguments' struct, name of the function.
+#define SMIDGEN_KERNELS(X)                 \
+    X(RmsNorm, rms_norm)                   \
+    X(RmsNormBackward, rms_norm_backward)  \
+    X(Rotate, rotate)                      \
+    X(SwiGlu, swiglu)                      \
+    X(SwiGluBackward, swiglu_backward)     \
+    X(CrossEntropy, cross_entropy)         \
+    X(Attention, attention)                \
+    X(AttentionBackward, attention_backward) \
+    X(AttentionReduce, attention_reduce)   \
+    X(AttentionDecode, attention_decode)   \
+    X(Dequantise4bit, dequantise_4bit)     \
+    X(DequantiseInt8, dequantise_int8)     \
+    X(Quantise4bit, quantise_4bit)         \
+    X(QuantiseInt8, quantise_int8)         \
+    X(Product4bit, product_4bit)           \
+    X(ProductInt8, product_int8)           \
+    X(ProductDense, product_dense)
+
+struct Kernels {
+    const char* isa;
+#define SMIDGEN_MEMBER(Args, name) void (*name)(const Args& args, int64_t begin, int64_t end);
+    SMIDGEN_KERNELS(SMIDGEN_MEMBER)
+#undef SMIDGEN_MEMBER
+};
+
+extern const Kernels kernels_plain, kernels_avx2, kernels_avx512, kernels_neon;
+
+}  // namespace smidgen

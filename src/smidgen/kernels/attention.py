@@ -1,0 +1,163 @@
+"""Causal self-attention with grouped key heads, forwards and backwards, without the half of the square above the diagonal.
+
+PyTorch's CPU kernel computes the whole square whatever the mask. Here blocks of 64 queries meet only the keys before
+them. Rows of tokens lie one behind the other, without padding, and queries, keys and values are read where the
+projection wrote them: one matrix [tokens, (heads + 2 kv_heads) * head_dim], queries first. Not recorded by autograd.
+The native kernel needs PyTorch's BLAS and float32; other types are converted. PyTorch's own attention is the twin.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from smidgen.kernels.library import native
+from smidgen.kernels.scratch import scratch
+
+__all__ = ["Heads", "Segments", "attention", "attention_backward", "attention_decode"]
+
+_QUERIES = 64  # kQueries of csrc/kernels.h
+_LONG = 256  # a row above this is split in the backward pass, so that few heads keep all threads busy
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of an attention. window: tokens a query sees, itself included; 0: all before it. scale: of the scores."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of queries, keys and values together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+class Segments:
+    """Rows of a batch, one behind the other: their lengths, and the tables of work that the kernels walk through.
+
+    The longest work comes first, so that no thread is left with it at the end.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.tokens = sum(self.lengths)
+        self.starts = torch.tensor([0, *accumulate(self.lengths)])
+        blocks = [(row, block) for row, length in enumerate(self.lengths) for block in range(-(-length // _QUERIES))]
+        self.blocks = torch.tensor(sorted(blocks, key=lambda where: -where[1])).view(-1, 2)
+        parts_of_row = [2 if length > _LONG else 1 for length in self.lengths]
+        parts = [(row, part, parts) for row, parts in enumerate(parts_of_row) for part in range(parts)]
+        self.parts = torch.tensor(sorted(parts, key=lambda part: -self.lengths[part[0]])).view(-1, 3)
+        self.parts_of_row = torch.tensor(parts_of_row)
+        self.most_parts = max(parts_of_row, default=1)
+
+
+def _library(*tensors: torch.Tensor) -> Any:
+    library = native(*tensors)
+    return library if library is not None and library.smidgen_has_sgemm() else None
+
+
+def attention(qkv: torch.Tensor, segments: Segments, shape: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """qkv [tokens, width], positions applied -> (output [tokens, q_width], lse float32 [heads, tokens]).
+
+    lse: log of the sum of exponentials of each query's scores; empty from the twin.
+    """
+    library = _library(qkv)
+    if library is None:
+        return attention_twin(qkv, segments, shape), torch.empty(0)
+    wide = qkv if qkv.dtype == torch.float32 else scratch("qkv", qkv.shape, torch.float32, qkv.device).copy_(qkv)
+    out = torch.empty(segments.tokens, shape.q_width)
+    lse = torch.empty(shape.heads, segments.tokens)
+    q = wide.data_ptr()
+    library.smidgen_attention(
+        q, q + 4 * shape.q_width, q + 4 * (shape.q_width + shape.kv_width), out.data_ptr(), lse.data_ptr(),
+        segments.starts.data_ptr(), segments.blocks.data_ptr(), len(segments.blocks), segments.tokens,
+        shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
+    )  # fmt: skip
+    return out.to(qkv.dtype), lse
+
+
+def attention_backward(
+    grad_out: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, segments: Segments, shape: Heads
+) -> torch.Tensor:
+    """The gradient of qkv [tokens, width], in its type. out, lse: what `attention` gave."""
+    library = _library(qkv)
+    if library is None or lse.numel() == 0:
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            return torch.autograd.grad(attention_twin(leaf, segments, shape), leaf, grad_out)[0]
+    dtype = qkv.dtype
+    narrow = dtype != torch.float32
+    if narrow:
+        qkv, grad_out, out = (
+            scratch(name, tensor.shape, torch.float32, tensor.device).copy_(tensor)
+            for name, tensor in (("qkv", qkv), ("grad_out", grad_out), ("out", out))
+        )
+    size = segments.most_parts * shape.heads * segments.tokens * shape.head_dim
+    partial = scratch("partial", (2, size), torch.float32, qkv.device)
+    grad = torch.empty_like(qkv) if not narrow else scratch("grad_qkv", qkv.shape, torch.float32, qkv.device)
+    q, g = qkv.data_ptr(), grad.data_ptr()
+    to_k, to_v = 4 * shape.q_width, 4 * (shape.q_width + shape.kv_width)
+    library.smidgen_attention_backward(
+        q, q + to_k, q + to_v, out.data_ptr(), grad_out.data_ptr(), lse.data_ptr(), g, g + to_k, g + to_v,
+        partial[0].data_ptr(), partial[1].data_ptr(), segments.starts.data_ptr(), segments.parts.data_ptr(),
+        segments.parts_of_row.data_ptr(), len(segments.lengths), len(segments.parts), segments.tokens, shape.heads,
+        shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
+    )  # fmt: skip
+    return grad.to(dtype)
+
+
+def attention_twin(qkv: torch.Tensor, segments: Segments, shape: Heads) -> torch.Tensor:
+    """The same by PyTorch, row by row, differentiable."""
+    rows = []
+    for row in qkv.split(segments.lengths):
+        parts = row.split([shape.q_width, shape.kv_width, shape.kv_width], dim=1)
+        q, k, v = (part.unflatten(1, (-1, shape.head_dim)).transpose(0, 1)[None] for part in parts)
+        mask, length = None, len(row)
+        if shape.window and shape.window < length:
+            mask = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril().triu(1 - shape.window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+        )
+        rows.append(out[0].transpose(0, 1).reshape(length, shape.q_width))
+    return torch.cat(rows)
+
+
+def attention_decode(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, shape: Heads
+) -> torch.Tensor:
+    """One query a row against its cache: q [rows, q_width] (rows may be strided) -> output float32 [rows, q_width].
+
+    keys, values: float32 [rows, kv_heads, capacity, head_dim], of which lengths int64 [rows] tokens are filled.
+    """
+    library = native(q)
+    rows, capacity = q.shape[0], keys.shape[2]
+    if library is None or q.dtype != torch.float32:
+        positions = torch.arange(capacity, device=q.device)
+        seen = positions < lengths[:, None]
+        if shape.window:
+            seen &= positions >= lengths[:, None] - shape.window
+        states = q.float().reshape(rows, shape.heads, 1, shape.head_dim)
+        return F.scaled_dot_product_attention(
+            states, keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+        ).reshape(rows, shape.q_width)
+    out = torch.empty(rows, shape.q_width)
+    library.smidgen_attention_decode(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), out.data_ptr(), rows, shape.heads,
+        shape.kv_heads, shape.head_dim, capacity, q.stride(0), shape.q_width, shape.window, shape.scale,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,104 @@
+"""The compiled kernels (csrc/), loaded with ctypes: a plain C interface that fits every PyTorch.
+
+PyTorch's own OpenMP runtime and BLAS are found by their symbols in the libraries it has loaded, and handed in: one
+thread pool, nothing linked. Without the library (no compiler at installation) everything works in plain PyTorch, more
+slowly. SMIDGEN_ISA=plain|avx2|avx512|neon takes an instruction set below the best one; SMIDGEN_BACKEND=torch does
+without the library.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.errors import SettingsError
+
+__all__ = ["MISSING", "describe_library", "native", "native_library"]
+
+_PATH = Path(__file__).with_name("libsmidgen.so")
+_INTERFACE = 1
+ISAS = ("plain", "avx2", "avx512", "neon")
+MISSING = (
+    "the native kernels are not installed: training works, but several times more slowly."
+    " Install a C++ compiler (g++ or clang++), then reinstall smidgen"
+)
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_pointer, _integer, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_LETTERS = {"p": _pointer, "i": _integer, "f": _float, "t": _int}
+# Arguments of each function of api.cpp: p pointer, i int64, f float, t int (a type or a flag).
+_SIGNATURES = {
+    "smidgen_rms_norm": "ppppiiiift",
+    "smidgen_rms_norm_backward": "ppppppiiiiit",
+    "smidgen_rotate": "pppiiiiift",
+    "smidgen_swiglu": "ppiit",
+    "smidgen_swiglu_backward": "ppppiit",
+    "smidgen_cross_entropy": "pppiitt",
+    "smidgen_attention": "ppppppp" + "iiiiiiiif",
+    "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
+    "smidgen_attention_decode": "pppppiiiiiiiif",
+    "smidgen_dequantise_4bit": "ppppppiiipt",
+    "smidgen_dequantise_int8": "ppiipt",
+    "smidgen_quantise_4bit": "pppppiit",
+    "smidgen_quantise_int8": "pppiit",
+    "smidgen_product_4bit": "ppppppippiiiii",
+    "smidgen_product_int8": "ppppiiiii",
+    "smidgen_product_dense": "ptppiiiii",
+}
+
+
+@cache
+def native_library() -> Any:
+    """The loaded library, or None where it was not built. Raises SettingsError for an impossible SMIDGEN_ISA."""
+    wanted = os.environ.get("SMIDGEN_ISA", "")
+    if wanted and wanted not in ISAS:
+        raise SettingsError([f"SMIDGEN_ISA: expected one of {', '.join(ISAS)}, found {wanted!r}"])
+    try:
+        library = ctypes.CDLL(str(_PATH))
+    except OSError:
+        return None
+    if library.smidgen_interface() != _INTERFACE:
+        return None  # left over from another version
+    library.smidgen_isa.restype = ctypes.c_char_p
+    for name, letters in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [_LETTERS[letter] for letter in letters], None
+    if wanted and not library.smidgen_use_isa(wanted.encode()):
+        raise SettingsError([f"SMIDGEN_ISA: this machine has no {wanted}; its best is {library.smidgen_isa().decode()}"])
+    # The handle of the program itself sees only global symbols; PyTorch's libraries are loaded, so opening them again
+    # by their path gives the very ones that it uses.
+    folder = Path(torch.__file__).parent / "lib"
+    if team := _symbol([*folder.glob("libgomp*.so*"), *folder.glob("libomp*"), *folder.glob("libiomp*")], "GOMP_parallel"):
+        library.smidgen_use_threads(team)
+    if gemm := _symbol([folder / "libtorch_cpu.so"], "sgemm_"):
+        library.smidgen_use_sgemm(gemm)
+    return library
+
+
+def _symbol(paths: list[Path], name: str) -> ctypes.c_void_p | None:
+    for path in paths:
+        try:
+            return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), _pointer)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def native(*tensors: torch.Tensor) -> Any:
+    """The library if it can work on these tensors (CPU, and wanted), else None: then the caller takes its twin."""
+    if os.environ.get("SMIDGEN_BACKEND", "native") != "native":
+        return None
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    return native_library()
+
+
+def describe_library() -> str:
+    """For `smidgen doctor`: the instruction set and what was found, or that there is none."""
+    library = native_library()
+    if library is None:
+        return "not installed"
+    return library.smidgen_isa().decode() + ("" if library.smidgen_has_sgemm() else ", without BLAS")

@@ -1,0 +1,158 @@
+"""From prompts to the next hidden state, token by token: what generation stands on.
+
+A decoder takes prompts once (`start`), then one token for each row (`step`), and forgets rows (`keep`). There are two:
+FusedDecoder for models whose layers are all fused (model/fused.py), with its own key cache and no padding; and
+ModuleDecoder, which calls transformers' modules and works for everything.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from smidgen.kernels.attention import Segments, attention_decode
+from smidgen.kernels.elementwise import rms_norm, swiglu
+from smidgen.model.build import Base
+from smidgen.model.fused import FusedLayer, Rows, is_fused
+
+__all__ = ["Decoder", "decoder_for"]
+
+# Rotary tables that do not change with the length of the text.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+class Decoder(Protocol):
+    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids of each prompt -> last hidden state of each, [rows, hidden_size]."""
+        ...
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One token id for each row, int64 [rows] -> its hidden state, [rows, hidden_size]."""
+        ...
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only, in this order."""
+        ...
+
+
+def decoder_for(base: Base) -> Decoder:
+    """The fast decoder where the model is known to it, else transformers' modules."""
+    if is_fused(base.backbone):
+        rope = (getattr(base.model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in _FIXED_ROPE:
+            return FusedDecoder(base)
+    return ModuleDecoder(base)
+
+
+class ModuleDecoder:
+    """transformers' modules and cache. Prompts are padded on the left and masked."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._cache = DynamicCache(config=base.model.config)
+        self._mask = torch.empty(0)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        device, longest = self._base.device, max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self._mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        return self._forward(ids)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self._forward(tokens[:, None])
+
+    def keep(self, rows: list[int]) -> None:
+        kept = torch.tensor(rows, device=self._base.device)
+        self._cache.batch_select_indices(kept)
+        self._mask = self._mask[kept]
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        padded = bool((self._mask == 0).any())
+        return self._base.backbone(
+            input_ids=ids,
+            attention_mask=self._mask if padded else None,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )[0][:, -1]
+
+
+class FusedDecoder:
+    """Layers called directly. Every row has its own length, so nothing is padded; keys and values are float32.
+
+    Prompts run one after another in the compute type, steps of all rows at once in float32: with so few tokens a
+    product is as fast as its weights can be unpacked, whatever the type.
+    """
+
+    def __init__(self, base: Base) -> None:
+        backbone: Any = base.backbone
+        self._base, self._backbone = base, backbone
+        self._layers: list[FusedLayer] = list(backbone.layers)
+        self._norms = [
+            [(norm.weight.float(), norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+            for layer in self._layers
+        ]
+        self._cosine = self._sine = torch.empty(0)
+        self._keys: list[torch.Tensor] = []  # of each layer: [rows, kv_heads, capacity, head_dim]
+        self._values: list[torch.Tensor] = []
+        self._lengths = torch.empty(0, dtype=torch.int64)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self._reserve(int(self._lengths.max()))
+        last = [self._prompt(row, prompt) for row, prompt in enumerate(prompts)]
+        return self._backbone.norm(torch.stack(last))
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._reserve(int(self._lengths.max()) + 1)
+        places = Rows(Segments([1] * len(tokens)), self._cosine[self._lengths], self._sine[self._lengths])
+        rows, at = torch.arange(len(tokens)), self._lengths
+        self._lengths = self._lengths + 1
+        x = self._backbone.embed_tokens(tokens).float()
+        for layer, norms, keys, values in zip(self._layers, self._norms, self._keys, self._values, strict=True):
+            parts, shape = layer.parts(), layer.shape
+            qkv = layer.project(rms_norm(x, *norms[0])[0], parts, places)[0]
+            new = qkv[:, shape.q_width :].view(len(tokens), 2, shape.kv_heads, shape.head_dim)
+            keys[rows, :, at], values[rows, :, at] = new[:, 0], new[:, 1]
+            attended = attention_decode(qkv, keys, values, self._lengths, shape)
+            x = x + parts.out.forward(attended)[0]
+            gate_up, _ = parts.gate_up.forward(rms_norm(x, *norms[1])[0])
+            x = x + parts.down.forward(swiglu(gate_up))[0]
+        return self._backbone.norm(x.to(self._base.compute_dtype))
+
+    def keep(self, rows: list[int]) -> None:
+        self._lengths = self._lengths[rows]
+        self._keys = [keys[rows] for keys in self._keys]
+        self._values = [values[rows] for values in self._values]
+
+    def _prompt(self, row: int, prompt: Sequence[int]) -> torch.Tensor:
+        """Fills a row of the cache; returns the last token's state before the final norm, [hidden_size]."""
+        length = len(prompt)
+        x = self._backbone.embed_tokens(torch.tensor(prompt))
+        rows = Rows(Segments([length]), self._cosine[:length], self._sine[:length])
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            shape = layer.shape
+            x, kept = layer.run(x, layer.parts(), rows)
+            new = kept.qkv[:, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
+            keys[row, :, :length], values[row, :, :length] = new[0], new[1]
+        return x[-1]
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for `tokens` in every row of the cache and in the tables of positions."""
+        capacity = self._keys[0].shape[2] if self._keys else 0
+        if tokens <= capacity:
+            return
+        grown = min(max(tokens + 64, capacity * 3 // 2), max(tokens, self._base.max_positions))
+        table = self._backbone.rotary_emb(torch.empty(0), torch.arange(grown)[None])
+        half = table[0].shape[-1] // 2
+        self._cosine, self._sine = (part[0, :, :half].contiguous() for part in table)
+        rows, old_keys, old_values = len(self._lengths), self._keys, self._values
+        self._keys, self._values = (
+            [torch.zeros(rows, layer.shape.kv_heads, grown, layer.shape.head_dim) for layer in self._layers]
+            for _ in range(2)
+        )
+        for old, new in zip([*old_keys, *old_values], [*self._keys, *self._values], strict=False):
+            new[:, :, :capacity] = old

@@ -1,0 +1,334 @@
+"""A decoder layer of the Llama family as one autograd function, with its gradient written out.
+
+transformers' layer runs some forty operations, and autograd keeps the input of each. Here a layer is four products with
+packed weights (q/k/v and gate/up are stacked), causal attention that skips what is masked, and one pass over memory for
+each norm, rotation and gate. What is kept for the backward pass is a choice of the layer:
+
+    none    everything that a gradient needs                     no work twice
+    cheap   all but the normed inputs and the gated product      those are computed again, no matrix product twice
+    full    the layer's input                                    the layer is computed again
+
+The layer keeps transformers' submodules and their names, so adapters attach as ever, and falls back on transformers'
+own forward for what is not known here: padding masks, key caches, LoRA dropout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
+
+from smidgen.kernels.attention import Heads, Segments, attention, attention_backward
+from smidgen.kernels.elementwise import rms_norm, rms_norm_backward, rotate_, swiglu, swiglu_backward
+from smidgen.kernels.scratch import scratch
+from smidgen.lora.linear import LoraLinear
+from smidgen.lora.stack import LoraStack
+from smidgen.quant.matrix import StackedMatrix
+
+__all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "rows_of"]
+
+# Known by their exact type: a subclass may compute something else.
+_KNOWN_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_KNOWN_BACKBONES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all layers need to know of a batch: its rows, and float32 cos, sin [tokens, head_dim / 2] of positions."""
+
+    segments: Segments
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+
+class _LastRows:
+    """The Rows of the last batch that transformers' model brought, made once for all layers."""
+
+    def __init__(self) -> None:
+        self._given: tuple[torch.Tensor, int] | None = None
+        self._rows: Rows | None = None
+
+    def of(self, given: tuple[torch.Tensor, torch.Tensor], batch: int) -> Rows:
+        """cos, sin [1 or batch, length, head_dim], as transformers hands them to a layer -> Rows."""
+        if self._rows is None or self._given is None or self._given[0] is not given[0] or self._given[1] != batch:
+            self._given = given[0], batch
+            self._rows = rows_of([given[0].shape[1]] * batch, *(part.expand(batch, -1, -1) for part in given))
+        return self._rows
+
+
+def rows_of(lengths: Sequence[int], cosine: torch.Tensor, sine: torch.Tensor) -> Rows:
+    """cosine, sine [..., head_dim] as transformers' rotary embedding gives them, a vector for each token -> Rows."""
+    half = cosine.shape[-1] // 2
+    tables = (part[..., :half].float().reshape(-1, half).contiguous() for part in (cosine, sine))
+    return Rows(Segments(lengths), *tables)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The layer's weights in the order of computation."""
+
+    qkv: LoraStack
+    out: LoraStack
+    gate_up: LoraStack
+    down: LoraStack
+
+    @property
+    def adapters(self) -> list[LoraLinear]:
+        return [*self.qkv.adapters, *self.out.adapters, *self.gate_up.adapters, *self.down.adapters]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """lora_A and lora_B of each adapter in turn."""
+        return [parameter for adapter in self.adapters for parameter in (adapter.lora_A, adapter.lora_B)]
+
+
+@dataclass
+class _Kept:
+    """What a forward pass leaves for the backward pass: tensors [tokens, ...]; `low` are the products x Aᵀ.
+
+    q_input ... k_rstd: of the norms over heads that Qwen 3 has, [tokens * heads, head_dim]; else empty.
+    """
+
+    x: torch.Tensor
+    normed: torch.Tensor
+    rstd: torch.Tensor
+    qkv: torch.Tensor
+    q_input: torch.Tensor
+    q_rstd: torch.Tensor
+    k_input: torch.Tensor
+    k_rstd: torch.Tensor
+    lse: torch.Tensor
+    attended: torch.Tensor
+    middle: torch.Tensor
+    middle_normed: torch.Tensor
+    middle_rstd: torch.Tensor
+    gate_up: torch.Tensor
+    product: torch.Tensor
+    qkv_low: torch.Tensor
+    out_low: torch.Tensor
+    gate_up_low: torch.Tensor
+    down_low: torch.Tensor
+
+
+_CHEAP = ("normed", "middle_normed", "product")  # computed again by `cheap`
+
+
+class FusedLayer(nn.Module):
+    """Stands where `layer` stood. recompute: see the module's docstring; anyone may set it, layer by layer."""
+
+    def __init__(self, layer: nn.Module, last_rows: _LastRows) -> None:
+        super().__init__()
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        self._original = [layer]  # in a list, so that its parameters are not counted twice
+        self._last_rows = last_rows
+        self.recompute = "none"
+        attention = layer.self_attn
+        config: Any = attention.config
+        self.shape = Heads(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scaling,
+            window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
+        )
+        if hasattr(layer, "attention_type"):  # transformers' models pick a mask by it
+            self.attention_type = layer.attention_type
+        self._stacked: tuple[list[nn.Module], _Parts] | None = None
+
+    def parts(self) -> _Parts:
+        """The stacked weights; made anew when a layer has been exchanged, for instance by an adapter over it."""
+        attention, mlp = self.self_attn, self.mlp
+        groups: list[list[Any]] = [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ]
+        layers = [layer for group in groups for layer in group]
+        if self._stacked is None or any(a is not b for a, b in zip(layers, self._stacked[0], strict=True)):
+            self._stacked = layers, _Parts(*(_stack(group) for group in groups))
+        return self._stacked[1]
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """hidden_states [batch, length, hidden_size] -> the same shape. arguments: transformers' own."""
+        if self._is_known(hidden_states, arguments):
+            rows = self._last_rows.of(arguments["position_embeddings"], hidden_states.shape[0])
+            return self.forward_rows(hidden_states.flatten(0, 1), rows).view_as(hidden_states)
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._original[0], hidden_states, use_reentrant=False, **arguments)  # type: ignore[return-value]
+        return self._original[0](hidden_states, **arguments)
+
+    def forward_rows(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """x [tokens, hidden_size] -> the same shape, with a gradient for x and the adapters."""
+        parts = self.parts()
+        return _LayerFunction.apply(x, self, parts, rows, *parts.parameters)  # type: ignore[return-value]
+
+    def _is_known(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> bool:
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_embeddings")
+        # no mask: transformers found that plain causal attention is meant
+        plain = mask is None and arguments.get("past_key_values") is None
+        return plain and positions is not None and hidden.dim() == 3 and not self.drops
+
+    @property
+    def drops(self) -> bool:
+        """Whether LoRA dropout is at work, which only the modules know."""
+        return self.training and any(adapter.dropout for adapter in self.parts().adapters)
+
+    def run(self, x: torch.Tensor, parts: _Parts, rows: Rows) -> tuple[torch.Tensor, _Kept]:
+        """x [tokens, hidden_size] -> (the layer's output, all that its gradient needs)."""
+        shape = self.shape
+        normed, rstd = rms_norm(x, *self._norm(self.input_layernorm))
+        qkv, qkv_low, head_norms = self.project(normed, parts, rows)
+        attended, lse = attention(qkv, rows.segments, shape)
+        middle, out_low = parts.out.forward(attended)
+        middle += x
+        middle_normed, middle_rstd = rms_norm(middle, *self._norm(self.post_attention_layernorm))
+        gate_up, gate_up_low = parts.gate_up.forward(middle_normed)
+        product = swiglu(gate_up)
+        out, down_low = parts.down.forward(product)
+        out += middle
+        return out, _Kept(
+            x, normed, rstd, qkv, *head_norms, lse, attended, middle, middle_normed, middle_rstd, gate_up, product,
+            qkv_low, out_low, gate_up_low, down_low,
+        )  # fmt: skip
+
+    def project(
+        self, normed: torch.Tensor, parts: _Parts, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Queries, keys and values with their positions: (qkv [tokens, width], x Aᵀ, inputs and rstd of head norms)."""
+        shape = self.shape
+        qkv, low = parts.qkv.forward(normed)
+        kept: list[torch.Tensor] = []
+        for norm, columns in self._head_norms:
+            states = qkv[:, columns].reshape(-1, shape.head_dim)
+            values, rstd = rms_norm(states, *self._norm(norm))
+            qkv[:, columns] = values.view(len(qkv), -1)
+            kept += [states, rstd]
+        rotate_(qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim)
+        return qkv, low, kept or [qkv.new_empty(0)] * 4
+
+    @property
+    def _head_norms(self) -> list[tuple[nn.Module, slice]]:
+        """Norms over the heads of q and k, and their columns of qkv."""
+        if not hasattr(self.self_attn, "q_norm"):
+            return []
+        end = self.shape.q_width
+        return [(self.self_attn.q_norm, slice(0, end)), (self.self_attn.k_norm, slice(end, end + self.shape.kv_width))]  # type: ignore[list-item]
+
+    def run_back(
+        self,
+        grad: torch.Tensor,
+        kept: _Kept,
+        parts: _Parts,
+        rows: Rows,
+        *,
+        wants_x: bool,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """grad [tokens, hidden_size] -> (gradient of x or None, gradients of parts.parameters in order)."""
+        shape = self.shape
+        grad_product, grad_low, down_B = parts.down.backward_input(grad, kept.down_low, wants_x=True)
+        assert grad_product is not None
+        grad_gate_up = scratch("grad_gate_up", kept.gate_up.shape, grad.dtype, grad.device)
+        product = scratch("product", grad_product.shape, grad.dtype, grad.device)
+        swiglu_backward(grad_product, kept.gate_up, grad_gate_up, product)
+        down_A = parts.down.backward_A(grad_low, product)
+
+        grad_normed, grad_low, gate_up_B = parts.gate_up.backward_input(grad_gate_up, kept.gate_up_low, wants_x=True)
+        assert grad_normed is not None
+        norm = self._norm(self.post_attention_layernorm)
+        normed = kept.middle_normed if kept.middle_normed.numel() else rms_norm(kept.middle, *norm)[0]
+        gate_up_A = parts.gate_up.backward_A(grad_low, normed)
+        grad_middle = rms_norm_backward(grad_normed, kept.middle, norm[0], kept.middle_rstd, residual=grad)
+
+        grad_attended, grad_low, out_B = parts.out.backward_input(grad_middle, kept.out_low, wants_x=True)
+        assert grad_attended is not None
+        out_A = parts.out.backward_A(grad_low, kept.attended)
+        grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse, rows.segments, shape)
+        rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
+        inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
+        for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):
+            part = grad_qkv[:, columns].reshape(-1, shape.head_dim)
+            part = rms_norm_backward(part, states, self._norm(head_norm)[0], rstd)
+            grad_qkv[:, columns] = part.view(len(grad_qkv), -1)
+
+        grad_normed, grad_low, qkv_B = parts.qkv.backward_input(grad_qkv, kept.qkv_low, wants_x=wants_x)
+        norm = self._norm(self.input_layernorm)
+        normed = kept.normed if kept.normed.numel() else rms_norm(kept.x, *norm)[0]
+        qkv_A = parts.qkv.backward_A(grad_low, normed)
+        grad_x = None
+        if grad_normed is not None:
+            grad_x = rms_norm_backward(grad_normed, kept.x, norm[0], kept.rstd, residual=grad_middle)
+        pairs = zip([*qkv_A, *out_A, *gate_up_A, *down_A], [*qkv_B, *out_B, *gate_up_B, *down_B], strict=True)
+        return grad_x, [gradient for pair in pairs for gradient in pair]
+
+    @staticmethod
+    def _norm(module: Any) -> tuple[torch.Tensor, float]:
+        return module.weight if module.weight.dtype == torch.float32 else module.weight.float(), module.variance_epsilon
+
+
+def _stack(layers: Sequence[Any]) -> LoraStack:
+    matrices = [layer.base.weight if isinstance(layer, LoraLinear) else layer.weight for layer in layers]
+    return LoraStack(layers, matrices[0] if len(matrices) == 1 else StackedMatrix(matrices))
+
+
+class _LayerFunction(torch.autograd.Function):
+    """x [tokens, hidden_size] and the adapters' parameters -> the layer's output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: FusedLayer, parts: _Parts, rows: Rows, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        out, kept = layer.run(x, parts, rows)
+        ctx.layer, ctx.parts, ctx.rows, ctx.recompute = layer, parts, rows, layer.recompute
+        if layer.recompute == "full":
+            ctx.save_for_backward(x)
+        else:
+            if layer.recompute == "cheap":
+                for name in _CHEAP:
+                    setattr(kept, name, x.new_empty(0))
+            ctx.save_for_backward(*vars(kept).values())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.recompute == "full":
+            kept = ctx.layer.run(*ctx.saved_tensors, ctx.parts, ctx.rows)[1]
+        else:
+            kept = _Kept(*ctx.saved_tensors)
+        grad_x, of_parameters = ctx.layer.run_back(
+            grads[0].contiguous(), kept, ctx.parts, ctx.rows, wants_x=ctx.needs_input_grad[0]
+        )
+        return grad_x, None, None, None, *of_parameters
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Exchange the layers that are known here; returns how many. Others stay transformers' own."""
+    last_rows, count = _LastRows(), 0
+    for name, module in list(model.named_modules()):
+        if type(module) in _KNOWN_LAYERS and module.self_attn.config.hidden_act in ("silu", "swish"):  # type: ignore[union-attr]
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, FusedLayer(module, last_rows))
+            count += 1
+    return count
+
+
+def is_fused(backbone: nn.Module) -> bool:
+    """Whether a backbone is embedding, fused layers and a norm, and nothing else: then `hidden_rows` can stand for it."""
+    return type(backbone) in _KNOWN_BACKBONES and all(isinstance(layer, FusedLayer) for layer in backbone.layers)  # type: ignore[union-attr]
+
+
+def hidden_rows(backbone: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Token ids of rows one behind the other, int64 [tokens] -> last hidden states [tokens, hidden_size]."""
+    x = backbone.embed_tokens(ids)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    rows = rows_of(lengths, *backbone.rotary_emb(x, positions[None]))
+    for layer in backbone.layers:
+        x = layer.forward_rows(x, rows)
+    return backbone.norm(x)

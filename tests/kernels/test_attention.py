@@ -1,0 +1,113 @@
+"""Causal attention against PyTorch's in float64: rows of many lengths, groups, windows, types, instruction sets.
+
+Tolerance: float32 products and sums over at most 300 keys; 2e-6 norm-wise is a few roundings. bfloat16 inputs are
+computed in float32 and rounded once (2**-9).
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from smidgen.kernels.attention import (
+    Heads,
+    Segments,
+    attention,
+    attention_backward,
+    attention_decode,
+    attention_twin,
+)
+from smidgen.kernels.library import ISAS, native_library
+
+CASES = [
+    ([1], Heads(1, 1, 8, 1.0)),
+    ([64], Heads(2, 2, 16, 0.25)),
+    ([300, 1, 65, 128], Heads(9, 3, 64, 0.125)),  # above and below the length that is split
+    ([77, 40], Heads(4, 1, 20, 0.3)),  # a head that is no whole number of vectors
+    ([130, 9], Heads(4, 2, 32, 0.2, window=7)),
+    ([270], Heads(2, 1, 64, 0.125, window=100)),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = native_library()
+    if library is None:
+        pytest.skip("the native kernels are not built")
+    before = library.smidgen_isa()
+    if not library.smidgen_use_isa(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    library.smidgen_use_isa(before)
+
+
+def _distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("lengths", "heads"), CASES)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+def test_forward_and_gradient(
+    isa: str, lengths: list[int], heads: Heads, dtype: torch.dtype, close: float
+) -> None:
+    segments = Segments(lengths)
+    qkv = torch.randn(segments.tokens, heads.width).to(dtype)
+    grad = torch.randn(segments.tokens, heads.q_width).to(dtype)
+    out, lse = attention(qkv, segments, heads)
+    assert lse.shape == (heads.heads, segments.tokens), "the native kernel has to have run"
+    ours = attention_backward(grad, qkv, out, lse, segments, heads)
+
+    leaf = qkv.double().requires_grad_()
+    exact = attention_twin(leaf, segments, heads)
+    exact_grad = torch.autograd.grad(exact, leaf, grad.double())[0]
+    assert out.dtype == ours.dtype == dtype
+    assert _distance(out, exact.detach()) < close
+    assert _distance(ours, exact_grad) < 3 * close  # three products one after the other
+
+
+def test_rows_do_not_see_each_other(isa: str) -> None:
+    heads = Heads(4, 2, 16, 0.25)
+    rows = [torch.randn(length, heads.width) for length in (70, 5, 300)]
+    together, _ = attention(torch.cat(rows), Segments([len(row) for row in rows]), heads)
+    alone = [attention(row, Segments([len(row)]), heads)[0] for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    heads = Heads(1, 1, 8, 1.0)
+    qkv = torch.randn(50, heads.width) * 100
+    out, lse = attention(qkv, Segments([50]), heads)
+    grad = attention_backward(torch.randn(50, 8), qkv, out, lse, Segments([50]), heads)
+    assert out.isfinite().all() and lse.isfinite().all() and grad.isfinite().all()
+    assert _distance(out, attention_twin(qkv.double(), Segments([50]), heads)) < 1e-4
+
+
+@pytest.mark.parametrize("heads", [Heads(9, 3, 64, 0.125), Heads(4, 4, 20, 0.3), Heads(4, 1, 32, 0.2, window=7)])
+def test_decode(isa: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, capacity = torch.tensor([1, 40, 17]), 48
+    q = torch.randn(3, heads.width)
+    keys, values = torch.randn(2, 3, heads.kv_heads, capacity, heads.head_dim).unbind()
+    ours = attention_decode(q, keys, values, lengths, heads)
+    monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+    exact = attention_decode(q[:, : heads.q_width], keys, values, lengths, heads).double()
+    assert _distance(ours, exact) < 2e-6
+
+
+def test_the_gradient_does_not_depend_on_the_threads() -> None:
+    """Bit for bit: sums are in a fixed order, whoever computes their terms."""
+    code = (
+        "import torch, hashlib\n"
+        "from smidgen.kernels.attention import *\n"
+        "torch.manual_seed(0); h, s = Heads(3, 1, 32, .2), Segments([300, 90, 8])\n"
+        "x, g = torch.randn(398, h.width), torch.randn(398, h.q_width)\n"
+        "o, l = attention(x, s, h); d = attention_backward(g, x, o, l, s, h)\n"
+        "print(hashlib.sha256(o.numpy().tobytes() + d.numpy().tobytes()).hexdigest())\n"
+    )
+    one, two = (
+        subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": threads})
+        for threads in ("1", "2")
+    )
+    assert one == two
