@@ -28,4 +28,4 @@ class NativeKernels(BuildHookInterface):
         # The library has no Python in it: one wheel for every Python of this platform.
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append("src/smidgen/kernels/libsmidgen.so")
+        build_data["artifacts"].append("src/smidgen/kernels/lib/libsmidgen.so")

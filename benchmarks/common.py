@@ -1,11 +1,12 @@
 """What every benchmark writes beside its figures: where, when and with what they were measured."""
 
+import argparse
 import json
 import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RESULTS = Path(__file__).parent / "results"
 SMIDGEN = [sys.executable, "-m", "smidgen"]
@@ -17,8 +18,8 @@ def run_json(words: list[str], cwd: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write_result(name: str, figures: dict[str, Any], cwd: Path) -> None:
-    """benchmarks/results/NAME.json with machine, versions and commit."""
+def write_result(name: str, figures: dict[str, Any], cwd: Path, shown: Any = None) -> None:
+    """benchmarks/results/NAME.json with machine, versions and commit. shown: what to print if not all of it."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     doctor = run_json(["doctor"], cwd)
@@ -27,4 +28,21 @@ def write_result(name: str, figures: dict[str, Any], cwd: Path) -> None:
     content = {"measured": when, "commit": commit.stdout.strip(), "machine": machine, **figures}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(figures if shown is None else shown, indent=2))
+
+
+def skip(why: str) -> NoReturn:
+    """Leave without an error, so that `make proof` goes on with the other scripts."""
+    print(f"skipped: {why}")
+    sys.exit(0)
+
+
+def options(about: str, *, repeats: int = 7) -> argparse.Namespace:
+    """--repeats and --isa, which all comparisons take; --isa gives the result a name of its own."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--isa", choices=["avx2"], help="keep all sides to this older instruction set")
+    given = parser.parse_args()
+    given.words = ["--repeats", str(given.repeats), *(["--isa", given.isa] if given.isa else [])]
+    given.suffix = f"-{given.isa}" if given.isa else ""
+    return given

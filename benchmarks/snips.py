@@ -4,14 +4,13 @@ Data: $SMIDGEN_TEST_DATA/sft/snips_{train,valid,test}.jsonl, chat rows made from
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-from common import run_json, write_result
+from common import run_json, skip, write_result
 
 if "SMIDGEN_TEST_DATA" not in os.environ:
-    sys.exit("skipped: SMIDGEN_TEST_DATA does not say where sft/snips_train.jsonl lies")
+    skip("SMIDGEN_TEST_DATA does not say where sft/snips_train.jsonl lies")
 SOURCE = Path(os.environ["SMIDGEN_TEST_DATA"]) / "sft"
 # 75 updates of 4 rows at 1e-3, rank 16, alpha 32: what the other tools' figures for this data were taken with.
 SETTINGS = ["--micro-batch", "4", "--learning-rate", "1e-3", "--rank", "16", "--alpha", "32", "--warmup", "0.0667"]

@@ -186,11 +186,12 @@ API void smidgen_attention_backward(const float* q, const float* k, const float*
         rows * kv_heads, 1);
 }
 
-API void smidgen_attention_decode(const float* q, const float* k, const float* v, const int64_t* lengths, float* out,
-                                  int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity,
-                                  int64_t q_stride, int64_t out_stride, int64_t window, float scale) {
+API void smidgen_attention_decode(const float* q, const float* k, const float* v, float* keys, float* values,
+                                  const int64_t* lengths, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
+                                  int64_t head_dim, int64_t capacity, int64_t stride, int64_t out_stride,
+                                  int64_t window, float scale) {
     run(kernels->attention_decode,
-        {q, k, v, lengths, out, heads, kv_heads, head_dim, capacity, q_stride, out_stride, window, scale},
+        {q, k, v, keys, values, lengths, out, heads, kv_heads, head_dim, capacity, stride, out_stride, window, scale},
         rows * kv_heads, 1);
 }
 

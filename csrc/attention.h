@@ -182,40 +182,47 @@ inline float dot(const float* a, const float* b, int64_t n) {
 }
 
 void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
-    const int64_t group = a.heads / a.kv_heads, whole = a.head_dim / kWidth * kWidth;
+    const int64_t group = a.heads / a.kv_heads, size = a.head_dim, whole = size / kWidth * kWidth;
     for (int64_t task = begin; task < end; task++) {
-        const int64_t row = task / a.kv_heads, kv_head = task % a.kv_heads, length = a.lengths[row];
+        const int64_t row = task / a.kv_heads, kv_head = task % a.kv_heads, length = a.lengths[row] + 1;
+        float* new_key = a.keys + (task * a.capacity + length - 1) * size;
+        float* new_value = a.values + (task * a.capacity + length - 1) * size;
+        for (int64_t d = 0; d < size; d++) {
+            new_key[d] = a.k[row * a.stride + kv_head * size + d];
+            new_value[d] = a.v[row * a.stride + kv_head * size + d];
+        }
         const int64_t first = a.window > 0 && length > a.window ? length - a.window : 0, seen = length - first;
-        const float* keys = a.k + (task * a.capacity + first) * a.head_dim;
-        const float* values = a.v + (task * a.capacity + first) * a.head_dim;
-        float* scores = worker_scratch(0, seen + kWidth);
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            const float* q = a.q + row * a.q_stride + head * a.head_dim;
-            float* out = a.out + row * a.out_stride + head * a.head_dim;
-            float top = -__builtin_inff();
-            for (int64_t t = 0; t < seen; t++) {
-                scores[t] = dot(q, keys + t * a.head_dim, a.head_dim) * a.scale;
-                top = scores[t] > top ? scores[t] : top;
-            }
-            fill(scores, seen, seen + kWidth, -__builtin_inff());
-            Vec sums{};
-            for (int64_t t = 0; t < seen; t += kWidth) {
-                const Vec p = exp(load(scores + t) - top);
-                store(scores + t, p);
+        const int64_t padded = (seen + kWidth - 1) / kWidth * kWidth;
+        const float* keys = a.keys + (task * a.capacity + first) * size;
+        const float* values = a.values + (task * a.capacity + first) * size;
+        const float* q = a.q + row * a.stride + kv_head * group * size;
+        float* out = a.out + row * a.out_stride + kv_head * group * size;
+        float* scores = worker_scratch(0, group * padded);
+        for (int64_t t = 0; t < seen; t++)  // each key is read once for all heads of the group
+            for (int64_t h = 0; h < group; h++) scores[h * padded + t] = dot(q + h * size, keys + t * size, size) * a.scale;
+        for (int64_t h = 0; h < group; h++) {
+            float* row_scores = scores + h * padded;
+            fill(row_scores, seen, padded, -__builtin_inff());
+            Vec tops = load(row_scores), sums{};
+            for (int64_t t = kWidth; t < padded; t += kWidth) tops = max(load(row_scores + t), tops);
+            const float top = largest(tops);
+            for (int64_t t = 0; t < padded; t += kWidth) {
+                const Vec p = exp(load(row_scores + t) - top);
+                store(row_scores + t, p);
                 sums += p;
             }
             const float inverse = 1.0f / sum(sums);
-            for (int64_t d = 0; d < whole; d += kWidth) {
-                Vec total{};
-                for (int64_t t = 0; t < seen; t++) total = fma(broadcast(scores[t]), load(values + t * a.head_dim + d), total);
-                store(out + d, total * inverse);
-            }
-            for (int64_t d = whole; d < a.head_dim; d++) {
-                float total = 0;
-                for (int64_t t = 0; t < seen; t++) total += scores[t] * values[t * a.head_dim + d];
-                out[d] = total * inverse;
-            }
+            for (int64_t t = 0; t < seen; t++) row_scores[t] *= inverse;
         }
+        fill(out, 0, group * size, 0.0f);
+        for (int64_t t = 0; t < seen; t++)
+            for (int64_t h = 0; h < group; h++) {
+                const float weight = scores[h * padded + t];
+                const float* value = values + t * size;
+                float* sums = out + h * size;
+                for (int64_t d = 0; d < whole; d += kWidth) store(sums + d, fma(broadcast(weight), load(value + d), load(sums + d)));
+                for (int64_t d = whole; d < size; d++) sums[d] += weight * value[d];
+            }
     }
 }
 

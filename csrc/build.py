@@ -1,4 +1,4 @@
-"""Compile csrc/ into src/smidgen/kernels/libsmidgen.so with the machine's C++ compiler.
+"""Compile csrc/ into src/smidgen/kernels/lib/libsmidgen.so with the machine's C++ compiler.
 
 The package's build runs this (hatch_build.py), and so can anyone: python csrc/build.py. Only the C++ standard library
 and the C interface of OpenMP's and BLAS's entry points are used, both handed in at run time: nothing is linked.
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-LIBRARY = SOURCE.parent / "src" / "smidgen" / "kernels" / "libsmidgen.so"
+LIBRARY = SOURCE.parent / "src" / "smidgen" / "kernels" / "lib" / "libsmidgen.so"
 
 # -ffp-contract=off: a * b + c is rounded twice, as PyTorch does it, unless the source says fma.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
@@ -41,7 +41,7 @@ def find_compiler() -> list[str] | None:
 
 
 def build(library: Path, compiler: list[str], *, machine: str = "", extra: tuple[str, ...] = ()) -> None:
-    """Compile and link. Raises subprocess.CalledProcessError with the compiler's words; `library` is replaced at once."""
+    """Compile and link; `library` is replaced at once. Raises CalledProcessError with the compiler's words."""
     with tempfile.TemporaryDirectory() as name:
         compiles = []
         for source, flags in sources(machine or platform.machine()).items():
@@ -55,6 +55,7 @@ def build(library: Path, compiler: list[str], *, machine: str = "", extra: tuple
         linked = str(Path(name) / "linked.so")
         link = [*compiler, "-shared", *extra, *(object_file for _, object_file, _ in compiles), "-o", linked]
         subprocess.run(link, check=True, capture_output=True, text=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
         staged = library.with_name(f".{library.name}.{os.getpid()}")
         shutil.copyfile(linked, staged)
         os.replace(staged, library)
@@ -66,5 +67,7 @@ if __name__ == "__main__":
         sys.exit("no C++ compiler found: install g++ or clang++, or name one in CXX")
     try:
         build(LIBRARY, compiler)
+    except OSError as error:
+        sys.exit(f"the C++ compiler {compiler[0]} cannot be run: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"{' '.join(error.cmd)}\n{error.stderr}")

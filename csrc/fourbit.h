@@ -3,7 +3,8 @@
 //
 // A look-up of many codes at once is all that differs between the instruction sets. AVX-512 looks 16 floats up in one
 // register. AVX2 and NEON can look up bytes only, so the 16 floats are cut into four tables of their first to fourth
-// bytes, and the bytes that come out are interleaved to floats again.
+// bytes, and the bytes that come out are interleaved to floats again. For bfloat16 a block's 16 values are scaled and
+// rounded before the look-up: half as many bytes, and nothing left to compute for each weight.
 
 namespace {
 
@@ -18,8 +19,8 @@ inline void by_weight_type(Type type, Fn fn) {
         by_type(type, fn);
 }
 
-constexpr int kCodes = 32;                   // codes that are looked up at once: 16 bytes
-constexpr int kVectors = kCodes / kWidth;    // and the vectors that they make
+constexpr int kCodes = 32;                 // codes that are looked up at once: 16 bytes
+constexpr int kVectors = kCodes / kWidth;  // and the vectors that they make
 
 inline int nibble(const uint8_t* packed, int64_t i) { return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4; }
 

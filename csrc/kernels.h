@@ -13,8 +13,8 @@ namespace smidgen {
 
 constexpr int64_t kQueries = 64;  // queries in a block of attention
 
-// Number types of activations; the values are part of the C interface.
-enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // float16: only stored weights
+// Number types; the values are part of the C interface. Only stored weights may be float16.
+enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // C = alpha op(A) op(B) + beta C, Fortran interface of BLAS: column-major, every argument by address.
 using Sgemm = void (*)(const char* transa, const char* transb, const int* m, const int* n, const int* k,
@@ -128,15 +128,18 @@ struct AttentionReduce {
     int64_t tokens, heads, kv_heads, head_dim, stride;
 };
 
-// One query per row against its cached keys and values [row, kv_heads, capacity, head_dim]; lengths [rows] of them are
-// filled. A task is one key head of one row.
+// One new token per row against what is cached of the row, [row, kv_heads, capacity, head_dim]. Its queries, keys and
+// values are at q, k, v + row * stride; keys and values are put into the cache as number lengths[row] first, so that
+// lengths[row] + 1 are seen. A task is one key head of one row.
 struct AttentionDecode {
     const float* q;
     const float* k;
     const float* v;
+    float* keys;
+    float* values;
     const int64_t* lengths;
     float* out;
-    int64_t heads, kv_heads, head_dim, capacity, q_stride, out_stride, window;
+    int64_t heads, kv_heads, head_dim, capacity, stride, out_stride, window;
     float scale;
 };
 

@@ -29,6 +29,7 @@ from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
 from smidgen.export.compare import compare_models
 from smidgen.export.files import check_vacant, folder_bytes
 from smidgen.export.merge import save_merged
+from smidgen.kernels.library import describe_library
 from smidgen.model.build import Base
 from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
@@ -361,5 +362,6 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "gflops": speeds,
+        "native_kernels": describe_library(),
         "backends": check_backends(device),
     }

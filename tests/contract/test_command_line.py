@@ -62,6 +62,18 @@ FROZEN_FLAGS = {
     "data": {"seq_len", "train_on_prompt"},
     "download": set(),
     "doctor": set(),
+    "bench": {
+        "shape",
+        "seq_len",
+        "recompute",
+        "compute_dtype",
+        "against",
+        "against_checkpointing",
+        "four_bit_tax",
+        "keep",
+        "repeats",
+        "isa",
+    },
 }
 ARGUMENTS = {
     "demo": "",
@@ -73,6 +85,7 @@ ARGUMENTS = {
     "data": "MODEL DATA",
     "download": "HUB_ID",
     "doctor": "",
+    "bench": "WHAT",
 }
 
 

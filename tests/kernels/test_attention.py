@@ -87,13 +87,16 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
 
 @pytest.mark.parametrize("heads", [Heads(9, 3, 64, 0.125), Heads(4, 4, 20, 0.3), Heads(4, 1, 32, 0.2, window=7)])
 def test_decode(isa: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, capacity = torch.tensor([1, 40, 17]), 48
-    q = torch.randn(3, heads.width)
+    lengths, capacity = torch.tensor([0, 39, 16]), 48
+    qkv = torch.randn(3, heads.width)
     keys, values = torch.randn(2, 3, heads.kv_heads, capacity, heads.head_dim).unbind()
-    ours = attention_decode(q, keys, values, lengths, heads)
+    caches = [(keys.clone(), values.clone()) for _ in range(2)]
+    ours = attention_decode(qkv, *caches[0], lengths, heads)
     monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
-    exact = attention_decode(q[:, : heads.q_width], keys, values, lengths, heads).double()
+    exact = attention_decode(qkv, *caches[1], lengths, heads).double()
     assert _distance(ours, exact) < 2e-6
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+    assert torch.equal(caches[0][0][1, 0, 39], qkv[1, heads.q_width :][: heads.head_dim])
 
 
 def test_the_gradient_does_not_depend_on_the_threads() -> None:

@@ -30,11 +30,14 @@ VERBS = {
     "data": "Show how rows become tokens and labels.",
     "download": "Fetch a model into the cache.",
     "doctor": "What this machine can do.",
+    "bench": "Measure step, kernels and generation next to other tools.",
 }
 # Read by libraries when they are loaded. oneDNN keeps a compiled product for each of 1,024 shapes: rows of many lengths
-# would let the memory of bfloat16 runs grow by a gigabyte. The others keep progress bars and advice out of our output.
+# would let the memory of bfloat16 runs grow by a gigabyte. PyTorch asks for huge pages if told to: two thirds fewer page
+# faults in a step (docs/log.md). The others keep progress bars and advice out of our output.
 _ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "THP_MEM_ALLOC_ENABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -138,26 +138,32 @@ def attention_twin(qkv: torch.Tensor, segments: Segments, shape: Heads) -> torch
 
 
 def attention_decode(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, shape: Heads
+    qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, shape: Heads
 ) -> torch.Tensor:
-    """One query a row against its cache: q [rows, q_width] (rows may be strided) -> output float32 [rows, q_width].
+    """One new token a row against its cache: qkv float32 [rows, width] -> output float32 [rows, q_width].
 
-    keys, values: float32 [rows, kv_heads, capacity, head_dim], of which lengths int64 [rows] tokens are filled.
+    keys, values: float32 [rows, kv_heads, capacity, head_dim], of which lengths int64 [rows] tokens are filled; the new
+    token's are added behind them.
     """
-    library = native(q)
-    rows, capacity = q.shape[0], keys.shape[2]
-    if library is None or q.dtype != torch.float32:
-        positions = torch.arange(capacity, device=q.device)
-        seen = positions < lengths[:, None]
+    library = native(qkv)
+    rows, capacity = len(qkv), keys.shape[2]
+    if library is None:
+        q, k, v = (
+            part.view(rows, -1, shape.head_dim) for part in qkv.split([shape.q_width, shape.kv_width, shape.kv_width], 1)
+        )
+        index, positions = torch.arange(rows, device=qkv.device), torch.arange(capacity, device=qkv.device)
+        keys[index, :, lengths], values[index, :, lengths] = k, v
+        seen = positions <= lengths[:, None]
         if shape.window:
-            seen &= positions >= lengths[:, None] - shape.window
-        states = q.float().reshape(rows, shape.heads, 1, shape.head_dim)
+            seen &= positions > lengths[:, None] - shape.window
         return F.scaled_dot_product_attention(
-            states, keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+            q[:, :, None], keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
         ).reshape(rows, shape.q_width)
     out = torch.empty(rows, shape.q_width)
+    q = qkv.data_ptr()
     library.smidgen_attention_decode(
-        q.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), out.data_ptr(), rows, shape.heads,
-        shape.kv_heads, shape.head_dim, capacity, q.stride(0), shape.q_width, shape.window, shape.scale,
+        q, q + 4 * shape.q_width, q + 4 * (shape.q_width + shape.kv_width), keys.data_ptr(), values.data_ptr(),
+        lengths.data_ptr(), out.data_ptr(), rows, shape.heads, shape.kv_heads, shape.head_dim, capacity, shape.width,
+        shape.q_width, shape.window, shape.scale,
     )  # fmt: skip
     return out

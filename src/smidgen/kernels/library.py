@@ -18,7 +18,7 @@ from smidgen.errors import SettingsError
 
 __all__ = ["MISSING", "describe_library", "native", "native_library"]
 
-_PATH = Path(__file__).with_name("libsmidgen.so")
+_PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
 _INTERFACE = 1
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
@@ -39,7 +39,7 @@ _SIGNATURES = {
     "smidgen_cross_entropy": "pppiitt",
     "smidgen_attention": "ppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
-    "smidgen_attention_decode": "pppppiiiiiiiif",
+    "smidgen_attention_decode": "pppppppiiiiiiiif",
     "smidgen_dequantise_4bit": "ppppppiiipt",
     "smidgen_dequantise_int8": "ppiipt",
     "smidgen_quantise_4bit": "pppppiit",

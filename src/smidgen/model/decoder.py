@@ -109,18 +109,15 @@ class FusedDecoder:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._reserve(int(self._lengths.max()) + 1)
         places = Rows(Segments([1] * len(tokens)), self._cosine[self._lengths], self._sine[self._lengths])
-        rows, at = torch.arange(len(tokens)), self._lengths
-        self._lengths = self._lengths + 1
         x = self._backbone.embed_tokens(tokens).float()
         for layer, norms, keys, values in zip(self._layers, self._norms, self._keys, self._values, strict=True):
-            parts, shape = layer.parts(), layer.shape
+            parts = layer.parts()
             qkv = layer.project(rms_norm(x, *norms[0])[0], parts, places)[0]
-            new = qkv[:, shape.q_width :].view(len(tokens), 2, shape.kv_heads, shape.head_dim)
-            keys[rows, :, at], values[rows, :, at] = new[:, 0], new[:, 1]
-            attended = attention_decode(qkv, keys, values, self._lengths, shape)
-            x = x + parts.out.forward(attended)[0]
+            attended = attention_decode(qkv, keys, values, self._lengths, layer.shape)
+            x = x.add_(parts.out.forward(attended)[0])
             gate_up, _ = parts.gate_up.forward(rms_norm(x, *norms[1])[0])
-            x = x + parts.down.forward(swiglu(gate_up))[0]
+            x = x.add_(parts.down.forward(swiglu(gate_up))[0])
+        self._lengths = self._lengths + 1
         return self._backbone.norm(x.to(self._base.compute_dtype))
 
     def keep(self, rows: list[int]) -> None:

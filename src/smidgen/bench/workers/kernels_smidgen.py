@@ -1,0 +1,62 @@
+"""Our kernels as a benchmark's worker, and plain torch.mm of the same sizes. Weights are random normal."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from smidgen.bench.workers.kernels_common import Kernels, extra_memory
+from smidgen.bench.workers.serving import serve, versions
+from smidgen.quant.matrix import FrozenMatrix, quantise
+
+__all__ = ["KernelWorker"]
+
+_PANEL_BYTES = 1 << 20  # of a panel that is de-quantised at once: it stays in a core's cache
+
+
+class KernelWorker:
+    """load makes the cases, run times one of them."""
+
+    def load(self, size: int, rows: list[int]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(size, size, generator=generator).mul_(0.02)
+        half = weight.bfloat16()
+        packed = quantise(weight, "nf4-dq")
+        functions: dict[str, Callable[[], Any]] = {
+            "dequantise nf4-dq float32": lambda: _all_panels(packed, torch.float32),
+            "dequantise nf4-dq bfloat16": lambda: _all_panels(packed, torch.bfloat16),
+            "quantise nf4 float32": lambda: quantise(weight, "nf4"),
+            "quantise nf4-dq float32": lambda: quantise(weight, "nf4-dq"),
+            "quantise nf4-dq bfloat16": lambda: quantise(half, "nf4-dq"),
+            "quantise int8 float32": lambda: quantise(weight, "int8"),
+        }
+        for count in rows:
+            x = torch.randn(count, size, generator=generator)
+            functions[f"product M={count}"] = lambda x=x: packed.matmul(x)
+            functions[f"dense product M={count}"] = lambda x=x: torch.mm(x, weight.t())
+        functions[f"gradient M={rows[-1]}"] = lambda x=x: packed.matmul_t(x)
+        functions[f"dense gradient M={rows[-1]}"] = lambda x=x: torch.mm(x, weight)
+        self.kernels = Kernels(functions)
+        return {"cases": list(functions), "threads": torch.get_num_threads(), "versions": versions("smidgen", "torch")}
+
+    @torch.inference_mode()
+    def run(self, case: str) -> dict[str, float]:
+        return self.kernels.run(case)
+
+    def memory(self, size: int, storage: str) -> dict[str, int]:
+        """In a fresh process: what quantising a float32 tensor [2 size, size] takes beside it."""
+        quantise(torch.randn(256, 256), storage)  # code, tables and threads are there before
+        weight = torch.randn(2 * size, size)
+        return {"extra_bytes": extra_memory(lambda: quantise(weight, storage)), "tensor_bytes": weight.nbytes}
+
+
+def _all_panels(matrix: FrozenMatrix, dtype: torch.dtype) -> None:
+    """Every row once, in panels that fit the cache, as a product of many rows needs them."""
+    height = max(1, _PANEL_BYTES // (matrix.in_features * dtype.itemsize))
+    for start in range(0, matrix.out_features, height):
+        matrix.rows(start, min(start + height, matrix.out_features), dtype)
+
+
+if __name__ == "__main__":
+    worker = KernelWorker()
+    serve({"load": worker.load, "run": worker.run, "memory": worker.memory})

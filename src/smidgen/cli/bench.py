@@ -1,0 +1,128 @@
+"""`smidgen bench WHAT`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smidgen.bench.peers import STEP_PEERS
+from smidgen.cli import bench_views
+from smidgen.cli.console import Console
+from smidgen.cli.options import Flag, verb
+from smidgen.cli.values import Given
+
+__all__ = ["bench"]
+
+_WHAT = ("step", "kernels", "decode")
+_SHAPES = ("smollm2-135m", "tinyllama-1.1b")  # and 'tiny', which only tests need
+
+
+def _positive(value: int) -> bool:
+    return value >= 1
+
+
+_COMMON = (
+    Flag("repeats", int, 7, "Rounds, after one that does not count.", "General", check=_positive, expected="1 or more"),
+    Flag(
+        "isa",
+        str,
+        None,
+        "Keep all sides to an older instruction set than the machine has.",
+        "General",
+        choices=("avx2",),
+    ),
+)
+_STEP = (
+    Flag(
+        "shape",
+        str,
+        _SHAPES[0],
+        "Sizes of the model; its weights are random.",
+        "Step",
+        metavar="[" + "|".join(_SHAPES) + "]",
+        check=lambda value: value in {*_SHAPES, "tiny"},
+        expected="one of " + ", ".join(_SHAPES),
+    ),
+    Flag("seq_len", int, 512, "Tokens of the one row.", "Step", check=lambda value: value >= 2, expected="2 or more"),
+    Flag("recompute", str, "none", "What the backward pass computes again.", "Step", choices=("none", "cheap", "full")),
+    Flag("compute_dtype", str, "float32", "Our compute type.", "Step", choices=("float32", "bfloat16")),
+    Flag(
+        "against",
+        str,
+        None,
+        f"Other tools, comma list of {', '.join(STEP_PEERS)}. What is not installed is put into the cache first.",
+        "Step",
+        metavar="LIST",
+    ),
+    Flag("against_checkpointing", bool, False, "The same as peft-bnb-ckpt at the end of --against.", "Step"),
+    Flag("four_bit_tax", bool, True, "Also step over a dense float32 base.", "Step"),
+    Flag("keep", str, None, "Keep the random weights here, for the next time.", "Step", metavar="DIR"),
+)
+
+
+def _against(given: Given) -> tuple[str, ...]:
+    names = [name.strip() for name in (given["against"] or "").split(",") if name.strip()]
+    return tuple(dict.fromkeys([*names, *(["peft-bnb-ckpt"] if given["against_checkpointing"] else [])]))
+
+
+def _check(given: Given) -> list[str]:
+    what = given["what"]
+    problems = []
+    if what is not None and what not in _WHAT:
+        problems.append(f"what: expected one of {', '.join(_WHAT)}, found {what!r}")
+    elif what in _WHAT[1:]:
+        problems += [
+            f"{flag.name}: belongs to `smidgen bench step`, leave it out" for flag in _STEP if flag.name in given.named
+        ]
+    unknown = [name for name in _against(given) if name not in STEP_PEERS]
+    if unknown:
+        problems.append(f"against: expected names out of {', '.join(STEP_PEERS)}, found {', '.join(unknown)}")
+    return problems
+
+
+@verb("bench", arguments=("what",), flags=(*_STEP, *_COMMON), check=_check)
+def bench(console: Console, given: Given) -> Mapping[str, Any]:
+    """Measure this machine: a training step, the kernels, or generation, next to other tools.
+
+    WHAT is step (one optimizer step with LoRA on all linear layers), kernels (de-quantise, quantise, multiply) or
+    decode (prompt and generation of smollm2-135m). Sides run in processes of their own, in turn, so that a machine
+    whose speed drifts is fair to all. Nothing else should run meanwhile.
+
+    \b
+    Examples:
+      smidgen bench step --shape smollm2-135m --against peft-bnb
+      smidgen bench step --shape tinyllama-1.1b --recompute cheap --against-checkpointing --json
+      smidgen bench kernels
+    """
+    if given["what"] == "step":
+        from smidgen.bench.step import StepSettings, bench_step
+
+        settings = StepSettings(
+            shape=given["shape"],
+            seq_len=given["seq_len"],
+            recompute=given["recompute"],
+            compute_dtype=given["compute_dtype"],
+            repeats=given["repeats"],
+            against=_against(given),
+            four_bit_tax=given["four_bit_tax"],
+            isa=given["isa"] or "",
+            keep=Path(given["keep"]) if given["keep"] else None,
+        )
+        result = bench_step(settings, console.report)
+        parts = bench_views.step(result)
+    elif given["what"] == "kernels":
+        from smidgen.bench.kernels import KernelSettings, bench_kernels
+
+        result = bench_kernels(KernelSettings(repeats=given["repeats"], isa=given["isa"] or ""), console.report)
+        parts = bench_views.kernels(result)
+    else:
+        from smidgen.bench.decode import DecodeSettings, bench_decode
+
+        result = bench_decode(DecodeSettings(repeats=given["repeats"], isa=given["isa"] or ""), console.report)
+        parts = bench_views.decode(result)
+    console.close()
+    for title, table in parts:
+        console.title(title)
+        console.show(table)
+    console.line()
+    console.line(bench_views.where(result))
+    return result

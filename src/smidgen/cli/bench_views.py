@@ -1,0 +1,118 @@
+"""How `smidgen bench` shows its figures: pure functions from results to tables. Nothing here prints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from smidgen.units import format_bytes, format_duration
+
+__all__ = ["decode", "kernels", "step", "where"]
+
+Parts = list[tuple[str, Table]]
+
+
+def step(result: Mapping[str, Any]) -> Parts:
+    """Times, memory and shares of the peak of all sides, ours first."""
+    table = _table("", "step", "min - max", "of the peak", "peak memory", "load", "its peak", "smidgen is", "loss")
+    sides = [("smidgen", result, "")]
+    if result["dense"]:
+        sides.append(("dense float32", result["dense"], f"4-bit tax {result['four_bit_tax']:.2f}"))
+    sides += [(peer["name"], peer, f"{peer['speedup']:.2f} x as fast") for peer in result["peers"]]
+    for name, side, ratio in sides:
+        table.add_row(
+            name,
+            _seconds(side["step_s"]),
+            f"{_seconds(side['step_s_min'])} - {_seconds(side['step_s_max'])}",
+            f"{side['roofline_fraction']:.2f}",
+            format_bytes(side["peak_rss_bytes"]),
+            format_duration(side["load_s"]),
+            format_bytes(side["load_peak_rss_bytes"]),
+            ratio,
+            f"{side['loss'][0]:.4f} … {side['loss'][-1]:.4f}",
+        )
+    title = f"One step of {result['shape']}, {result['seq_len']} tokens, recompute {result['recompute']}"
+    return [(title, table)]
+
+
+def kernels(result: Mapping[str, Any]) -> Parts:
+    """One line for each case and number of threads; then the memory of quantising."""
+    table = _table("case", "threads", "smidgen", "min - max", "rate", "against dense", "against bitsandbytes")
+    for case in result["cases"]:
+        ours = case["smidgen"]
+        rate = (
+            f"{ours['gflops']:.1f} GFLOP/s"
+            if "gflops" in ours
+            else f"{ours['gweights_per_s_per_thread']:.2f} G weights/s/thread"
+        )
+        table.add_row(
+            case["case"],
+            str(case["threads"]),
+            _seconds(ours["seconds"]),
+            f"{_seconds(ours['seconds_min'])} - {_seconds(ours['seconds_max'])}",
+            rate,
+            _ratio(case.get("speedup_over_dense")),
+            _ratio(case.get("speedup_over_bitsandbytes")),
+        )
+    memory = _table("stored as", "smidgen", "bitsandbytes")
+    for row in result["quantise_memory"]:
+        memory.add_row(row["storage"], _share(row.get("smidgen")), _share(row.get("bitsandbytes")))
+    size = result["size"]
+    return [
+        (f"Kernels on a matrix of {size} x {size}", table),
+        ("Extra memory of quantising, result included, as a share of the float32 tensor", memory),
+    ]
+
+
+def decode(result: Mapping[str, Any]) -> Parts:
+    """Tokens a second of all sides, ours first."""
+    table = _table("", "as", "prefill tokens/s", "min - max", "decode tokens/s", "min - max", "smidgen is", "memory")
+    for name, side in [("smidgen", result), *((peer["name"], peer) for peer in result["peers"])]:
+        ratio = f"{side['prefill_speedup']:.2f} x / {side['decode_speedup']:.2f} x" if "decode_speedup" in side else ""
+        table.add_row(
+            name,
+            side["settings"],
+            *(
+                text
+                for key in ("prefill_tokens_per_s", "decode_tokens_per_s")
+                for text in (f"{side[key]:.1f}", f"{side[f'{key}_min']:.1f} - {side[f'{key}_max']:.1f}")
+            ),
+            ratio,
+            format_bytes(side["peak_rss_bytes"]),
+        )
+    title = f"{result['model']}: a prompt of {result['prompt_tokens']} tokens, {result['new_tokens']} after it"
+    return [(title, table)]
+
+
+def where(result: Mapping[str, Any]) -> str:
+    """'Intel ..., 2 threads, AVX2; medians of 7 rounds. Skipped: ...'"""
+    machine = result["machine"]
+    parts = [
+        f"{machine['processor']}, {machine['threads']} threads, instructions: {machine['isa']};"
+        f" medians of {result['repeats_wanted']} rounds."
+    ]
+    parts += [f"{name} is skipped: {why}" for name, why in result["skipped"].items()]
+    parts += [f"Note: {note}." for note in result.get("notes", [])]
+    return " ".join(parts)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _seconds(seconds: float) -> str:
+    """0.00213 -> '2.13 ms', 4.2 -> '4.20 s'."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} x"
+
+
+def _share(side: Mapping[str, Any] | None) -> str:
+    return f"{side['ratio']:.2f}" if side and "ratio" in side else "-"

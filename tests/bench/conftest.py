@@ -1,0 +1,14 @@
+"""Benchmarks in tests run on one thread and on tiny shapes: what is tested is what they do, never how fast."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

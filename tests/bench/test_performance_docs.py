@@ -1,0 +1,89 @@
+"""The tables of the pages are those of the results."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from smidgen.bench.peers import STEP_PEERS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_performance_docs", ROOT / "tools" / "make_performance_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+WHERE: dict[str, Any] = {
+    "machine": {"processor": "A processor", "threads": 2, "isa": "avx2"},
+    "versions": {"torch": "2.13"},
+    "measured": "today",
+    "commit": "0123456789abcdef",
+}
+RUN: dict[str, Any] = {
+    "shape": "smollm2-135m", "recompute": "none", "against": "peft-bnb", "step_s": 3.0, "step_s_min": 2.9,
+    "step_s_max": 3.25, "peer_step_s": 4.5, "peer_step_s_min": 4.4, "peer_step_s_max": 4.6, "speedup": 1.5,
+    "roofline_fraction": 0.8, "peer_roofline_fraction": 0.5, "peak_rss_bytes": 1.5e9, "peer_peak_rss_bytes": 2.25e9,
+    "four_bit_tax": 1.031, "skipped": {}, "notes": ["what to know"], **WHERE,
+}  # fmt: skip
+
+
+def test_pages_are_up_to_date(tool: ModuleType) -> None:
+    for page, text in tool.make().items():
+        assert page.read_text(encoding="utf-8") == text, "run `python tools/make_performance_docs.py`"
+
+
+def test_only_marked_sections_change_and_twice_is_as_once(tool: ModuleType) -> None:
+    page = "before\n<!-- step -->\nold\n<!-- /step -->\nafter <!-- load --> x\n"
+    filled = tool.fill(page, {"step": "new \\1", "load": "y"})
+    assert filled == "before\n<!-- step -->\n\nnew \\1\n\n<!-- /step -->\nafter <!-- load --> x\n"
+    assert tool.fill(filled, {"step": "new \\1"}) == filled
+
+
+def test_the_table_of_steps(tool: ModuleType) -> None:
+    alone = {**RUN, "against": None, "speedup": None, "skipped": {"peft-bnb": "no network"}, "four_bit_tax": None}
+    for key in [key for key in alone if key.startswith("peer_")]:
+        alone[key] = None
+    text = tool.step_table({"runs": [RUN, alone]})
+    lines = text.splitlines()
+    assert lines[2] == (
+        "| smollm2-135m | none | peft-bnb | 3 s [2.9-3.25] | 4.5 s [4.4-4.6] | 1.50 x | 0.80 | 0.50 | 1.50 GB | 2.25 GB"
+        " | 1.03 |"
+    )
+    assert "| peft-bnb | 3 s [2.9-3.25] | - | - | 0.80 | - | 1.50 GB | - | - |" in lines[3]
+    assert lines[-1] == ("A processor, 2 threads, kept to AVX2; today, 0123456789ab; torch 2.13. Note: what to know.")
+
+
+def test_the_readme_has_a_line_for_each_claim(tool: ModuleType) -> None:
+    load = {"against": "peft-bnb", "time_ratio": 0.1, "load_peak_rss_bytes": 1e9, "peer_load_peak_rss_bytes": 4e9}
+    peers = [{"name": "llama.cpp", "peak_rss_bytes": 2e8, "prefill_speedup": 2.5, "decode_speedup": 0.8}]
+    results = {"step": {"runs": [RUN]}, "load": load, "decode": {"peak_rss_bytes": 1e8, "peers": peers}}
+    lines = tool.readme_table(results).splitlines()[2:]
+    assert lines == [
+        "| step, smollm2-135m, 512 tokens, recompute none | peft-bnb | 1.50 x | 1.50 GB / 2.25 GB |",
+        "| load + quantise 1.1B | peft-bnb | 10.00 x | 1.00 GB / 4.00 GB |",
+        "| prefill, SmolLM2-135M | llama.cpp | 2.50 x | 0.10 GB / 0.20 GB |",
+        "| decode, SmolLM2-135M | llama.cpp | 0.80 x | 0.10 GB / 0.20 GB |",
+    ]
+
+
+def test_without_results_the_page_says_what_to_run(tool: ModuleType) -> None:
+    made = tool.sections({})
+    assert made["performance"] == "Not measured yet: `make proof`."
+    for name, (script, _) in tool.SECTIONS.items():
+        assert (ROOT / "benchmarks" / script).is_file()
+        assert f"python benchmarks/{script}" in made[name]
+
+
+def test_the_page_names_every_peer(tool: ModuleType) -> None:
+    text = tool.PAGE.read_text(encoding="utf-8")
+    for name in STEP_PEERS:
+        assert f"`{name}`" in text

@@ -1,0 +1,247 @@
+"""Writes the tables of docs/performance.md, and those of README.md, from benchmarks/results/*.json.
+
+Only what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced. README.md gets its table only where it has
+the markers of `performance`. A test compares the pages with what this makes.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+Result = dict[str, Any]
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, Result]:
+    """Name of the file -> its content."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def step_table(result: Result) -> str:
+    """A line for each pair of sides."""
+    titles = ["shape", "smidgen recomputes", "against", "step", "theirs", "faster", "of the peak", "theirs", "memory"]
+    titles += ["theirs", "4-bit tax"]
+    rows = []
+    for run in result["runs"]:
+        tax = run.get("four_bit_tax")
+        rows.append(
+            [
+                run["shape"],
+                run["recompute"],
+                str(run["against"] or "; ".join(run["skipped"]) or "-"),
+                _spread(run, "step_s", "s"),
+                _spread(run, "peer_step_s", "s"),
+                _ratio(run.get("speedup")),
+                _number(run["roofline_fraction"]),
+                _number(run.get("peer_roofline_fraction")),
+                _gigabytes(run["peak_rss_bytes"]),
+                _gigabytes(run.get("peer_peak_rss_bytes")),
+                _number(tax),
+            ]
+        )
+    return _with_place(table(titles, rows), result["runs"][0])
+
+
+def kernels_table(result: Result) -> str:
+    """A line for each case and number of threads, then the memory of quantising."""
+    rows = []
+    for case in result["cases"]:
+        ours = case["smidgen"]
+        rate = (
+            f"{ours['gflops']:.1f} GFLOP/s"
+            if "gflops" in ours
+            else f"{ours['gweights_per_s_per_thread']:.2f} G weights/s/thread"
+        )
+        rows.append(
+            [
+                case["case"],
+                str(case["threads"]),
+                _spread(ours, "seconds", "ms", 1e3),
+                rate,
+                _ratio(case.get("speedup_over_dense")),
+                _ratio(case.get("speedup_over_bitsandbytes")),
+            ]
+        )
+    titles = ["case", "threads", "time", "rate", "against dense float32", "against bitsandbytes"]
+    memory = [
+        [row["storage"], *(_number(row.get(side, {}).get("ratio")) for side in ("smidgen", "bitsandbytes"))]
+        for row in result["quantise_memory"]
+    ]
+    text = (
+        table(titles, rows) + "\n\n" + table(["extra memory of quantising / float32 size", "smidgen", "theirs"], memory)
+    )
+    return _with_place(text, result)
+
+
+def decode_table(result: Result) -> str:
+    """A line for each side."""
+    rows = []
+    for name, side in [("smidgen", result), *((peer["name"], peer) for peer in result["peers"])]:
+        rows.append(
+            [
+                name,
+                side["settings"],
+                _spread(side, "prefill_tokens_per_s", ""),
+                _spread(side, "decode_tokens_per_s", ""),
+                _ratio(side.get("prefill_speedup")),
+                _ratio(side.get("decode_speedup")),
+                _gigabytes(side["peak_rss_bytes"]),
+            ]
+        )
+    titles = ["", "weights", "prefill tokens/s", "decode tokens/s", "smidgen's prefill is", "its decode is", "memory"]
+    return _with_place(table(titles, rows), result)
+
+
+def load_table(result: Result) -> str:
+    """Ours and theirs."""
+    rows = [
+        ["smidgen", _spread(result, "load_s", "s"), _gigabytes(result["load_peak_rss_bytes"])],
+    ]
+    if result.get("against"):
+        theirs = [_spread(result, "peer_load_s", "s"), _gigabytes(result["peer_load_peak_rss_bytes"])]
+        rows.append([result["against"], *theirs])
+        rows.append(["smidgen / theirs", _number(result["time_ratio"]), _number(result["memory_ratio"])])
+    return _with_place(table([result["shape"], "load + quantise", "peak memory"], rows), result)
+
+
+def snips_table(result: Result) -> str:
+    """Ours, TRL at its best, TRL as shipped."""
+    rows = []
+    for name, runs in (
+        ("smidgen finetune", result["smidgen"]),
+        ("TRL, adapters cast to float32 by hand", result["trl_best"]),
+        ("TRL as shipped (bfloat16 adapters)", [result["trl_shipped"]]),
+    ):
+        times = sorted(run["train_s"] for run in runs)
+        rows.append(
+            [
+                name,
+                f"{times[len(times) // 2]:.0f} s [{times[0]:.0f}-{times[-1]:.0f}]",
+                f"{runs[0]['tokens'] / times[len(times) // 2]:.0f}",
+                _gigabytes(max(run["peak_rss_bytes"] for run in runs)),
+                f"{runs[0]['loss_after']:.4f}",
+            ]
+        )
+    text = table([f"{result['rows']} rows, 1 epoch", "training", "tokens/s", "peak memory", "held-out loss"], rows)
+    best, shipped = _ratio(result["speedup_over_best"]), _ratio(result["speedup_over_shipped"])
+    text += (
+        f"\n\nsmidgen is {best} as fast as TRL at its best and {shipped} as fast as TRL as shipped,"
+        f" in {result['memory_ratio']:.2f} of the memory of the former."
+    )
+    return _with_place(text, {**result, "versions": result["trl_best"][0]["versions"]})
+
+
+def readme_table(results: dict[str, Result]) -> str:
+    """The short version: what was measured last, one line for each claim."""
+    rows = []
+    for run in results.get("step", {}).get("runs", []):
+        if run.get("speedup"):
+            memory = f"{_gigabytes(run['peak_rss_bytes'])} / {_gigabytes(run['peer_peak_rss_bytes'])}"
+            what = f"step, {run['shape']}, 512 tokens, recompute {run['recompute']}"
+            rows.append([what, run["against"], _ratio(run["speedup"]), memory])
+    if snips := results.get("snips_trl"):
+        memory = f"{_peak(snips['smidgen'])} / {_peak(snips['trl_best'])}"
+        rows.append(["SNIPS, 300 rows", "TRL at its best", _ratio(snips["speedup_over_best"]), memory])
+    if (load := results.get("load")) and load.get("against"):
+        memory = f"{_gigabytes(load['load_peak_rss_bytes'])} / {_gigabytes(load['peer_load_peak_rss_bytes'])}"
+        rows.append(["load + quantise 1.1B", load["against"], _ratio(1 / load["time_ratio"]), memory])
+    for peer in results.get("decode", {}).get("peers", []):
+        memory = f"{_gigabytes(results['decode']['peak_rss_bytes'])} / {_gigabytes(peer['peak_rss_bytes'])}"
+        for part in ("prefill", "decode"):
+            rows.append([f"{part}, SmolLM2-135M", peer["name"], _ratio(peer[f"{part}_speedup"]), memory])
+    if not rows:
+        return "Not measured yet: `make proof`."
+    return table(["", "against", "smidgen is as fast", "peak memory, ours / theirs"], rows)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "step": ("step.py", step_table),
+    "kernels": ("kernel_speed.py", kernels_table),
+    "decode": ("decode.py", decode_table),
+    "load": ("load.py", load_table),
+    "snips_trl": ("snips_trl.py", snips_table),
+}
+
+
+def sections(results: dict[str, Result]) -> dict[str, str]:
+    """Name of the markers -> what stands between them. A result under an older instruction set follows its own."""
+    made = {"performance": readme_table(results)}
+    for name, (script, make) in SECTIONS.items():
+        if name in results:
+            made[name] = make(results[name])
+        else:
+            made[name] = f"Not measured yet: `python benchmarks/{script}`."
+        if f"{name}-avx2" in results:
+            made[name] += "\n\n" + make(results[f"{name}-avx2"])
+    return made
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """The page with every marked section replaced."""
+    for name, content in made.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
+    return text
+
+
+def make() -> dict[Path, str]:
+    """Page -> its whole text."""
+    made = sections(read_results())
+    return {page: fill(page.read_text(encoding="utf-8"), made) for page in (PAGE, README)}
+
+
+def _with_place(text: str, result: Result) -> str:
+    machine, versions = result["machine"], result.get("versions") or result["machine"].get("versions", {})
+    isa = machine.get("isa", "")
+    named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    instructions = f", kept to {isa.upper()}" if isa.startswith("avx") else ""
+    notes = "".join(f" Note: {note}." for note in result.get("notes", []))
+    commit = str(result.get("commit") or "an installed package")[:12]
+    return (
+        f"{text}\n\n{machine['processor']}, {machine['threads']} threads{instructions}; {result['measured']}, {commit};"
+        f" {named}.{notes}"
+    )
+
+
+def _spread(side: Result, key: str, unit: str, factor: float = 1.0) -> str:
+    """'4.23 s [4.10-4.60]'."""
+    if side.get(key) is None:
+        return "-"
+    middle, low, high = (_three(side[name] * factor) for name in (key, f"{key}_min", f"{key}_max"))
+    return f"{middle} {unit} [{low}-{high}]".replace("  ", " ")
+
+
+def _three(value: float) -> str:
+    """Three digits: 0.123, 4.56, 78.9, 123."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} x"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _gigabytes(nbytes: float | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / 1e9:.2f} GB"
+
+
+def _peak(runs: list[Result]) -> str:
+    return _gigabytes(max(run["peak_rss_bytes"] for run in runs))
+
+
+if __name__ == "__main__":
+    for page, text in make().items():
+        page.write_text(text, encoding="utf-8")
