@@ -167,11 +167,11 @@ API void smidgen_attention(const float* q, const float* k, const float* v, float
                            int64_t window, float scale) {
     run(kernels->attention,
         {q, k, v, out, lse, starts, blocks, tokens, heads, kv_heads, head_dim, stride, out_stride, window, scale, sgemm},
-        num_blocks * heads, 1);
+        num_blocks * kv_heads, 1);
 }
 
 // grad_q, grad_k and grad_v have q's stride; partial_k and partial_v are scratch memory of as many times
-// heads * tokens * head_dim floats as the row with the most parts has parts.
+// kv_heads * tokens * head_dim floats as the row with the most parts has parts.
 API void smidgen_attention_backward(const float* q, const float* k, const float* v, const float* out,
                                     const float* grad_out, const float* lse, float* grad_q, float* grad_k,
                                     float* grad_v, float* partial_k, float* partial_v, const int64_t* starts,
@@ -180,9 +180,9 @@ API void smidgen_attention_backward(const float* q, const float* k, const float*
                                     int64_t out_stride, int64_t window, float scale) {
     const Attention forward{q,      k,     v,        const_cast<float*>(out), const_cast<float*>(lse), starts, nullptr,
                             tokens, heads, kv_heads, head_dim, stride, out_stride, window, scale, sgemm};
-    run(kernels->attention_backward, {forward, grad_out, grad_q, partial_k, partial_v, parts}, num_parts * heads, 1);
+    run(kernels->attention_backward, {forward, grad_out, grad_q, partial_k, partial_v, parts}, num_parts * kv_heads, 1);
     run(kernels->attention_reduce,
-        {partial_k, partial_v, grad_k, grad_v, starts, parts_of_row, tokens, heads, kv_heads, head_dim, stride},
+        {partial_k, partial_v, grad_k, grad_v, starts, parts_of_row, tokens, kv_heads, head_dim, stride},
         rows * kv_heads, 1);
 }
 

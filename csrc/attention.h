@@ -25,48 +25,65 @@ inline void product_tn(Sgemm gemm, int64_t m, int64_t n, int64_t k, float alpha,
     gemm("N", "T", &mm, &nn, &kk, &alpha, b, &la, a, &lb, &beta, c, &lc);
 }
 
-// One block of queries of one head: which tokens it holds, and which keys it sees, counted from its row's start.
-struct Block {
-    int64_t start, head, kv_head, first, queries, first_key, keys, padded;
+inline float dot(const float* a, const float* b, int64_t n) {
+    Vec total{};
+    const int64_t whole = n / kWidth * kWidth;
+    for (int64_t i = 0; i < whole; i += kWidth) total = fma(load(a + i), load(b + i), total);
+    float value = sum(total);
+    for (int64_t i = whole; i < n; i++) value += a[i] * b[i];
+    return value;
+}
 
-    Block(const Attention& a, int64_t row, int64_t head_, int64_t block) : start(a.starts[row]), head(head_) {
-        kv_head = head / (a.heads / a.kv_heads);
+// One block of queries, of all heads that share a key head: which tokens it holds and which keys it sees, counted from
+// its row's start. The heads' queries are stacked, so that one product serves the whole group: stacked row i is query
+// i % queries of head kv_head * group + i / queries.
+struct Block {
+    int64_t start, kv_head, group, first, queries, stacked, first_key, keys, padded;
+
+    Block(const Attention& a, int64_t row, int64_t kv_head_, int64_t block) : start(a.starts[row]), kv_head(kv_head_) {
+        group = a.heads / a.kv_heads;
         first = block * kQueries;
         const int64_t left = a.starts[row + 1] - start - first;
         queries = left < kQueries ? left : kQueries;
+        stacked = group * queries;
         first_key = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
         keys = first + queries - first_key;
         padded = (keys + kWidth - 1) / kWidth * kWidth;
     }
-    const float* q(const Attention& a) const {
-        return a.q + (start + first) * a.stride + head * a.head_dim;
+    const float* k(const Attention& a) const { return a.k + (start + first_key) * a.stride + kv_head * a.head_dim; }
+    const float* v(const Attention& a) const { return a.v + (start + first_key) * a.stride + kv_head * a.head_dim; }
+    // Where stacked row i lies in a matrix [tokens, stride] whose heads lie side by side.
+    int64_t place(const Attention& a, int64_t i, int64_t stride) const {
+        return (start + first + i % queries) * stride + (kv_head * group + i / queries) * a.head_dim;
     }
-    const float* k(const Attention& a) const {
-        return a.k + (start + first_key) * a.stride + kv_head * a.head_dim;
+    float* lse(const Attention& a, int64_t i) const {
+        return a.lse + (kv_head * group + i / queries) * a.tokens + start + first + i % queries;
     }
-    const float* v(const Attention& a) const {
-        return a.v + (start + first_key) * a.stride + kv_head * a.head_dim;
-    }
-    int64_t out(const Attention& a) const { return (start + first) * a.out_stride + head * a.head_dim; }
-    float* lse(const Attention& a) const { return a.lse + head * a.tokens + start + first; }
-
-    // Keys [begin, end) are what query i sees; the rest of its row of scores up to `padded` is set to -inf or 0.
+    // Keys [begin, end) are what stacked row i sees.
     int64_t begin(const Attention& a, int64_t i) const {
-        const int64_t earliest = first + i - a.window + 1 - first_key;
+        const int64_t earliest = first + i % queries - a.window + 1 - first_key;
         return a.window > 0 && earliest > 0 ? earliest : 0;
     }
-    int64_t end(int64_t i) const { return first + i + 1 - first_key; }
+    int64_t end(int64_t i) const { return first + i % queries + 1 - first_key; }
 };
 
 inline void fill(float* p, int64_t begin, int64_t end, float value) {
     for (int64_t i = begin; i < end; i++) p[i] = value;
 }
 
-// scores = scale Q K^T, with -inf where query i must not look; from end(i), rounded up to a whole vector, on: 0.
-inline void masked_scores(const Attention& a, const Block& block, float* scores) {
-    product_nt(a.sgemm, block.queries, block.keys, a.head_dim, a.scale, block.q(a), a.stride, block.k(a), a.stride, 0.0f,
-               scores, block.padded);
-    for (int64_t i = 0; i < block.queries; i++) {
+// The block's rows of `matrix` [tokens, stride], stacked in `into` [stacked, head_dim].
+inline void stack(const Attention& a, const Block& block, const float* matrix, int64_t stride, float* into) {
+    for (int64_t i = 0; i < block.stacked; i++) {
+        const float* from = matrix + block.place(a, i, stride);
+        for (int64_t d = 0; d < a.head_dim; d++) into[i * a.head_dim + d] = from[d];
+    }
+}
+
+// scores = scale Q K^T, with -inf where a query must not look; from end(i), rounded up to a whole vector, on: 0.
+inline void masked_scores(const Attention& a, const Block& block, const float* q, float* scores) {
+    product_nt(a.sgemm, block.stacked, block.keys, a.head_dim, a.scale, q, a.head_dim, block.k(a), a.stride, 0.0f, scores,
+               block.padded);
+    for (int64_t i = 0; i < block.stacked; i++) {
         float* row = scores + i * block.padded;
         const int64_t end = block.end(i), whole = (end + kWidth - 1) / kWidth * kWidth;
         fill(row, 0, block.begin(a, i), -__builtin_inff());
@@ -77,18 +94,20 @@ inline void masked_scores(const Attention& a, const Block& block, float* scores)
 
 void attention(const Attention& a, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
-        const int64_t* where = a.blocks + task / a.heads * 2;
-        const Block block(a, where[0], task % a.heads, where[1]);
-        float* scores = worker_scratch(0, block.queries * block.padded);
-        masked_scores(a, block, scores);
-        float inverse[kQueries];
-        for (int64_t i = 0; i < block.queries; i++) {
+        const int64_t* where = a.blocks + task / a.kv_heads * 2;
+        const Block block(a, where[0], task % a.kv_heads, where[1]);
+        float* scores = worker_scratch(0, block.stacked * block.padded);
+        float* q = worker_scratch(1, block.stacked * (2 * a.head_dim + 1));
+        float* out = q + block.stacked * a.head_dim;
+        float* inverse = out + block.stacked * a.head_dim;
+        stack(a, block, a.q, a.stride, q);
+        masked_scores(a, block, q, scores);
+        for (int64_t i = 0; i < block.stacked; i++) {
             float* row = scores + i * block.padded;
             const int64_t stop = (block.end(i) + kWidth - 1) / kWidth * kWidth;
-            Vec tops = load(row);
+            Vec tops = load(row), sums{};
             for (int64_t j = kWidth; j < stop; j += kWidth) tops = max(load(row + j), tops);
             const float top = largest(tops);
-            Vec sums{};
             for (int64_t j = 0; j < stop; j += kWidth) {
                 const Vec p = exp(load(row + j) - top);
                 store(row + j, p);
@@ -96,42 +115,45 @@ void attention(const Attention& a, int64_t begin, int64_t end) {
             }
             const float total = sum(sums);
             inverse[i] = 1.0f / total;
-            block.lse(a)[i] = top + (float)__builtin_log(total);
+            *block.lse(a, i) = top + (float)__builtin_log(total);
         }
-        float* out = a.out + block.out(a);
-        product_nn(a.sgemm, block.queries, a.head_dim, block.keys, 1.0f, scores, block.padded, block.v(a), a.stride, 0.0f,
-                   out, a.out_stride);
-        for (int64_t i = 0; i < block.queries; i++)
-            for (int64_t d = 0; d < a.head_dim; d++) out[i * a.out_stride + d] *= inverse[i];
+        product_nn(a.sgemm, block.stacked, a.head_dim, block.keys, 1.0f, scores, block.padded, block.v(a), a.stride, 0.0f,
+                   out, a.head_dim);
+        for (int64_t i = 0; i < block.stacked; i++) {
+            float* to = a.out + block.place(a, i, a.out_stride);
+            for (int64_t d = 0; d < a.head_dim; d++) to[d] = out[i * a.head_dim + d] * inverse[i];
+        }
     }
 }
 
 void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end) {
     const Attention& a = args.forward;
     for (int64_t task = begin; task < end; task++) {
-        const int64_t* part = args.parts + task / a.heads * 3;
-        const int64_t row = part[0], head = task % a.heads, length = a.starts[row + 1] - a.starts[row];
-        const int64_t place = ((part[1] * a.heads + head) * a.tokens + a.starts[row]) * a.head_dim;
+        const int64_t* part = args.parts + task / a.kv_heads * 3;
+        const int64_t row = part[0], kv_head = task % a.kv_heads, length = a.starts[row + 1] - a.starts[row];
+        const int64_t place = ((part[1] * a.kv_heads + kv_head) * a.tokens + a.starts[row]) * a.head_dim;
         float* grad_k = args.partial_k + place;
         float* grad_v = args.partial_v + place;
         fill(grad_k, 0, length * a.head_dim, 0.0f);
         fill(grad_v, 0, length * a.head_dim, 0.0f);
         for (int64_t b = part[1]; b * kQueries < length; b += part[2]) {
-            const Block block(a, row, head, b);
-            float* p = worker_scratch(0, block.queries * block.padded);
-            float* ds = worker_scratch(1, block.queries * block.padded);
-            const float* grad_out = args.grad_out + block.out(a);
-            const float* out = a.out + block.out(a);
-            masked_scores(a, block, p);
-            product_nt(a.sgemm, block.queries, block.keys, a.head_dim, 1.0f, grad_out, a.out_stride, block.v(a), a.stride,
+            const Block block(a, row, kv_head, b);
+            const int64_t size = block.stacked * a.head_dim;
+            float* p = worker_scratch(0, 2 * block.stacked * block.padded);
+            float* ds = p + block.stacked * block.padded;
+            float* q = worker_scratch(1, 4 * size);
+            float *grad_out = q + size, *out = q + 2 * size, *grad_q = q + 3 * size;
+            stack(a, block, a.q, a.stride, q);
+            stack(a, block, args.grad_out, a.out_stride, grad_out);
+            stack(a, block, a.out, a.out_stride, out);
+            masked_scores(a, block, q, p);
+            product_nt(a.sgemm, block.stacked, block.keys, a.head_dim, 1.0f, grad_out, a.head_dim, block.v(a), a.stride,
                        0.0f, ds, block.padded);
-            for (int64_t i = 0; i < block.queries; i++) {
+            for (int64_t i = 0; i < block.stacked; i++) {
                 float* p_row = p + i * block.padded;
                 float* ds_row = ds + i * block.padded;
-                const float lse = block.lse(a)[i];
-                float delta = 0;
-                for (int64_t d = 0; d < a.head_dim; d++)
-                    delta += grad_out[i * a.out_stride + d] * out[i * a.out_stride + d];
+                const float lse = *block.lse(a, i);
+                const float delta = dot(grad_out + i * a.head_dim, out + i * a.head_dim, a.head_dim);
                 const int64_t stop = (block.end(i) + kWidth - 1) / kWidth * kWidth;
                 fill(ds_row, block.keys, block.padded, 0.0f);
                 for (int64_t j = 0; j < stop; j += kWidth) {
@@ -141,44 +163,39 @@ void attention_backward(const AttentionBackward& args, int64_t begin, int64_t en
                 }
                 fill(ds_row, stop, block.padded, 0.0f);
             }
-            product_nn(a.sgemm, block.queries, a.head_dim, block.keys, a.scale, ds, block.padded, block.k(a), a.stride,
-                       0.0f, args.grad_q + (block.q(a) - a.q), a.stride);
-            product_tn(a.sgemm, block.keys, a.head_dim, block.queries, a.scale, ds, block.padded, block.q(a), a.stride,
-                       1.0f, grad_k + block.first_key * a.head_dim, a.head_dim);
-            product_tn(a.sgemm, block.keys, a.head_dim, block.queries, 1.0f, p, block.padded, grad_out, a.out_stride,
-                       1.0f, grad_v + block.first_key * a.head_dim, a.head_dim);
+            product_nn(a.sgemm, block.stacked, a.head_dim, block.keys, a.scale, ds, block.padded, block.k(a), a.stride,
+                       0.0f, grad_q, a.head_dim);
+            product_tn(a.sgemm, block.keys, a.head_dim, block.stacked, a.scale, ds, block.padded, q, a.head_dim, 1.0f,
+                       grad_k + block.first_key * a.head_dim, a.head_dim);
+            product_tn(a.sgemm, block.keys, a.head_dim, block.stacked, 1.0f, p, block.padded, grad_out, a.head_dim, 1.0f,
+                       grad_v + block.first_key * a.head_dim, a.head_dim);
+            for (int64_t i = 0; i < block.stacked; i++) {
+                float* to = args.grad_q + block.place(a, i, a.stride);
+                for (int64_t d = 0; d < a.head_dim; d++) to[d] = grad_q[i * a.head_dim + d];
+            }
         }
     }
 }
 
 void attention_reduce(const AttentionReduce& a, int64_t begin, int64_t end) {
-    const int64_t group = a.heads / a.kv_heads, head_size = a.tokens * a.head_dim;
+    const int64_t head_size = a.tokens * a.head_dim;
     for (int64_t task = begin; task < end; task++) {
         const int64_t row = task / a.kv_heads, kv_head = task % a.kv_heads;
         for (int64_t t = a.starts[row]; t < a.starts[row + 1]; t++) {
             float* grad_k = a.grad_k + t * a.stride + kv_head * a.head_dim;
             float* grad_v = a.grad_v + t * a.stride + kv_head * a.head_dim;
-            fill(grad_k, 0, a.head_dim, 0.0f);
-            fill(grad_v, 0, a.head_dim, 0.0f);
-            for (int64_t part = 0; part < a.parts_of_row[row]; part++)
-                for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-                    const int64_t place = (part * a.heads + head) * head_size + t * a.head_dim;
-                    for (int64_t d = 0; d < a.head_dim; d++) {
-                        grad_k[d] += a.partial_k[place + d];
-                        grad_v[d] += a.partial_v[place + d];
-                    }
+            for (int64_t d = 0; d < a.head_dim; d++) {
+                float k = 0, v = 0;
+                for (int64_t part = 0; part < a.parts_of_row[row]; part++) {
+                    const int64_t place = (part * a.kv_heads + kv_head) * head_size + t * a.head_dim + d;
+                    k += a.partial_k[place];
+                    v += a.partial_v[place];
                 }
+                grad_k[d] = k;
+                grad_v[d] = v;
+            }
         }
     }
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-    Vec total{};
-    const int64_t whole = n / kWidth * kWidth;
-    for (int64_t i = 0; i < whole; i += kWidth) total = fma(load(a + i), load(b + i), total);
-    float value = sum(total);
-    for (int64_t i = whole; i < n; i++) value += a[i] * b[i];
-    return value;
 }
 
 void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {

@@ -90,7 +90,7 @@ struct CrossEntropy {
 // Token t has its queries, keys and values at q, k, v + t * stride, head h at + h * head_dim; heads of q share the keys
 // of head h / (heads / kv_heads). window: how many tokens back a query sees, itself included (0: all of its row).
 // lse [heads, tokens]: log of the sum of exponentials. blocks: pairs (row, block of kQueries queries in it).
-// A task is one head of one of these blocks.
+// A task is one key head of one of these blocks, for all heads that share it.
 struct Attention {
     const float* q;
     const float* k;
@@ -105,9 +105,9 @@ struct Attention {
 };
 
 // Gradients of the above. parts: triples (row, part, parts of this row): every parts-th block of queries, from `part`
-// on, is the work of one task, so that few long rows keep all threads busy. partial_k, partial_v [most parts, heads, tokens,
-// head_dim] receive what each part adds to its head's keys and values; summed afterwards in a fixed order, so that the
-// result does not depend on the threads. A task is one head of one part.
+// on, is the work of one task, so that few long rows keep all threads busy. partial_k, partial_v [most parts, kv_heads,
+// tokens, head_dim] receive what each part adds to its keys and values; summed afterwards in a fixed order, so that the
+// result does not depend on the threads. A task is one key head of one part.
 struct AttentionBackward {
     Attention forward;
     const float* grad_out;
@@ -125,7 +125,7 @@ struct AttentionReduce {
     float* grad_v;
     const int64_t* starts;
     const int64_t* parts_of_row;
-    int64_t tokens, heads, kv_heads, head_dim, stride;
+    int64_t tokens, kv_heads, head_dim, stride;
 };
 
 // One new token per row against what is cached of the row, [row, kv_heads, capacity, head_dim]. Its queries, keys and

@@ -20,7 +20,8 @@ from smidgen.kernels.scratch import scratch
 __all__ = ["Heads", "Segments", "attention", "attention_backward", "attention_decode"]
 
 _QUERIES = 64  # kQueries of csrc/kernels.h
-_LONG = 256  # a row above this is split in the backward pass, so that few heads keep all threads busy
+_PART = 128  # a row is split into about so many queries in the backward pass, so that few heads keep all threads busy
+_MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Segments:
         self.starts = torch.tensor([0, *accumulate(self.lengths)])
         blocks = [(row, block) for row, length in enumerate(self.lengths) for block in range(-(-length // _QUERIES))]
         self.blocks = torch.tensor(sorted(blocks, key=lambda where: -where[1])).view(-1, 2)
-        parts_of_row = [2 if length > _LONG else 1 for length in self.lengths]
+        parts_of_row = [max(1, min(_MOST_PARTS, length // _PART)) for length in self.lengths]
         parts = [(row, part, parts) for row, parts in enumerate(parts_of_row) for part in range(parts)]
         self.parts = torch.tensor(sorted(parts, key=lambda part: -self.lengths[part[0]])).view(-1, 3)
         self.parts_of_row = torch.tensor(parts_of_row)
@@ -107,7 +108,7 @@ def attention_backward(
             scratch(name, tensor.shape, torch.float32, tensor.device).copy_(tensor)
             for name, tensor in (("qkv", qkv), ("grad_out", grad_out), ("out", out))
         )
-    size = segments.most_parts * shape.heads * segments.tokens * shape.head_dim
+    size = segments.most_parts * shape.kv_heads * segments.tokens * shape.head_dim
     partial = scratch("partial", (2, size), torch.float32, qkv.device)
     grad = torch.empty_like(qkv) if not narrow else scratch("grad_qkv", qkv.shape, torch.float32, qkv.device)
     q, g = qkv.data_ptr(), grad.data_ptr()

@@ -17,7 +17,7 @@ from smidgen.model.build import Base
 
 __all__ = ["batch_loss", "chunked_cross_entropy"]
 
-_CHUNK_LOGITS = 1 << 23  # 32 MiB of float32
+_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,7 +64,7 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    chunk: positions at once; by default what keeps a chunk of logits at 32 MiB. A head's adapter gets its gradient.
+    chunk: positions at once; by default what keeps a chunk of logits at 64 MiB. A head's adapter gets its gradient.
     """
     chunk = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
