@@ -250,4 +250,14 @@ API void smidgen_product_dense(const void* weight, int type, const float* x, flo
         product_rows(width));
 }
 
+// Both need sgemm. backward 0: y [m, n] = x [m, k] W^T; else y [m, k] = x [m, n] W, added to y if `accumulate`.
+API void smidgen_panel_product(const Weights* weights, const float* x, float* y, int64_t m, int64_t n, int64_t k,
+                               int64_t x_stride, int64_t y_stride, int64_t step, int64_t panel, int backward,
+                               int accumulate) {
+    if (m <= 0 || n <= 0 || k <= 0) return;
+    const PanelProduct args{*weights, x, y, m, n, k, x_stride, y_stride, step, panel, accumulate, sgemm};
+    const int64_t tasks = ((backward ? m : n) + step - 1) / step;
+    run(backward ? kernels->panel_product_t : kernels->panel_product, args, tasks, 1);
+}
+
 }  // namespace smidgen

@@ -8,6 +8,8 @@
 #include "int8.h"
 #include "products.h"
 
+#include "panels.h"  // after what it calls
+
 #define SMIDGEN_JOIN2(a, b) a##b
 #define SMIDGEN_JOIN(a, b) SMIDGEN_JOIN2(a, b)
 #define SMIDGEN_TEXT2(a) #a

@@ -218,6 +218,27 @@ struct ProductDense {
     Type type;
 };
 
+// A matrix [n, k] in one of its stored forms.
+struct Weights {
+    enum Form : int64_t { kFourBit = 0, kInt8 = 1, kDense = 2 };
+    int64_t form;
+    FourBit four_bit;
+    const void* values;  // int8 codes, or dense weights of type `type`
+    const float* scale;  // of int8 rows
+    int64_t type;
+};
+
+// Products in float32 with many rows of x, by panels: a thread de-quantises some rows of W into its own cache and
+// multiplies them there at once. Forwards y [m, n] = x [m, k] W^T, and a task is one panel of `step` rows of W. Backwards
+// y [m, k] (+)= x [m, n] W, and a task is `step` rows of x, with all panels of `panel` rows in turn.
+struct PanelProduct {
+    Weights weights;
+    const float* x;
+    float* y;
+    int64_t m, n, k, x_stride, y_stride, step, panel, accumulate;
+    Sgemm sgemm;
+};
+
 // Name of the arguments' struct, name of the function.
 #define SMIDGEN_KERNELS(X)                 \
     X(RmsNorm, rms_norm)                   \
@@ -226,6 +247,8 @@ struct ProductDense {
     X(SwiGlu, swiglu)                      \
     X(SwiGluBackward, swiglu_backward)     \
     X(CrossEntropy, cross_entropy)         \
+    X(PanelProduct, panel_product)         \
+    X(PanelProduct, panel_product_t)       \
     X(Attention, attention)                \
     X(AttentionBackward, attention_backward) \
     X(AttentionReduce, attention_reduce)   \

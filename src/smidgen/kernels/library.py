@@ -37,6 +37,7 @@ _SIGNATURES = {
     "smidgen_swiglu": "ppiit",
     "smidgen_swiglu_backward": "ppppiit",
     "smidgen_cross_entropy": "pppiitt",
+    "smidgen_panel_product": "ppp" + "iiiiiii" + "tt",
     "smidgen_attention": "ppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
     "smidgen_attention_decode": "pppppppiiiiiiiif",

@@ -207,3 +207,25 @@ def product_dense(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> boo
         return False
     kernels.product_dense(weight, x, y)
     return True
+
+
+def weights_4bit(
+    packed: torch.Tensor, scales: torch.Tensor | NestedScales, quant_type: str, blocksize: int
+) -> kernels.Weights | None:
+    """The matrix for the native products of any size, which need float32 and PyTorch's BLAS; None where they cannot be."""
+    return kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize) if _panels(packed) else None
+
+
+def weights_int8(codes: torch.Tensor, scale: torch.Tensor) -> kernels.Weights | None:
+    """As weights_4bit."""
+    return kernels.weights_int8(codes, scale) if _panels(codes) else None
+
+
+def weights_dense(weight: torch.Tensor) -> kernels.Weights | None:
+    """As weights_4bit, for a 16-bit weight [N, K]; a float32 weight goes to BLAS as it is."""
+    known = weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
+    return kernels.weights_dense(weight) if known and _panels(weight) else None
+
+
+def _panels(stored: torch.Tensor) -> bool:
+    return backend_name(stored.device) == "native" and bool(native_library().smidgen_has_sgemm())

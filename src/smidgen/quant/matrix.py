@@ -13,6 +13,7 @@ second layout and nothing dense is ever kept. The back end (native kernels, plai
 the same bytes) is chosen in backend.py.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
@@ -20,14 +21,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from smidgen.kernels.packed import SMALL_ROWS
+from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t
 from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
 from smidgen.quant.fourbit import NestedScales, nest_scales
 
 __all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "quantise"]
 
-PANEL_WEIGHTS = 1 << 20  # 4 MiB of float32: smaller panels make slower products, larger ones leave the cache
+# A panel's height and size, measured best over 192 to 2,048 rows: lower panels make slower products, and much larger ones
+# leave the cache. 8 MiB of float32 at most.
+PANEL_ROWS = 1024
+PANEL_WEIGHTS = 1 << 21
 
 
 class FrozenMatrix(nn.Module, ABC):
@@ -60,6 +64,9 @@ class FrozenMatrix(nn.Module, ABC):
         """x [M, in_features] -> x Wᵀ into y [M, out_features], of x's type; its rows may lie apart (stride(1) is 1)."""
         if 0 < x.shape[0] <= SMALL_ROWS and x.device.type == "cpu" and self._small_product(x, y):
             return
+        if (weights := self._native(x)) is not None:
+            panel_product(weights, x, y)
+            return
         for start, stop in self._panels(x.dtype):
             torch.mm(x, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
 
@@ -81,15 +88,32 @@ class FrozenMatrix(nn.Module, ABC):
         """g [..., out_features] -> g W [..., in_features], in g's type. Not recorded by autograd."""
         flat = g.reshape(-1, self.out_features)
         dx = torch.empty(*g.shape[:-1], self.in_features, dtype=g.dtype, device=g.device)
-        flat_dx = dx.view(-1, self.in_features)
-        for start, stop in self._panels(g.dtype):
-            flat_dx.addmm_(flat[:, start:stop], self.rows(start, stop, g.dtype), beta=0.0 if start == 0 else 1.0)
+        self.write_product_t(flat, dx.view(-1, self.in_features))
         return dx
+
+    def write_product_t(self, g: torch.Tensor, dx: torch.Tensor, *, accumulate: bool = False) -> None:
+        """g [M, out_features] W into dx [M, in_features], of g's type, or added to it. Rows of g may lie apart."""
+        if (weights := self._native(g)) is not None:
+            panel_product_t(weights, g, dx, accumulate=accumulate)
+            return
+        for start, stop in self._panels(g.dtype):
+            dx.addmm_(g[:, start:stop], self.rows(start, stop, g.dtype), beta=1.0 if accumulate or start else 0.0)
+
+    def _native(self, x: torch.Tensor) -> Weights | None:
+        """The stored form as the native products take it, where they can multiply it with x."""
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(1) == 1 and len(x) > 0
+        return self._weights() if plain else None
+
+    def _weights(self) -> Weights | None:
+        """See _native; a form that has no native product gives None."""
+        return None
 
     def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """Which rows are taken at once, for a product in `dtype`."""
-        height = max(1, PANEL_WEIGHTS // self.in_features)
-        return [(i, min(i + height, self.out_features)) for i in range(0, self.out_features, height)]
+        highest = max(1, min(PANEL_ROWS, PANEL_WEIGHTS // self.in_features))
+        count = math.ceil(self.out_features / highest)
+        height = math.ceil(self.out_features / max(1, count))  # all of about the same height
+        return [(i, min(i + height, self.out_features)) for i in range(0, self.out_features, max(1, height))]
 
     @property
     def nbytes(self) -> int:
@@ -150,6 +174,9 @@ class FourBitMatrix(FrozenMatrix):
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_4bit(self.packed, self.scales, self.quant_type, self.blocksize, x, y)
 
+    def _weights(self) -> Weights | None:
+        return backend.weights_4bit(self.packed, self.scales, self.quant_type, self.blocksize)
+
     def _decoded(self, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         k = self.in_features
         flat = backend.dequantise_4bit(
@@ -179,6 +206,9 @@ class Int8Matrix(FrozenMatrix):
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_int8(self.codes, self.scale, x, y)
 
+    def _weights(self) -> Weights | None:
+        return backend.weights_int8(self.codes, self.scale)
+
 
 class DenseMatrix(FrozenMatrix):
     """A weight in its stored type, mapped from its file; a panel at a time is converted to the compute type."""
@@ -202,6 +232,9 @@ class DenseMatrix(FrozenMatrix):
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_dense(self.weight, x, y)
 
+    def _weights(self) -> Weights | None:
+        return backend.weights_dense(self.weight)
+
     def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         whole = self.weight.dtype == dtype or self.weight.device.type != "cpu"
         return [(0, self.out_features)] if whole else super()._panels(dtype)
@@ -210,8 +243,7 @@ class DenseMatrix(FrozenMatrix):
 class StackedMatrix(FrozenMatrix):
     """Matrices of the same in_features on top of one another, which multiply as one (q, k, v; gate, up).
 
-    Panels go across the parts' borders, so that small parts do not make small products. The parts stay what they are
-    and may have different forms; nothing is copied.
+    The parts stay what they are and may have different forms; nothing is copied.
     """
 
     def __init__(self, parts: Sequence[FrozenMatrix]) -> None:
@@ -224,39 +256,28 @@ class StackedMatrix(FrozenMatrix):
     def storage(self) -> str:
         return "+".join(dict.fromkeys(part.storage for _, part in self._placed()))
 
-    def _placed(self) -> list[tuple[int, FrozenMatrix]]:
-        """(first row, part)"""
+    def _placed(self) -> list[tuple[slice, FrozenMatrix]]:
+        """(rows, part)"""
         placed, first = [], 0
         for module in self.parts:
             part = cast(FrozenMatrix, module)
-            placed.append((first, part))
+            placed.append((slice(first, first + part.out_features), part))
             first += part.out_features
         return placed
 
     def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        for first, part in self._placed():
-            begin, end = max(start, first), min(stop, first + part.out_features)
+        for rows, part in self._placed():
+            begin, end = max(start, rows.start), min(stop, rows.stop)
             if begin < end:
-                part.write_rows(begin - first, end - first, out[begin - start : end - start])
+                part.write_rows(begin - rows.start, end - rows.start, out[begin - start : end - start])
 
-    def _small_product(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        for first, part in self._placed():
-            part.write_product(x, y[:, first : first + part.out_features])
-        return True
+    def write_product(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        for rows, part in self._placed():
+            part.write_product(x, y[:, rows])
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        for first, part in self._placed():
-            if first <= start and stop <= first + part.out_features:
-                return part.rows(start - first, stop - first, dtype)
-        return super().rows(start, stop, dtype)
-
-    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
-        if not any(isinstance(part, DenseMatrix) and part.weight.dtype == dtype for part in self.parts):
-            return super()._panels(dtype)
-        # such a part multiplies as it lies: no panel that copies it
-        return [
-            (first + start, first + stop) for first, part in self._placed() for start, stop in part._panels(dtype)
-        ]
+    def write_product_t(self, g: torch.Tensor, dx: torch.Tensor, *, accumulate: bool = False) -> None:
+        for rows, part in self._placed():
+            part.write_product_t(g[:, rows], dx, accumulate=accumulate or rows.start > 0)
 
 
 def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:

@@ -5,6 +5,7 @@ there is a label, to a chunk of positions at once, and the gradient of the hidde
 no more than one chunk of logits ever exists. The result equals the loss over full logits.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from smidgen.model.build import Base
 
 __all__ = ["batch_loss", "chunked_cross_entropy"]
 
-_CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
+_CHUNK_LOGITS = 1 << 25  # 128 MiB of float32: 682 positions of 49,152 classes
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -64,9 +65,10 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    chunk: positions at once; by default what keeps a chunk of logits at 64 MiB. A head's adapter gets its gradient.
+    chunk: positions at once; by default what keeps a chunk of logits below 128 MiB. A head's adapter gets its gradient.
     """
-    chunk = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
+    most = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
+    chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))  # all about as long
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, *trained)  # type: ignore[return-value]
 

@@ -1,0 +1,50 @@
+// Products with packed weights for many rows: BLAS on panels that never leave the cache of the thread that made them.
+// Measured against one large panel that all threads make and multiply together: 8 to 15 % faster for rows of 576 to 1536
+// weights, equal for longer ones.
+
+namespace {
+
+using namespace smidgen;
+
+// Rows [first, last) of W [n, k] into out, float32.
+inline void decode(const Weights& w, int64_t k, int64_t first, int64_t last, float* out) {
+    if (w.form == Weights::kFourBit) {
+        // One task from the start of the first row's block on.
+        const int64_t origin = first * k / w.four_bit.blocksize * w.four_bit.blocksize;
+        const int64_t task = (last * k - origin + w.four_bit.blocksize) / w.four_bit.blocksize * w.four_bit.blocksize;
+        dequantise_4bit({w.four_bit, first * k, last * k, origin, task, out, kFloat32}, 0, 1);
+    } else if (w.form == Weights::kInt8) {
+        dequantise_int8({(const int8_t*)w.values + first * k, w.scale + first, k, out, kFloat32}, 0, last - first);
+    } else {
+        by_weight_type(Type(w.type), [&](auto* tag) {
+            const auto* from = (const Pointee<decltype(tag)>*)w.values + first * k;
+            const int64_t count = (last - first) * k, whole = count / kWidth * kWidth;
+            for (int64_t i = 0; i < whole; i += kWidth) store(out + i, load(from + i));
+            for (int64_t i = whole; i < count; i++) out[i] = load_one(from + i);
+        });
+    }
+}
+
+void panel_product(const PanelProduct& a, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t first = task * a.step, last = first + a.step < a.n ? first + a.step : a.n;
+        float* panel = worker_scratch(0, a.step * a.k);
+        decode(a.weights, a.k, first, last, panel);
+        product_nt(a.sgemm, a.m, last - first, a.k, 1.0f, a.x, a.x_stride, panel, a.k, 0.0f, a.y + first, a.y_stride);
+    }
+}
+
+void panel_product_t(const PanelProduct& a, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t top = task * a.step, rows = a.m - top < a.step ? a.m - top : a.step;
+        float* panel = worker_scratch(0, a.panel * a.k);
+        for (int64_t first = 0; first < a.n; first += a.panel) {
+            const int64_t last = first + a.panel < a.n ? first + a.panel : a.n;
+            decode(a.weights, a.k, first, last, panel);
+            product_nn(a.sgemm, rows, a.k, last - first, 1.0f, a.x + top * a.x_stride + first, a.x_stride, panel, a.k,
+                       first > 0 || a.accumulate ? 1.0f : 0.0f, a.y + top * a.y_stride, a.y_stride);
+        }
+    }
+}
+
+}  // namespace
