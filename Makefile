@@ -1,6 +1,6 @@
 # make demo   fine-tune a small model in 4 bits, a few minutes          make lint    style, types, import rules
 # make test   what CI and newcomers run, minutes                        make slow    the long tests, tens of minutes
-# make proof  the measurements behind the README's figures, by hand     make docs    docs/cli.md from the code
+# make proof  the measurements behind the README's figures, by hand     make docs    the pages made from code and results
 #
 # Everything goes into .venv. PYTHON picks the interpreter that makes it (3.10 or newer). TORCH_INDEX, if set, is the
 # package index that PyTorch is taken from, for instance PyTorch's own index of CPU builds, which are far smaller.
@@ -25,11 +25,11 @@ help:
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-.venv/.installed-run: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*) .venv/.installed-torch
+.venv/.installed-run: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py) .venv/.installed-torch
 	$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/.installed-dev: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*) .venv/.installed-torch
+.venv/.installed-dev: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py) .venv/.installed-torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@ .venv/.installed-run
 
@@ -52,6 +52,7 @@ proof: .venv/.installed-dev
 
 docs: .venv/.installed-dev
 	.venv/bin/python tools/make_cli_docs.py
+	.venv/bin/python tools/make_performance_docs.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,6 +2,7 @@
 // the program's own OpenMP runtime (PyTorch's), which is handed in as a function, so that there is one thread pool.
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -24,7 +25,7 @@ const Kernels* best() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return &kernels_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &kernels_avx2;
 #elif defined(__aarch64__)
     return &kernels_neon;
 #endif
@@ -82,14 +83,17 @@ float* worker_scratch(int slot, size_t floats) {
         std::free(buffer.memory);
         buffer.floats = floats;
         buffer.memory = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-        if (!buffer.memory) std::abort();
+        if (!buffer.memory) {
+            std::fprintf(stderr, "smidgen: out of memory: %zu bytes for a thread's scratch\n", floats * sizeof(float));
+            std::abort();
+        }
     }
     return buffer.memory;
 }
 
 // ---- set up
 
-API int smidgen_interface() { return 1; }  // raised with every change of a signature below
+API int smidgen_interface() { return 2; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -156,6 +160,8 @@ API void smidgen_cross_entropy(void* logits, const int64_t* targets, float* loss
 }
 
 // ---- attention
+
+API int smidgen_has_threads() { return run_team != nullptr; }
 
 API int smidgen_has_sgemm() { return sgemm != nullptr; }
 

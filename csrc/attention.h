@@ -216,7 +216,8 @@ void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
         float* out = a.out + row * a.out_stride + kv_head * group * size;
         float* scores = worker_scratch(0, group * padded);
         for (int64_t t = 0; t < seen; t++)  // each key is read once for all heads of the group
-            for (int64_t h = 0; h < group; h++) scores[h * padded + t] = dot(q + h * size, keys + t * size, size) * a.scale;
+            for (int64_t h = 0; h < group; h++)
+                scores[h * padded + t] = dot(q + h * size, keys + t * size, size) * a.scale;
         for (int64_t h = 0; h < group; h++) {
             float* row_scores = scores + h * padded;
             fill(row_scores, seen, padded, -__builtin_inff());
@@ -237,7 +238,8 @@ void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
                 const float weight = scores[h * padded + t];
                 const float* value = values + t * size;
                 float* sums = out + h * size;
-                for (int64_t d = 0; d < whole; d += kWidth) store(sums + d, fma(broadcast(weight), load(value + d), load(sums + d)));
+                for (int64_t d = 0; d < whole; d += kWidth)
+                    store(sums + d, fma(broadcast(weight), load(value + d), load(sums + d)));
                 for (int64_t d = whole; d < size; d++) sums[d] += weight * value[d];
             }
     }

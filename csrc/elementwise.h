@@ -182,9 +182,10 @@ void cross_entropy(const CrossEntropy& a, int64_t begin, int64_t end) {
             const float lse = top + (float)__builtin_log(total);
             a.loss[row] = lse - load_one(logits + target);
             if (!a.backward) continue;
+            const float at_target = exp_one(load_one(logits + target) - lse) - 1.0f;  // rounded once, at the end
             for (int64_t i = 0; i < whole; i += kWidth) store(logits + i, exp(load(logits + i) - lse));
             for (int64_t i = whole; i < a.width; i++) store_one(logits + i, exp_one(load_one(logits + i) - lse));
-            store_one(logits + target, load_one(logits + target) - 1.0f);
+            store_one(logits + target, at_target);
         }
     });
 }

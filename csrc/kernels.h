@@ -21,7 +21,8 @@ using Sgemm = void (*)(const char* transa, const char* transb, const int* m, con
                        const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
                        const float* beta, float* c, const int* ldc);
 
-// Memory of the calling thread, 64-byte aligned, valid until its next call with the same slot. nullptr: none left.
+// Memory of the calling thread, 64-byte aligned, valid until its next call with the same slot. Ends the program with a
+// line on stderr if there is none left.
 float* worker_scratch(int slot, size_t floats);
 
 // y = x / rms(x) * weight; x, y [rows, width]; rstd [rows] (may be null). Tasks: rows.

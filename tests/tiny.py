@@ -34,6 +34,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama-odd": transformers.LlamaConfig(**_GROUPED | {"intermediate_size": 72}),  # blocks cross the rows of down_proj
     "mistral": transformers.MistralConfig(**_GROUPED, sliding_window=8),
     "qwen2": transformers.Qwen2Config(**_GROUPED),
+    "qwen3-one-key-head": transformers.Qwen3Config(**_SMALL, num_key_value_heads=1, head_dim=16),
     "qwen3": transformers.Qwen3Config(**_GROUPED, head_dim=16),
     "gemma3": transformers.Gemma3TextConfig(
         **_GROUPED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]

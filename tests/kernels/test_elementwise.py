@@ -119,6 +119,15 @@ def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype, monkeypatch:
         assert backward or torch.equal(after[0], logits)
 
 
+def test_the_gradient_at_the_target_is_rounded_once() -> None:
+    """In bfloat16 the probability of a sure answer rounds to 1; the gradient, about 1 - 0.9997, must not round to 0."""
+    logits = torch.zeros(1, 50, dtype=torch.bfloat16)
+    logits[0, 7] = 12.0
+    exact = float(logits.double().softmax(1)[0, 7]) - 1
+    elementwise.cross_entropy_(logits, torch.tensor([7]), backward=True)
+    assert float(logits[0, 7]) == pytest.approx(exact, rel=2**-8)
+
+
 def test_a_loss_without_a_number_stays_without_one() -> None:
     logits = torch.randn(3, 40)
     logits[1, 7], logits[2, 3] = torch.nan, torch.inf

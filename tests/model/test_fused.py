@@ -12,11 +12,12 @@ from smidgen.lora.attach import adapters, attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
+from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.recompute import set_recompute
 from smidgen.train.loss import batch_loss
 from tiny import build, tiny_folder
 
-FUSED = ["llama", "llama-odd", "mistral", "qwen2", "qwen3"]
+FUSED = ["llama", "llama-odd", "mistral", "qwen2", "qwen3", "qwen3-one-key-head"]
 
 
 def _layers(base: Base) -> list[FusedLayer]:
@@ -67,6 +68,31 @@ def test_loss_and_gradients_are_transformers(
     assert float((gradient - expected).norm() / expected.norm()) < 1e-5
 
 
+def test_the_loss_curve_is_that_of_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve updates with everything native against transformers' layers on the plain back end.
+
+    AdamW divides by the gradient's size, so rounding grows from step to step: 1e-4 of a loss that falls by a third.
+    """
+    folder = tiny_folder(tmp_path)
+    curves = []
+    for own, backend in ((True, "native"), (False, "torch")):
+        monkeypatch.setenv("SMIDGEN_BACKEND", backend)
+        base = _model(folder, own=own)
+        base.model.train()
+        parameters = [p for layer in adapters(base.model).values() for p in (layer.lora_A, layer.lora_B)]
+        optimizer = torch.optim.AdamW(parameters, lr=2e-2, weight_decay=0.0)
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = batch_loss(base, _batch()) / _batch().num_labels
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        curves.append(losses)
+    assert curves[0][-1] < 0.67 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     exact = _loss_and_gradient(_model(folder, own=False), _batch())[1]
@@ -105,7 +131,7 @@ def test_recomputation_changes_no_bit(dtype: torch.dtype, tmp_path: Path, monkey
     assert results["none"][0] == results["cheap"][0] == results["full"][0]
     assert torch.equal(results["none"][1], results["cheap"][1]) and torch.equal(results["none"][1], results["full"][1])
     assert calls == {"none": 2, "cheap": 2, "full": 4}  # only `full` computes products twice
-    assert kept_bytes["none"] > 1.2 * kept_bytes["cheap"] > 2 * kept_bytes["full"]
+    assert kept_bytes["none"] > 1.1 * kept_bytes["cheap"] > 2 * kept_bytes["full"]
 
 
 def test_each_layer_has_its_own_choice(tmp_path: Path) -> None:
@@ -148,6 +174,20 @@ def test_dropout_goes_through_the_modules(tmp_path: Path, monkeypatch: pytest.Mo
     ours.model.eval()
     monkeypatch.setattr(_layers(ours)[0]._original[0], "forward", None)  # not called without dropout
     batch_loss(ours, _batch())
+
+
+def test_dropout_in_a_later_layer_is_not_overlooked(tmp_path: Path) -> None:
+    base = _model(tiny_folder(tmp_path), own=True, targets="model.layers.1.self_attn.q_proj", dropout=0.5)
+    torch.manual_seed(5)
+    first = _loss_and_gradient(base, _batch())[0]
+    assert _loss_and_gradient(base, _batch())[0] != first
+
+
+def test_training_after_generating_in_one_process(tmp_path: Path) -> None:
+    """A scratch buffer made in inference mode could not be written in training."""
+    base = _model(tiny_folder(tmp_path), own=True, dtype=torch.bfloat16)
+    list(stream_tokens(base, list(range(90)), [], Sampling(max_new_tokens=2), 272))
+    _loss_and_gradient(base, _batch((9, 4)))
 
 
 def test_a_padding_mask_goes_through_the_modules(tmp_path: Path) -> None:

@@ -36,12 +36,34 @@ def _case(shape: tuple[int, int], storage: str) -> tuple[matrix_module.FrozenMat
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_products_equal_the_dense_matrix(storage: str, shape: tuple[int, int], backend: str) -> None:
+@pytest.mark.parametrize("rows", [5, 30])  # few: fused in registers where there is a kernel; many: by panels
+def test_products_equal_the_dense_matrix(rows: int, storage: str, shape: tuple[int, int], backend: str) -> None:
     packed, dense = _case(shape, storage)
-    x, g = torch.randn(2, 5, shape[1]), torch.randn(2, 5, shape[0])
+    x, g = torch.randn(2, rows, shape[1]), torch.randn(2, rows, shape[0])
     # the same float32 sums in another order: a few ulps of the sum of magnitudes
     torch.testing.assert_close(packed.matmul(x), x @ dense.t(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(packed.matmul_t(g), g @ dense, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [*STORAGES, "none-bfloat16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_of_many_rows_write_only_their_place(storage: str, threads: int, backend: str) -> None:
+    """More rows than a thread takes at once, read from and written into columns of larger matrices."""
+    weight = torch.randn(200, 72, generator=torch.Generator().manual_seed(1))
+    packed = DenseMatrix(weight.bfloat16()) if storage == "none-bfloat16" else quantise(weight, storage)
+    dense = packed.rows(0, 200, torch.float32).clone()
+    x, g = torch.randn(600, 80)[:, 4:76], torch.randn(600, 210)[:, 6:206]
+    wide, dx = torch.full((600, 230), 7.0), torch.ones(600, 72)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed.write_product(x, wide[:, 20:220])
+        packed.write_product_t(g, dx, accumulate=True)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(wide[:, 20:220], x @ dense.t(), rtol=1e-5, atol=1e-4)
+    assert (wide[:, :20] == 7).all() and (wide[:, 220:] == 7).all()
+    torch.testing.assert_close(dx, 1 + g @ dense, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -33,7 +33,7 @@ VERBS = {
     "bench": "Measure step, kernels and generation next to other tools.",
 }
 # Read by libraries when they are loaded. oneDNN keeps a compiled product for each of 1,024 shapes: rows of many lengths
-# would let the memory of bfloat16 runs grow by a gigabyte. PyTorch asks for huge pages if told to: two thirds fewer page
+# would let the memory of bfloat16 runs grow by a gigabyte. PyTorch asks for huge pages if told to: half as many page
 # faults in a step (docs/log.md). The others keep progress bars and advice out of our output.
 _ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key heads, forwards and backwards, without the half of the square above the diagonal.
+"""Causal self-attention with grouped key heads, forwards and backwards, without the half that the mask takes away.
 
 PyTorch's CPU kernel computes the whole square whatever the mask. Here blocks of 64 queries meet only the keys before
 them. Rows of tokens lie one behind the other, without padding, and queries, keys and values are read where the
@@ -149,16 +149,16 @@ def attention_decode(
     library = native(qkv)
     rows, capacity = len(qkv), keys.shape[2]
     if library is None:
-        q, k, v = (
-            part.view(rows, -1, shape.head_dim) for part in qkv.split([shape.q_width, shape.kv_width, shape.kv_width], 1)
-        )
+        parts = qkv.split([shape.q_width, shape.kv_width, shape.kv_width], 1)
+        q, k, v = (part.view(rows, -1, shape.head_dim) for part in parts)
         index, positions = torch.arange(rows, device=qkv.device), torch.arange(capacity, device=qkv.device)
         keys[index, :, lengths], values[index, :, lengths] = k, v
         seen = positions <= lengths[:, None]
         if shape.window:
             seen &= positions > lengths[:, None] - shape.window
+        grouped = shape.heads != shape.kv_heads
         return F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+            q[:, :, None], keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=grouped
         ).reshape(rows, shape.q_width)
     out = torch.empty(rows, shape.q_width)
     q = qkv.data_ptr()

@@ -8,6 +8,7 @@ without the library.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 
 from smidgen.errors import SettingsError
 
-__all__ = ["MISSING", "describe_library", "native", "native_library"]
+__all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 1
+_INTERFACE = 2
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -68,21 +69,25 @@ def native_library() -> Any:
         function = getattr(library, name)
         function.argtypes, function.restype = [_LETTERS[letter] for letter in letters], None
     if wanted and not library.smidgen_use_isa(wanted.encode()):
-        raise SettingsError([f"SMIDGEN_ISA: this machine has no {wanted}; its best is {library.smidgen_isa().decode()}"])
-    # The handle of the program itself sees only global symbols; PyTorch's libraries are loaded, so opening them again
-    # by their path gives the very ones that it uses.
+        best = library.smidgen_isa().decode()
+        raise SettingsError([f"SMIDGEN_ISA: this machine has no {wanted}; its best is {best}"])
+    # PyTorch's libraries are loaded, so opening them again by their path gives the very ones that it uses.
+    # The program's own symbols come first: a runtime that was preloaded is the one that PyTorch uses.
     folder = Path(torch.__file__).parent / "lib"
-    if team := _symbol([*folder.glob("libgomp*.so*"), *folder.glob("libomp*"), *folder.glob("libiomp*")], "GOMP_parallel"):
+    torch_cpu = folder / "libtorch_cpu.so"
+    runtimes = [path for pattern in ("libgomp*.so*", "libomp*", "libiomp*") for path in folder.glob(pattern)]
+    if team := _symbol([None, torch_cpu, *runtimes], "GOMP_parallel"):
         library.smidgen_use_threads(team)
-    if gemm := _symbol([folder / "libtorch_cpu.so"], "sgemm_"):
+    if gemm := _symbol([torch_cpu], "sgemm_"):
         library.smidgen_use_sgemm(gemm)
     return library
 
 
-def _symbol(paths: list[Path], name: str) -> ctypes.c_void_p | None:
+def _symbol(paths: Sequence[Path | None], name: str) -> ctypes.c_void_p | None:
+    """The address of a symbol in the first of the libraries that has it; None stands for the program itself."""
     for path in paths:
         try:
-            return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), _pointer)
+            return ctypes.cast(getattr(ctypes.CDLL(None if path is None else str(path)), name), _pointer)
         except (OSError, AttributeError):
             continue
     return None
@@ -90,7 +95,7 @@ def _symbol(paths: list[Path], name: str) -> ctypes.c_void_p | None:
 
 def native(*tensors: torch.Tensor) -> Any:
     """The library if it can work on these tensors (CPU, and wanted), else None: then the caller takes its twin."""
-    if os.environ.get("SMIDGEN_BACKEND", "native") != "native":
+    if (os.environ.get("SMIDGEN_BACKEND") or "native") != "native":
         return None
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
@@ -102,4 +107,10 @@ def describe_library() -> str:
     library = native_library()
     if library is None:
         return "not installed"
-    return library.smidgen_isa().decode() + ("" if library.smidgen_has_sgemm() else ", without BLAS")
+    unused = os.environ.get("SMIDGEN_BACKEND") or "native"
+    return (
+        library.smidgen_isa().decode()
+        + ("" if library.smidgen_has_sgemm() else ", without BLAS")
+        + ("" if library.smidgen_has_threads() else ", one thread")
+        + ("" if unused == "native" else f" (not used: SMIDGEN_BACKEND={unused})")
+    )

@@ -149,8 +149,8 @@ def panel_product_t(weights: Weights, g: torch.Tensor, dx: torch.Tensor, *, accu
     """g [M, N] W into dx [M, K], or added to it. As panel_product."""
     m, n, k = g.shape[0], g.shape[1], dx.shape[1]
     native_library().smidgen_panel_product(
-        ctypes.byref(weights), g.data_ptr(), dx.data_ptr(), m, n, k, g.stride(0), dx.stride(0), _share(m, _TOKENS), _PANEL_ROWS,
-        1, accumulate,
+        ctypes.byref(weights), g.data_ptr(), dx.data_ptr(), m, n, k, g.stride(0), dx.stride(0), _share(m, _TOKENS),
+        _PANEL_ROWS, 1, accumulate,
     )  # fmt: skip
 
 

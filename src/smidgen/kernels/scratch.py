@@ -21,5 +21,6 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
     key = (purpose, dtype, device)
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < count:
-        buffers[key] = buffer = torch.empty(count, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or a buffer made while generating could not be written in training
+            buffers[key] = buffer = torch.empty(count, dtype=dtype, device=device)
     return buffer[:count].view(shape)

@@ -63,7 +63,7 @@ class Base:
         """
         real = torch.arange(input_ids.shape[1]) < lengths[:, None]
         backbone: Any = self.backbone
-        if is_fused(backbone) and not backbone.layers[0].drops:
+        if is_fused(backbone) and not any(layer.drops for layer in backbone.layers):
             return hidden_rows(backbone, input_ids[real], lengths.tolist())
         # attention is causal, so what counts sees no padding, and no mask is needed
         return self.hidden_of(input_ids.to(self.device))[real.to(self.device)]

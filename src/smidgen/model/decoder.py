@@ -91,10 +91,8 @@ class FusedDecoder:
         backbone: Any = base.backbone
         self._base, self._backbone = base, backbone
         self._layers: list[FusedLayer] = list(backbone.layers)
-        self._norms = [
-            [(norm.weight.float(), norm.variance_epsilon) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-            for layer in self._layers
-        ]
+        norms: list[list[Any]] = [[layer.input_layernorm, layer.post_attention_layernorm] for layer in self._layers]
+        self._norms = [[(norm.weight.float(), norm.variance_epsilon) for norm in pair] for pair in norms]
         self._cosine = self._sine = torch.empty(0)
         self._keys: list[torch.Tensor] = []  # of each layer: [rows, kv_heads, capacity, head_dim]
         self._values: list[torch.Tensor] = []

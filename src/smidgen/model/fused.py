@@ -4,9 +4,9 @@ transformers' layer runs some forty operations, and autograd keeps the input of 
 packed weights (q/k/v and gate/up are stacked), causal attention that skips what is masked, and one pass over memory for
 each norm, rotation and gate. What is kept for the backward pass is a choice of the layer:
 
-    none    everything that a gradient needs                     no work twice
-    cheap   all but the normed inputs and the gated product      those are computed again, no matrix product twice
-    full    the layer's input                                    the layer is computed again
+    none    all that a gradient needs                  the gated product comes once more with its gradient, for nothing
+    cheap   all but the inputs after their norms       those are computed again, no matrix product twice
+    full    the layer's input                          the layer is computed again
 
 The layer keeps transformers' submodules and their names, so adapters attach as ever, and falls back on transformers'
 own forward for what is not known here: padding masks, key caches, LoRA dropout.
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
@@ -51,15 +52,15 @@ class _LastRows:
     """The Rows of the last batch that transformers' model brought, made once for all layers."""
 
     def __init__(self) -> None:
-        self._given: tuple[torch.Tensor, int] | None = None
-        self._rows: Rows | None = None
+        self._last: tuple[torch.Tensor, int, Rows] | None = None
 
     def of(self, given: tuple[torch.Tensor, torch.Tensor], batch: int) -> Rows:
         """cos, sin [1 or batch, length, head_dim], as transformers hands them to a layer -> Rows."""
-        if self._rows is None or self._given is None or self._given[0] is not given[0] or self._given[1] != batch:
-            self._given = given[0], batch
-            self._rows = rows_of([given[0].shape[1]] * batch, *(part.expand(batch, -1, -1) for part in given))
-        return self._rows
+        last = self._last
+        if last is None or last[0] is not given[0] or last[1] != batch:
+            rows = rows_of([given[0].shape[1]] * batch, *(part.expand(batch, -1, -1) for part in given))
+            self._last = last = given[0], batch, rows
+        return last[2]
 
 
 def rows_of(lengths: Sequence[int], cosine: torch.Tensor, sine: torch.Tensor) -> Rows:
@@ -109,14 +110,13 @@ class _Kept:
     middle_normed: torch.Tensor
     middle_rstd: torch.Tensor
     gate_up: torch.Tensor
-    product: torch.Tensor
     qkv_low: torch.Tensor
     out_low: torch.Tensor
     gate_up_low: torch.Tensor
     down_low: torch.Tensor
 
 
-_CHEAP = ("normed", "middle_normed", "product")  # computed again by `cheap`
+_CHEAP = ("normed", "middle_normed")  # computed again by `cheap`
 
 
 class FusedLayer(nn.Module):
@@ -129,14 +129,14 @@ class FusedLayer(nn.Module):
         self._original = [layer]  # in a list, so that its parameters are not counted twice
         self._last_rows = last_rows
         self.recompute = "none"
-        attention = layer.self_attn
+        attention: Any = layer.self_attn
         config: Any = attention.config
         self.shape = Heads(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scale=attention.scaling,
-            window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0,
+            window=_window(layer),
         )
         if hasattr(layer, "attention_type"):  # transformers' models pick a mask by it
             self.attention_type = layer.attention_type
@@ -144,7 +144,8 @@ class FusedLayer(nn.Module):
 
     def parts(self) -> _Parts:
         """The stacked weights; made anew when a layer has been exchanged, for instance by an adapter over it."""
-        attention, mlp = self.self_attn, self.mlp
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
         groups: list[list[Any]] = [
             [attention.q_proj, attention.k_proj, attention.v_proj],
             [attention.o_proj],
@@ -168,7 +169,7 @@ class FusedLayer(nn.Module):
     def forward_rows(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """x [tokens, hidden_size] -> the same shape, with a gradient for x and the adapters."""
         parts = self.parts()
-        return _LayerFunction.apply(x, self, parts, rows, *parts.parameters)  # type: ignore[return-value]
+        return _LayerFunction.apply(x.contiguous(), self, parts, rows, *parts.parameters)  # type: ignore[return-value]
 
     def _is_known(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> bool:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_embeddings")
@@ -195,24 +196,25 @@ class FusedLayer(nn.Module):
         out, down_low = parts.down.forward(product)
         out += middle
         return out, _Kept(
-            x, normed, rstd, qkv, *head_norms, lse, attended, middle, middle_normed, middle_rstd, gate_up, product,
+            x, normed, rstd, qkv, *head_norms, lse, attended, middle, middle_normed, middle_rstd, gate_up,
             qkv_low, out_low, gate_up_low, down_low,
         )  # fmt: skip
 
     def project(
         self, normed: torch.Tensor, parts: _Parts, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Queries, keys and values with their positions: (qkv [tokens, width], x Aᵀ, inputs and rstd of head norms)."""
         shape = self.shape
         qkv, low = parts.qkv.forward(normed)
         kept: list[torch.Tensor] = []
         for norm, columns in self._head_norms:
-            states = qkv[:, columns].reshape(-1, shape.head_dim)
+            states = qkv[:, columns].clone(memory_format=torch.contiguous_format).view(-1, shape.head_dim)
             values, rstd = rms_norm(states, *self._norm(norm))
             qkv[:, columns] = values.view(len(qkv), -1)
             kept += [states, rstd]
         rotate_(qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim)
-        return qkv, low, kept or [qkv.new_empty(0)] * 4
+        q_input, q_rstd, k_input, k_rstd = kept or [qkv.new_empty(0)] * 4
+        return qkv, low, (q_input, q_rstd, k_input, k_rstd)
 
     @property
     def _head_norms(self) -> list[tuple[nn.Module, slice]]:
@@ -254,7 +256,7 @@ class FusedLayer(nn.Module):
         rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
         for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):
-            part = grad_qkv[:, columns].reshape(-1, shape.head_dim)
+            part = grad_qkv[:, columns].contiguous().view(-1, shape.head_dim)
             part = rms_norm_backward(part, states, self._norm(head_norm)[0], rstd)
             grad_qkv[:, columns] = part.view(len(grad_qkv), -1)
 
@@ -273,8 +275,15 @@ class FusedLayer(nn.Module):
         return module.weight if module.weight.dtype == torch.float32 else module.weight.float(), module.variance_epsilon
 
 
+def _window(layer: Any) -> int:
+    """How many tokens back a layer's queries see; 0: all. Each family keeps it in its own place, and Llama has none."""
+    if isinstance(layer, MistralDecoderLayer):
+        return layer.self_attn.config.sliding_window or 0
+    return getattr(layer.self_attn, "sliding_window", None) or 0
+
+
 def _stack(layers: Sequence[Any]) -> LoraStack:
-    matrices = [layer.base.weight if isinstance(layer, LoraLinear) else layer.weight for layer in layers]
+    matrices: list[Any] = [layer.base.weight if isinstance(layer, LoraLinear) else layer.weight for layer in layers]
     return LoraStack(layers, matrices[0] if len(matrices) == 1 else StackedMatrix(matrices))
 
 
@@ -297,6 +306,7 @@ class _LayerFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         if ctx.recompute == "full":
             kept = ctx.layer.run(*ctx.saved_tensors, ctx.parts, ctx.rows)[1]
@@ -320,8 +330,11 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def is_fused(backbone: nn.Module) -> bool:
-    """Whether a backbone is embedding, fused layers and a norm, and nothing else: then `hidden_rows` can stand for it."""
-    return type(backbone) in _KNOWN_BACKBONES and all(isinstance(layer, FusedLayer) for layer in backbone.layers)  # type: ignore[union-attr]
+    """Whether a backbone is embedding, fused layers, norm, and nothing else: then `hidden_rows` can stand for it."""
+    if type(backbone) not in _KNOWN_BACKBONES:
+        return False
+    layers: Any = backbone.layers
+    return all(isinstance(layer, FusedLayer) for layer in layers)
 
 
 def hidden_rows(backbone: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,18 +110,21 @@ def generate_batch(
     """New token ids for each prompt, stop token left out."""
     choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # row of the decoder -> index of the prompt
+    active: list[Any] = list(range(len(prompts)))  # row of the decoder -> index of the prompt, None once it has ended
     hidden, tokens = decoder.start(prompts), torch.empty(0, dtype=torch.int64)
     for count in range(_room(base, max(len(prompt) for prompt in prompts), sampling)):
         if count:
             hidden = decoder.step(tokens)
         tokens = choose(base.logits_of(hidden)[:, :vocab_size])
-        running = [row for row, token in enumerate(tokens.tolist()) if token not in stops]
+        for row, token in enumerate(tokens.tolist()):
+            if active[row] is not None and token not in stops:
+                answers[active[row]].append(token)
+            else:
+                active[row] = None
+        running = [row for row, index in enumerate(active) if index is not None]
         if not running:
             break
-        if len(running) < len(active):  # rows that have ended leave the batch
+        if len(running) <= len(active) // 2:  # the others leave the batch; not one by one, the cache is copied
             decoder.keep(running)
             active, tokens = [active[row] for row in running], tokens[running]
-        for index, token in zip(active, tokens.tolist(), strict=True):
-            answers[index].append(token)
     return answers

@@ -85,7 +85,7 @@ def load_base(
     place = choose_device(device)
     storage, why = choose_storage(quantize, source.checkpoint)
     report(Note(why))
-    if place.type == "cpu" and "SMIDGEN_BACKEND" not in os.environ and native_library() is None:
+    if place.type == "cpu" and not os.environ.get("SMIDGEN_BACKEND") and native_library() is None:
         report(Warned(MISSING))
     dtype, why = choose_compute_dtype(compute_dtype, place)
     report(Note(why))

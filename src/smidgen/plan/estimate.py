@@ -5,8 +5,8 @@ __all__ = ["estimate_activation_bytes"]
 # Vectors that a token of a layer keeps for the backward pass: (of hidden_size, of intermediate_size), by what is
 # computed again. q, k and v count as three of hidden_size; grouped heads need less.
 _KEPT_VECTORS = {
-    "none": (8, 3),  # input, normed, q, k, v, attended, middle, its norm; gate, up, product
-    "cheap": (6, 2),  # without the two norms' outputs and the product
+    "none": (8, 2),  # input, normed, q, k, v, attended, middle, its norm; gate, up
+    "cheap": (6, 2),  # without the two norms' outputs
     "full": (1, 0),  # the input
     "modules": (14, 5),  # transformers' own modules, which keep the input of every operation
 }

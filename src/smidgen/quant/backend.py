@@ -14,7 +14,7 @@ import torch
 
 from smidgen.errors import SettingsError
 from smidgen.kernels import packed as kernels
-from smidgen.kernels.library import TYPES, native_library
+from smidgen.kernels.library import MISSING, TYPES, native_library
 from smidgen.kernels.scratch import scratch
 from smidgen.quant import fourbit
 from smidgen.quant.codebooks import dynamic_map, four_bit_code
@@ -51,7 +51,7 @@ def backend_name(device: torch.device) -> str:
             raise SettingsError([f"SMIDGEN_BACKEND: the native kernels work on the CPU, not on {device}"])
         if wanted == "native" and native_library() is None:
             raise SettingsError(
-                ["SMIDGEN_BACKEND: the native kernels are not installed. Install a C++ compiler, then smidgen again"]
+                [f"SMIDGEN_BACKEND: {MISSING}"]
             )
         return wanted
     if device.type == "cpu":
@@ -212,7 +212,7 @@ def product_dense(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> boo
 def weights_4bit(
     packed: torch.Tensor, scales: torch.Tensor | NestedScales, quant_type: str, blocksize: int
 ) -> kernels.Weights | None:
-    """The matrix for the native products of any size, which need float32 and PyTorch's BLAS; None where they cannot be."""
+    """The matrix for the native products of any size, which need float32 and PyTorch's BLAS; None without them."""
     return kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize) if _panels(packed) else None
 
 

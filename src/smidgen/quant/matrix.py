@@ -28,8 +28,8 @@ from smidgen.quant.fourbit import NestedScales, nest_scales
 
 __all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "quantise"]
 
-# A panel's height and size, measured best over 192 to 2,048 rows: lower panels make slower products, and much larger ones
-# leave the cache. 8 MiB of float32 at most.
+# A panel's height and size, measured best over 192 to 2,048 rows: lower panels make slower products, and much larger
+# ones leave the cache. 8 MiB of float32 at most.
 PANEL_ROWS = 1024
 PANEL_WEIGHTS = 1 << 21
 
@@ -101,7 +101,8 @@ class FrozenMatrix(nn.Module, ABC):
 
     def _native(self, x: torch.Tensor) -> Weights | None:
         """The stored form as the native products take it, where they can multiply it with x."""
-        plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(1) == 1 and len(x) > 0
+        apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]  # expanded rows overlap, which BLAS refuses
+        plain = apart and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
         return self._weights() if plain else None
 
     def _weights(self) -> Weights | None:

@@ -96,9 +96,9 @@ class Settings:
     recompute: str = _setting(
         "auto",
         "Training",
-        "What each layer computes again in the backward pass to save memory. none: nothing; cheap: norms and gates, at"
-        " hardly any time; full: all of it (gradient checkpointing), for about a third more time. auto: the first of"
-        " the three whose activations fit in half of the free memory.",
+        "What each layer computes again in the backward pass to save memory. none: nothing; cheap: norms, at hardly"
+        " any time; full: all of it (gradient checkpointing), for about a third more time. auto: the first of"
+        " the three whose activations fit in half of the free memory; on a GPU, full.",
         choices=("auto", *RECOMPUTE),
     )
 

@@ -18,6 +18,7 @@ from smidgen.errors import RunError
 from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant
+from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
@@ -77,6 +78,7 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         versions=Record.versions_now(),
         threads=torch.get_num_threads(),
         system=prepared.system,
+        kernels=describe_library(),
     )
     folder = RunFolder.create(out, settings, record.model, _absolute(data), record, prepared.source.tokenizer)
     return _train(prepared, folder, settings, None, started, report)
@@ -101,6 +103,9 @@ def resume(run: Path, report: Report = silent) -> Run:
     if folder.record.threads != torch.get_num_threads():
         now, then = torch.get_num_threads(), folder.record.threads
         report(Warned(f"started with {then} threads, now {now}: rounding will differ from the uninterrupted run"))
+    if folder.record.kernels not in ("", describe_library()):
+        now, then = describe_library(), folder.record.kernels
+        report(Warned(f"started with kernels {then}, now {now}: rounding will differ from the uninterrupted run"))
     # what `auto` chose at the start is kept, whatever it would choose now
     settings = replace(settings, quantize=folder.record.storage, compute_dtype=folder.record.compute_dtype)
     prepared = _prepare(source, data, settings, report)
@@ -189,6 +194,9 @@ def _digest(examples: Sequence[Example]) -> str:
 def _choose_recompute(base: Base, settings: Settings, longest: int, report: Report) -> None:
     """Set the layers' choice; 'auto' takes the first of none, cheap, full that fits in half of the free memory."""
     choice = settings.recompute
+    fused = is_fused(base.backbone) and not settings.dropout
+    if is_fused(base.backbone) and settings.dropout:
+        report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
     if choice == "auto" and base.device.type != "cpu":
         choice = "full"
         report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
@@ -202,13 +210,13 @@ def _choose_recompute(base: Base, settings: Settings, longest: int, report: Repo
                 intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
                 num_layers=config.num_hidden_layers,
                 itemsize=base.compute_dtype.itemsize,
-                recompute=choice if is_fused(base.backbone) or choice == "full" else "modules",
+                recompute=choice if fused or choice == "full" else "modules",
             )
             if needed <= free / 2:
                 break
         fits = "within" if needed <= free / 2 else "more than"
-        about = format_bytes(needed)
-        report(Note(f"recompute {choice}: activations need about {about}, {fits} half of the {format_bytes(free)} free"))
+        about, there = format_bytes(needed), format_bytes(free)
+        report(Note(f"recompute {choice}: activations need about {about}, {fits} half of the {there} free"))
     set_recompute(base, choice)
 
 

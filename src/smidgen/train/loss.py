@@ -74,7 +74,7 @@ def chunked_cross_entropy(
 
 
 def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
-    """The summed loss over a batch's labelled positions (label i is predicted from position i - 1), a float32 scalar."""
+    """The loss summed over a batch's labelled positions (label i is predicted from position i - 1): float32 scalar."""
     hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
     following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     targets = following[torch.arange(following.shape[1]) < batch.lengths[:, None]].to(base.device)

@@ -49,6 +49,7 @@ class Record:
     versions: dict[str, str]
     threads: int
     system: str = ""  # the system message that all training rows begin with, if they do
+    kernels: str = ""  # the native kernels' instruction set, as `smidgen doctor` names it
 
     @property
     def peft_base(self) -> str:

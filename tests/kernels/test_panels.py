@@ -1,0 +1,92 @@
+"""Products with packed weights for many rows, on hostile shapes, and the C interface as Python calls it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smidgen.kernels import library as library_module
+from smidgen.kernels.library import ISAS, native_library
+from smidgen.quant.fourbit import nest_scales, quantise_4bit
+from smidgen.quant.matrix import DenseMatrix, FourBitMatrix, FrozenMatrix, quantise
+
+API = Path(__file__).parents[2] / "csrc" / "api.cpp"
+
+
+def _matrix(form: str, shape: tuple[int, int], blocksize: int) -> FrozenMatrix:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if form in ("int8", "none"):
+        return quantise(weight.bfloat16() if form == "none" else weight, form)
+    if form == "float16":
+        return DenseMatrix(weight.half())
+    packed, absmax = quantise_4bit(weight, "nf4", blocksize)
+    return FourBitMatrix(shape, packed, nest_scales(absmax) if form == "nf4-dq" else absmax, "nf4", blocksize)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    form=st.sampled_from(["nf4", "nf4-dq", "int8", "none", "float16"]),
+    blocksize=st.sampled_from([32, 64, 256, 4096]),
+    rows=st.integers(17, 300),
+    n=st.integers(1, 220),
+    k=st.integers(1, 150),
+    apart=st.integers(0, 5),
+    accumulate=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_products_of_many_rows(
+    isa: str, form: str, blocksize: int, rows: int, n: int, k: int, apart: int, accumulate: bool
+) -> None:
+    library = native_library()
+    if library is None or not library.smidgen_has_sgemm():
+        pytest.skip("the native kernels are not built, or PyTorch has no BLAS to lend")
+    before = library.smidgen_isa()
+    if not library.smidgen_use_isa(isa.encode()):
+        pytest.skip(f"this machine has no {isa}")
+    try:
+        matrix = _matrix(form, (n, k), blocksize)
+        dense = matrix.rows(0, n, torch.float32).double()
+        x, g = torch.randn(rows, k + apart)[:, apart:], torch.randn(rows, n + apart)[:, apart:]
+        y, dx = torch.full((rows, n), torch.nan), torch.full((rows, k), 2.0 if accumulate else torch.nan)
+        matrix.write_product(x, y)
+        matrix.write_product_t(g, dx, accumulate=accumulate)
+    finally:
+        library.smidgen_use_isa(before)
+    # float32 sums of up to 220 terms: a few roundings of the sum of magnitudes
+    torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dx.double(), g.double() @ dense + 2.0 * accumulate, rtol=1e-5, atol=1e-4)
+
+
+def test_expanded_rows_are_multiplied_too() -> None:
+    matrix = quantise(torch.randn(40, 64), "nf4")
+    g = torch.randn(1, 40).expand(30, 40)
+    torch.testing.assert_close(matrix.matmul_t(g), g @ matrix.rows(0, 40, torch.float32), rtol=1e-5, atol=1e-4)
+
+
+def test_without_blas_the_products_are_made_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native_library()
+    if library is None:
+        pytest.skip("the native kernels are not built")
+    matrix, x = quantise(torch.randn(40, 64), "nf4"), torch.randn(30, 64)
+    expected = matrix.matmul(x)
+    library.smidgen_use_sgemm(None)
+    try:
+        assert not library.smidgen_has_sgemm()
+        torch.testing.assert_close(matrix.matmul(x), expected, rtol=1e-5, atol=1e-4)
+    finally:
+        native_library.cache_clear()
+        assert native_library().smidgen_has_sgemm()
+
+
+def test_python_calls_the_functions_as_c_declares_them() -> None:
+    """A wrong letter would be read as an address: nothing else would notice."""
+    kinds = {"int64_t": "i", "float": "f", "int": "t"}
+    declared = {}
+    for name, arguments in re.findall(r"^API void (smidgen_\w+)\(([^)]*)\)", API.read_text(encoding="utf-8"), re.M):
+        if not name.startswith("smidgen_use_"):
+            words = [argument.split() for argument in arguments.split(",")]
+            declared[name] = "".join("p" if "*" in "".join(word) else kinds[word[0]] for word in words)
+    assert declared == library_module._SIGNATURES
