@@ -214,7 +214,7 @@ def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, t
 EFFECTS = {
     "rank": 2, "alpha": 3.0, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3, "schedule": "constant",
     "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2, "micro_batch": 2,
-    "accumulation": 2, "seed": 9, "seq_len": 47, "train_on_prompt": True, "quantize": "int8",
+    "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
     "compute_dtype": "bfloat16",
 }  # fmt: skip
 
