@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 2; }  // raised with every change of a signature below
+API int smidgen_interface() { return 3; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -126,15 +126,13 @@ API void smidgen_use_sgemm(Sgemm function) { sgemm = function; }
 // ---- elementwise
 
 API void smidgen_rms_norm(const void* x, const float* weight, void* y, float* rstd, int64_t rows, int64_t width,
-                          int64_t x_stride, int64_t y_stride, float eps, int type) {
-    run(kernels->rms_norm, {x, weight, y, rstd, width, x_stride, y_stride, eps, Type(type)}, rows, rows_per_task(width));
+                          float eps, int type) {
+    run(kernels->rms_norm, {x, weight, y, rstd, width, eps, Type(type)}, rows, rows_per_task(width));
 }
 
 API void smidgen_rms_norm_backward(const void* grad_y, const void* x, const float* weight, const float* rstd,
-                                   const void* residual, void* grad_x, int64_t rows, int64_t width,
-                                   int64_t grad_y_stride, int64_t x_stride, int64_t grad_x_stride, int type) {
-    run(kernels->rms_norm_backward,
-        {grad_y, x, weight, rstd, residual, grad_x, width, grad_y_stride, x_stride, grad_x_stride, Type(type)}, rows,
+                                   const void* residual, void* grad_x, int64_t rows, int64_t width, int type) {
+    run(kernels->rms_norm_backward, {grad_y, x, weight, rstd, residual, grad_x, width, Type(type)}, rows,
         rows_per_task(width));
 }
 
@@ -164,8 +162,6 @@ API void smidgen_cross_entropy(void* logits, const int64_t* targets, float* loss
 API int smidgen_has_threads() { return run_team != nullptr; }
 
 API int smidgen_has_sgemm() { return sgemm != nullptr; }
-
-API int64_t smidgen_attention_queries() { return kQueries; }
 
 API void smidgen_attention(const float* q, const float* k, const float* v, float* out, float* lse,
                            const int64_t* starts, const int64_t* blocks, int64_t num_blocks, int64_t tokens,

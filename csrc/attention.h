@@ -71,6 +71,19 @@ inline void fill(float* p, int64_t begin, int64_t end, float value) {
     for (int64_t i = begin; i < end; i++) p[i] = value;
 }
 
+// scores [count, a multiple of kWidth] -> exp(scores - the largest, which goes to *top); returns their sum.
+inline float exponentials(float* scores, int64_t count, float* top) {
+    Vec tops = load(scores), sums{};
+    for (int64_t j = kWidth; j < count; j += kWidth) tops = max(load(scores + j), tops);
+    *top = largest(tops);
+    for (int64_t j = 0; j < count; j += kWidth) {
+        const Vec p = exp(load(scores + j) - *top);
+        store(scores + j, p);
+        sums += p;
+    }
+    return sum(sums);
+}
+
 // The block's rows of `matrix` [tokens, stride], stacked in `into` [stacked, head_dim].
 inline void stack(const Attention& a, const Block& block, const float* matrix, int64_t stride, float* into) {
     for (int64_t i = 0; i < block.stacked; i++) {
@@ -105,15 +118,8 @@ void attention(const Attention& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < block.stacked; i++) {
             float* row = scores + i * block.padded;
             const int64_t stop = (block.end(i) + kWidth - 1) / kWidth * kWidth;
-            Vec tops = load(row), sums{};
-            for (int64_t j = kWidth; j < stop; j += kWidth) tops = max(load(row + j), tops);
-            const float top = largest(tops);
-            for (int64_t j = 0; j < stop; j += kWidth) {
-                const Vec p = exp(load(row + j) - top);
-                store(row + j, p);
-                sums += p;
-            }
-            const float total = sum(sums);
+            float top;
+            const float total = exponentials(row, stop, &top);
             inverse[i] = 1.0f / total;
             *block.lse(a, i) = top + (float)__builtin_log(total);
         }
@@ -221,15 +227,8 @@ void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
         for (int64_t h = 0; h < group; h++) {
             float* row_scores = scores + h * padded;
             fill(row_scores, seen, padded, -__builtin_inff());
-            Vec tops = load(row_scores), sums{};
-            for (int64_t t = kWidth; t < padded; t += kWidth) tops = max(load(row_scores + t), tops);
-            const float top = largest(tops);
-            for (int64_t t = 0; t < padded; t += kWidth) {
-                const Vec p = exp(load(row_scores + t) - top);
-                store(row_scores + t, p);
-                sums += p;
-            }
-            const float inverse = 1.0f / sum(sums);
+            float top;
+            const float inverse = 1.0f / exponentials(row_scores, padded, &top);
             for (int64_t t = 0; t < seen; t++) row_scores[t] *= inverse;
         }
         fill(out, 0, group * size, 0.0f);

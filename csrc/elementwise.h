@@ -28,8 +28,8 @@ void rms_norm(const RmsNorm& a, int64_t begin, int64_t end) {
         using T = Pointee<decltype(tag)>;
         const int64_t whole = a.width / kWidth * kWidth;
         for (int64_t row = begin; row < end; row++) {
-            const T* x = (const T*)a.x + row * a.x_stride;
-            T* y = (T*)a.y + row * a.y_stride;
+            const T* x = (const T*)a.x + row * a.width;
+            T* y = (T*)a.y + row * a.width;
             Vec squares{};
             for (int64_t i = 0; i < whole; i += kWidth) {
                 const Vec v = load(x + i);
@@ -38,7 +38,7 @@ void rms_norm(const RmsNorm& a, int64_t begin, int64_t end) {
             float total = sum(squares);
             for (int64_t i = whole; i < a.width; i++) total += load_one(x + i) * load_one(x + i);
             const float rstd = 1.0f / __builtin_sqrtf(total / (float)a.width + a.eps);
-            if (a.rstd) a.rstd[row] = rstd;
+            a.rstd[row] = rstd;
             for (int64_t i = 0; i < whole; i += kWidth) store(y + i, load(x + i) * rstd * load(a.weight + i));
             for (int64_t i = whole; i < a.width; i++) store_one(y + i, load_one(x + i) * rstd * a.weight[i]);
         }
@@ -51,10 +51,10 @@ void rms_norm_backward(const RmsNormBackward& a, int64_t begin, int64_t end) {
         using T = Pointee<decltype(tag)>;
         const int64_t whole = a.width / kWidth * kWidth;
         for (int64_t row = begin; row < end; row++) {
-            const T* g = (const T*)a.grad_y + row * a.grad_y_stride;
-            const T* x = (const T*)a.x + row * a.x_stride;
-            const T* residual = a.residual ? (const T*)a.residual + row * a.grad_x_stride : nullptr;
-            T* out = (T*)a.grad_x + row * a.grad_x_stride;
+            const T* g = (const T*)a.grad_y + row * a.width;
+            const T* x = (const T*)a.x + row * a.width;
+            const T* residual = a.residual ? (const T*)a.residual + row * a.width : nullptr;
+            T* out = (T*)a.grad_x + row * a.width;
             const float rstd = a.rstd[row];
             Vec products{};
             for (int64_t i = 0; i < whole; i += kWidth)
@@ -134,7 +134,7 @@ void swiglu_backward(const SwiGluBackward& a, int64_t begin, int64_t end) {
             const T* up = gate + a.width;
             T* grad_gate = (T*)a.grad_gate_up + row * 2 * a.width;
             T* grad_up = grad_gate + a.width;
-            T* y = a.y ? (T*)a.y + row * a.width : nullptr;
+            T* y = (T*)a.y + row * a.width;
             const auto step = [&](Vec d, Vec g, Vec u, Vec& dg, Vec& du, Vec& value) {
                 const Vec s = sigmoid(g), silu = g * s;
                 dg = d * u * (s + silu * (1.0f - s));
@@ -146,14 +146,14 @@ void swiglu_backward(const SwiGluBackward& a, int64_t begin, int64_t end) {
                 step(load(grad_y + i), load(gate + i), load(up + i), dg, du, value);
                 store(grad_gate + i, dg);
                 store(grad_up + i, du);
-                if (y) store(y + i, value);
+                store(y + i, value);
             }
             for (int64_t i = whole; i < a.width; i++) {
                 step(broadcast(load_one(grad_y + i)), broadcast(load_one(gate + i)), broadcast(load_one(up + i)), dg, du,
                      value);
                 store_one(grad_gate + i, dg[0]);
                 store_one(grad_up + i, du[0]);
-                if (y) store_one(y + i, value[0]);
+                store_one(y + i, value[0]);
             }
         }
     });

@@ -5,10 +5,12 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "fourbit.h"
-#include "int8.h"
+#include "quantise.h"
+
+#include "int8.h"  // after what it calls, as panels.h below
 #include "products.h"
 
-#include "panels.h"  // after what it calls
+#include "panels.h"
 
 #define SMIDGEN_JOIN2(a, b) a##b
 #define SMIDGEN_JOIN(a, b) SMIDGEN_JOIN2(a, b)

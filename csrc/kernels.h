@@ -25,13 +25,13 @@ using Sgemm = void (*)(const char* transa, const char* transb, const int* m, con
 // line on stderr if there is none left.
 float* worker_scratch(int slot, size_t floats);
 
-// y = x / rms(x) * weight; x, y [rows, width]; rstd [rows] (may be null). Tasks: rows.
+// y = x / rms(x) * weight; x, y [rows, width]; rstd [rows]. Tasks: rows.
 struct RmsNorm {
     const void* x;
     const float* weight;
     void* y;
     float* rstd;
-    int64_t width, x_stride, y_stride;
+    int64_t width;
     float eps;
     Type type;
 };
@@ -44,7 +44,7 @@ struct RmsNormBackward {
     const float* rstd;
     const void* residual;
     void* grad_x;
-    int64_t width, grad_y_stride, x_stride, grad_x_stride;
+    int64_t width;
     Type type;
 };
 
@@ -67,7 +67,7 @@ struct SwiGlu {
     Type type;
 };
 
-// From grad_y [rows, width] and gate_up [rows, 2 * width]: the gradient of gate_up, and y again (may be null).
+// From grad_y [rows, width] and gate_up [rows, 2 * width]: the gradient of gate_up, and y again.
 struct SwiGluBackward {
     const void* grad_y;
     const void* gate_up;

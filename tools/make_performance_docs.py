@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smidgen.bench.figures import format_rate
+
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,17 +59,12 @@ def kernels_table(result: Result) -> str:
     rows = []
     for case in result["cases"]:
         ours = case["smidgen"]
-        rate = (
-            f"{ours['gflops']:.1f} GFLOP/s"
-            if "gflops" in ours
-            else f"{ours['gweights_per_s_per_thread']:.2f} G weights/s/thread"
-        )
         rows.append(
             [
                 case["case"],
                 str(case["threads"]),
                 _spread(ours, "seconds", "ms", 1e3),
-                rate,
+                format_rate(ours),
                 _ratio(case.get("speedup_over_dense")),
                 _ratio(case.get("speedup_over_bitsandbytes")),
             ]

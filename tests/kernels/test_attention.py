@@ -7,7 +7,6 @@ computed in float32 and rounded once (2**-9).
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from smidgen.kernels.attention import (
     attention_decode,
     attention_twin,
 )
-from smidgen.kernels.library import ISAS, native_library
 
 CASES = [
     ([1], Heads(1, 1, 8, 1.0)),
@@ -30,18 +28,6 @@ CASES = [
     ([130, 9], Heads(4, 2, 32, 0.2, window=7)),
     ([270], Heads(2, 1, 64, 0.125, window=100)),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library()
-    if library is None:
-        pytest.skip("the native kernels are not built")
-    before = library.smidgen_isa()
-    if not library.smidgen_use_isa(request.param.encode()):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    library.smidgen_use_isa(before)
 
 
 def _distance(ours: torch.Tensor, exact: torch.Tensor) -> float:

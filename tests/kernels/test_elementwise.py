@@ -4,28 +4,15 @@ Tolerances: a kernel computes in float32 with its own order of sums, so results 
 rounding (6e-8) times the square root of the terms, norm-wise; bfloat16 results differ by one rounding (2**-9 at most).
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from smidgen.kernels import elementwise
-from smidgen.kernels.library import ISAS, native_library
+
+pytestmark = pytest.mark.usefixtures("isa")
 
 _CLOSE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 TYPES = list(_CLOSE)
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library()
-    if library is None:
-        pytest.skip("the native kernels are not built")
-    before = library.smidgen_isa()
-    if not library.smidgen_use_isa(request.param.encode()):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    library.smidgen_use_isa(before)
 
 
 def _both(monkeypatch: pytest.MonkeyPatch, function, *arguments, **more):

@@ -6,7 +6,7 @@ from typing import Any
 
 from smidgen.bench.shapes import Shape
 
-__all__ = ["paired_ratio", "roofline_fraction", "shape_flops", "spread", "useful_flops"]
+__all__ = ["format_rate", "paired_ratio", "roofline_fraction", "shape_flops", "spread", "useful_flops"]
 
 
 def useful_flops(
@@ -54,3 +54,10 @@ def spread(values: Sequence[float], name: str = "") -> dict[str, float]:
     """{name: median, name_min, name_max}; without a name: median, min, max."""
     prefix = f"{name}_" if name else ""
     return {name or "median": median(values), f"{prefix}min": min(values), f"{prefix}max": max(values)}
+
+
+def format_rate(side: dict[str, Any]) -> str:
+    """How fast a case of `smidgen bench kernels` is, in the unit that it has."""
+    if "gflops" in side:
+        return f"{side['gflops']:.1f} GFLOP/s"
+    return f"{side['gweights_per_s_per_thread']:.2f} G weights/s/thread"

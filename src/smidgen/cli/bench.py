@@ -9,6 +9,7 @@ from smidgen.cli import bench_views
 from smidgen.cli.console import Console
 from smidgen.cli.options import Flag, verb
 from smidgen.cli.values import Given
+from smidgen.plan.estimate import RECOMPUTE
 
 __all__ = ["bench"]
 
@@ -43,7 +44,7 @@ _STEP = (
         expected="one of " + ", ".join(_SHAPES),
     ),
     Flag("seq_len", int, 512, "Tokens of the one row.", "Step", check=lambda value: value >= 2, expected="2 or more"),
-    Flag("recompute", str, "none", "What the backward pass computes again.", "Step", choices=("none", "cheap", "full")),
+    Flag("recompute", str, "none", "What the backward pass computes again.", "Step", choices=RECOMPUTE),
     Flag("compute_dtype", str, "float32", "Our compute type.", "Step", choices=("float32", "bfloat16")),
     Flag(
         "against",

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from smidgen.bench.figures import format_rate
 from smidgen.units import format_bytes, format_duration
 
 __all__ = ["decode", "kernels", "step", "where"]
@@ -40,17 +41,12 @@ def kernels(result: Mapping[str, Any]) -> Parts:
     table = _table("case", "threads", "smidgen", "min - max", "rate", "against dense", "against bitsandbytes")
     for case in result["cases"]:
         ours = case["smidgen"]
-        rate = (
-            f"{ours['gflops']:.1f} GFLOP/s"
-            if "gflops" in ours
-            else f"{ours['gweights_per_s_per_thread']:.2f} G weights/s/thread"
-        )
         table.add_row(
             case["case"],
             str(case["threads"]),
             _seconds(ours["seconds"]),
             f"{_seconds(ours['seconds_min'])} - {_seconds(ours['seconds_max'])}",
-            rate,
+            format_rate(ours),
             _ratio(case.get("speedup_over_dense")),
             _ratio(case.get("speedup_over_bitsandbytes")),
         )

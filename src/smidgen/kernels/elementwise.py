@@ -30,7 +30,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(rows, dtype=torch.float32)
     library.smidgen_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, width, width, width, eps, TYPES[x.dtype]
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, width, eps, TYPES[x.dtype]
     )
     return y, rstd
 
@@ -58,7 +58,7 @@ def rms_norm_backward(
     library.smidgen_rms_norm_backward(
         grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
         None if residual is None else residual.data_ptr(), grad_x.data_ptr(),
-        rows, width, width, width, width, TYPES[x.dtype],
+        rows, width, TYPES[x.dtype],
     )  # fmt: skip
     return grad_x
 

@@ -20,7 +20,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 2
+_INTERFACE = 3
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -32,8 +32,8 @@ _pointer, _integer, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_flo
 _LETTERS = {"p": _pointer, "i": _integer, "f": _float, "t": _int}
 # Arguments of each function of api.cpp: p pointer, i int64, f float, t int (a type or a flag).
 _SIGNATURES = {
-    "smidgen_rms_norm": "ppppiiiift",
-    "smidgen_rms_norm_backward": "ppppppiiiiit",
+    "smidgen_rms_norm": "ppppiift",
+    "smidgen_rms_norm_backward": "ppppppiit",
     "smidgen_rotate": "pppiiiiift",
     "smidgen_swiglu": "ppiit",
     "smidgen_swiglu_backward": "ppppiit",
@@ -71,8 +71,8 @@ def native_library() -> Any:
     if wanted and not library.smidgen_use_isa(wanted.encode()):
         best = library.smidgen_isa().decode()
         raise SettingsError([f"SMIDGEN_ISA: this machine has no {wanted}; its best is {best}"])
-    # PyTorch's libraries are loaded, so opening them again by their path gives the very ones that it uses.
-    # The program's own symbols come first: a runtime that was preloaded is the one that PyTorch uses.
+    # The program's own symbols come first: a runtime that was preloaded is the one that PyTorch uses. Opening PyTorch's
+    # libraries again, by their path, gives the very ones that are loaded.
     folder = Path(torch.__file__).parent / "lib"
     torch_cpu = folder / "libtorch_cpu.so"
     runtimes = [path for pattern in ("libgomp*.so*", "libomp*", "libiomp*") for path in folder.glob(pattern)]

@@ -48,11 +48,6 @@ class LoraStack:
                 ]
             )
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of each adapter in turn."""
-        return [parameter for adapter in self.adapters for parameter in (adapter.lora_A, adapter.lora_B)]
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, in_features] -> (y [tokens, all out_features], low = x Aᵀ [tokens, all ranks])."""
         y = self.matrix.matmul(x)

@@ -4,13 +4,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
+from smidgen.plan.estimate import RECOMPUTE
 
 __all__ = ["set_recompute"]
 
 
 def set_recompute(base: Base, mode: str) -> None:
     """'none', 'cheap' or 'full' for every layer (model/fused.py). Layers that are not fused take 'cheap' as 'none'."""
-    assert mode in ("none", "cheap", "full")
+    assert mode in RECOMPUTE
     own = False
     for module in base.model.modules():
         if isinstance(module, FusedLayer):

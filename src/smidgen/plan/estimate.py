@@ -1,6 +1,8 @@
 """Memory as arithmetic: one small pure function for each term, with its formula and what it leaves out."""
 
-__all__ = ["estimate_activation_bytes"]
+__all__ = ["RECOMPUTE", "estimate_activation_bytes"]
+
+RECOMPUTE = ("none", "cheap", "full")  # what a layer computes again in the backward pass, from fastest to smallest
 
 # Vectors that a token of a layer keeps for the backward pass: (of hidden_size, of intermediate_size), by what is
 # computed again. q, k and v count as three of hidden_size; grouped heads need less.

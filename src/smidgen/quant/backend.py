@@ -72,19 +72,17 @@ def dequantise_4bit(
     first: int,
     count: int,
     dtype: torch.dtype,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights first .. first + count of a flat 4-bit matrix -> `dtype` [count]; computed in float32, rounded once.
 
-    packed uint8 and scales are those of the whole matrix, as fourbit.quantise_4bit gives them. out: `dtype` [count],
-    contiguous, to be written and returned; without it the result may lie in scratch memory, until the next call.
+    packed uint8 and scales are those of the whole matrix, as fourbit.quantise_4bit gives them. The result may lie in
+    scratch memory: use it before the next call.
     """
     name = backend_name(packed.device)
     if name == "native":
-        known = dtype if dtype in TYPES else torch.float32
-        target = out if out is not None and dtype == known else scratch("panel", (count,), known, packed.device)
-        kernels.dequantise_4bit(_parts(packed, scales, quant_type), blocksize, first, target)
-        return _as_asked(target, dtype, out)
+        values = scratch("panel", (count,), dtype if dtype in TYPES else torch.float32, packed.device)
+        kernels.dequantise_4bit(_parts(packed, scales, quant_type), blocksize, first, values)
+        return _as_asked(values, dtype)
     # Where a range begins or ends within a block, whole blocks are decoded and cut.
     last = first + count
     first_block, last_block = first // blocksize, math.ceil(last / blocksize)
@@ -101,12 +99,10 @@ def dequantise_4bit(
         ).view(-1)
     else:
         values = fourbit.dequantise_4bit(some, absmax, quant_type, blocksize)
-    return _as_asked(values[first - begin : last - begin], dtype, out)
+    return _as_asked(values[first - begin : last - begin], dtype)
 
 
-def _as_asked(values: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
-    if out is not None:
-        return out if values is out else out.copy_(values)
+def _as_asked(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values if values.dtype == dtype else scratch("cast", values.shape, dtype, values.device).copy_(values)
 
 

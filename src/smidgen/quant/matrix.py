@@ -9,14 +9,15 @@ A `FrozenMatrix` is W [out_features, in_features] in some stored form. It offers
 
 Both products walk over panels of rows: a panel is de-quantised into scratch memory that fits the cache and goes into
 an ordinary matrix product. The same panel serves forward (y[:, i:j] = x Pᵀ) and backward (dx += g[:, i:j] P), so no
-second layout and nothing dense is ever kept. The back end (native kernels, plain PyTorch, or bitsandbytes' kernels on
-the same bytes) is chosen in backend.py.
+second layout and nothing dense is ever kept. In float32 on a CPU the native kernels do so, each thread with panels of
+its own (csrc/panels.h), and up to SMALL_ROWS rows of x are multiplied without a panel at all; otherwise it is done
+here, and the back end (backend.py) de-quantises.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -28,8 +29,8 @@ from smidgen.quant.fourbit import NestedScales, nest_scales
 
 __all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "quantise"]
 
-# A panel's height and size, measured best over 192 to 2,048 rows: lower panels make slower products, and much larger
-# ones leave the cache. 8 MiB of float32 at most.
+# A panel's height and size where panels are made here, measured best over 192 to 2,048 rows: lower panels make slower
+# products, and much larger ones leave the cache. 8 MiB of float32 at most.
 PANEL_ROWS = 1024
 PANEL_WEIGHTS = 1 << 21
 
@@ -43,15 +44,8 @@ class FrozenMatrix(nn.Module, ABC):
         self.in_features = in_features
 
     @abstractmethod
-    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        """W[start:stop] into out [stop - start, in_features]: contiguous, float32, bfloat16 or float16."""
-
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """W[start:stop] as [stop - start, in_features] of `dtype`; valid until the next call in this thread."""
-        device = next(self.buffers()).device
-        panel = scratch("panel", ((stop - start) * self.in_features,), dtype, device).view(-1, self.in_features)
-        self.write_rows(start, stop, panel)
-        return panel
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> x Wᵀ [..., out_features], in x's type. Not recorded by autograd."""
@@ -167,23 +161,16 @@ class FourBitMatrix(FrozenMatrix):
         return NestedScales(self.absmax, self.nested_absmax, self.nested_offset) if self.nested else self.absmax
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        return self._decoded(start, stop, dtype, None)
-
-    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        self._decoded(start, stop, out.dtype, out.view(-1))
+        k = self.in_features
+        return backend.dequantise_4bit(
+            self.packed, self.scales, self.quant_type, self.blocksize, start * k, (stop - start) * k, dtype
+        ).view(stop - start, k)
 
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_4bit(self.packed, self.scales, self.quant_type, self.blocksize, x, y)
 
     def _weights(self) -> Weights | None:
         return backend.weights_4bit(self.packed, self.scales, self.quant_type, self.blocksize)
-
-    def _decoded(self, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
-        k = self.in_features
-        flat = backend.dequantise_4bit(
-            self.packed, self.scales, self.quant_type, self.blocksize, start * k, (stop - start) * k, dtype, out
-        )
-        return flat.view(stop - start, k)
 
 
 class Int8Matrix(FrozenMatrix):
@@ -201,8 +188,9 @@ class Int8Matrix(FrozenMatrix):
     def storage(self) -> str:
         return "int8"
 
-    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        backend.dequantise_int8(self.codes[start:stop], self.scale[start:stop], out)
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        panel = scratch("panel", (stop - start, self.in_features), dtype, self.codes.device)
+        return backend.dequantise_int8(self.codes[start:stop], self.scale[start:stop], panel)
 
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_int8(self.codes, self.scale, x, y)
@@ -224,11 +212,9 @@ class DenseMatrix(FrozenMatrix):
     def storage(self) -> str:
         return str(self.weight.dtype).removeprefix("torch.")
 
-    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        out.copy_(self.weight[start:stop])
-
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight[start:stop] if self.weight.dtype == dtype else super().rows(start, stop, dtype)
+        panel = self.weight[start:stop]
+        return panel if panel.dtype == dtype else scratch("panel", panel.shape, dtype, panel.device).copy_(panel)
 
     def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         return backend.product_dense(self.weight, x, y)
@@ -241,7 +227,7 @@ class DenseMatrix(FrozenMatrix):
         return [(0, self.out_features)] if whole else super()._panels(dtype)
 
 
-class StackedMatrix(FrozenMatrix):
+class StackedMatrix:
     """Matrices of the same in_features on top of one another, which multiply as one (q, k, v; gate, up).
 
     The parts stay what they are and may have different forms; nothing is copied.
@@ -250,35 +236,24 @@ class StackedMatrix(FrozenMatrix):
     def __init__(self, parts: Sequence[FrozenMatrix]) -> None:
         widths = {part.in_features for part in parts}
         assert len(widths) == 1, f"parts of one width expected, found {sorted(widths)}"
-        super().__init__(sum(part.out_features for part in parts), widths.pop())
-        self.parts = nn.ModuleList(parts)
+        self.in_features = widths.pop()
+        ends = list(accumulate(part.out_features for part in parts))
+        self.out_features = ends[-1]
+        self._placed = [(slice(end - part.out_features, end), part) for end, part in zip(ends, parts, strict=True)]
 
-    @property
-    def storage(self) -> str:
-        return "+".join(dict.fromkeys(part.storage for _, part in self._placed()))
-
-    def _placed(self) -> list[tuple[slice, FrozenMatrix]]:
-        """(rows, part)"""
-        placed, first = [], 0
-        for module in self.parts:
-            part = cast(FrozenMatrix, module)
-            placed.append((slice(first, first + part.out_features), part))
-            first += part.out_features
-        return placed
-
-    def write_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        for rows, part in self._placed():
-            begin, end = max(start, rows.start), min(stop, rows.stop)
-            if begin < end:
-                part.write_rows(begin - rows.start, end - rows.start, out[begin - start : end - start])
-
-    def write_product(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        for rows, part in self._placed():
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, in_features] -> x Wᵀ [M, out_features], in x's type. Not recorded by autograd."""
+        y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        for rows, part in self._placed:
             part.write_product(x, y[:, rows])
+        return y
 
-    def write_product_t(self, g: torch.Tensor, dx: torch.Tensor, *, accumulate: bool = False) -> None:
-        for rows, part in self._placed():
-            part.write_product_t(g[:, rows], dx, accumulate=accumulate or rows.start > 0)
+    def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
+        """g [M, out_features] -> g W [M, in_features], in g's type. Not recorded by autograd."""
+        dx = torch.empty(len(g), self.in_features, dtype=g.dtype, device=g.device)
+        for rows, part in self._placed:
+            part.write_product_t(g[:, rows], dx, accumulate=rows.start > 0)
+        return dx
 
 
 def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:

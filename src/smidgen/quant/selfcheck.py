@@ -1,6 +1,7 @@
 """Do the packed operations of every back end on this machine agree with plain arithmetic? For `smidgen doctor`."""
 
 import os
+from itertools import product
 
 import torch
 
@@ -35,10 +36,11 @@ def check_backends(device: torch.device) -> dict[str, str]:
 
 def _check(device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 200, generator=generator)
-    x, g = torch.randn(5, 200, generator=generator).to(device), torch.randn(5, 96, generator=generator).to(device)
     worst = 0.0
-    for storage in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "none"):
+    # Rows with blocks that cross them and without, few and many of x: every way to multiply.
+    for storage, k, m in product(("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "none"), (200, 192), (5, 40)):
+        weight = torch.randn(96, k, generator=generator)
+        x, g = torch.randn(m, k, generator=generator).to(device), torch.randn(m, 96, generator=generator).to(device)
         matrix = quantise(weight, storage).to(device)
         dense = matrix.rows(0, 96, torch.float32).double()
         for ours, exact in ((matrix.matmul(x), x.double() @ dense.t()), (matrix.matmul_t(g), g.double() @ dense)):

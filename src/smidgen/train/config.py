@@ -10,13 +10,13 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from smidgen.errors import SettingsError
+from smidgen.plan.estimate import RECOMPUTE
 from smidgen.units import parse_duration
 
 __all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
 
 QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "none")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-RECOMPUTE = ("none", "cheap", "full")
 
 # LitGPT's spellings of --quantize and of --precision, and what they become here.
 _LITGPT_QUANTIZE = {

@@ -27,7 +27,7 @@ from smidgen.model.device import free_memory_bytes, peak_rss_bytes
 from smidgen.model.fused import is_fused
 from smidgen.model.load import Source, load_base, open_source
 from smidgen.model.recompute import set_recompute
-from smidgen.plan.estimate import estimate_activation_bytes
+from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
@@ -203,7 +203,7 @@ def _choose_recompute(base: Base, settings: Settings, longest: int, report: Repo
     elif choice == "auto":
         config: Any = base.model.config.get_text_config()
         free = free_memory_bytes()
-        for choice in ("none", "cheap", "full"):
+        for choice in RECOMPUTE:
             needed = estimate_activation_bytes(
                 settings.micro_batch * longest,
                 hidden_size=config.hidden_size,
