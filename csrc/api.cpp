@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 3; }  // raised with every change of a signature below
+API int smidgen_interface() { return 4; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -253,11 +253,12 @@ API void smidgen_product_dense(const void* weight, int type, const float* x, flo
 }
 
 // Both need sgemm. backward 0: y [m, n] = x [m, k] W^T; else y [m, k] = x [m, n] W, added to y if `accumulate`.
-API void smidgen_panel_product(const Weights* weights, const float* x, float* y, int64_t m, int64_t n, int64_t k,
-                               int64_t x_stride, int64_t y_stride, int64_t step, int64_t panel, int backward,
-                               int accumulate) {
+// adapter: null, or what is added to W.
+API void smidgen_panel_product(const Weights* weights, const LowRank* adapter, const float* x, float* y, int64_t m,
+                               int64_t n, int64_t k, int64_t x_stride, int64_t y_stride, int64_t step, int64_t panel,
+                               int backward, int accumulate) {
     if (m <= 0 || n <= 0 || k <= 0) return;
-    const PanelProduct args{*weights, x, y, m, n, k, x_stride, y_stride, step, panel, accumulate, sgemm};
+    const PanelProduct args{*weights, adapter, x, y, m, n, k, x_stride, y_stride, step, panel, accumulate, sgemm};
     const int64_t tasks = ((backward ? m : n) + step - 1) / step;
     run(backward ? kernels->panel_product_t : kernels->panel_product, args, tasks, 1);
 }

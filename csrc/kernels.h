@@ -229,11 +229,25 @@ struct Weights {
     int64_t type;
 };
 
+// An adapter over W [n, k]: W + scaling B A, of which low [m, rank] = x A^T is known. Its part of a product is added while
+// the result is in the cache. Backwards grad_low [m, rank] and grad_b [tasks, rank, n], one sum for each task, come out.
+struct LowRank {
+    const float* a;    // [rank, k]
+    const float* b;    // [n, rank]
+    const float* low;  // rows `low_stride` apart, as those of grad_low
+    float* grad_low;
+    float* grad_b;
+    int64_t rank, low_stride;
+    float scaling;
+};
+
 // Products in float32 with many rows of x, by panels: a thread de-quantises some rows of W into its own cache and
 // multiplies them there at once. Forwards y [m, n] = x [m, k] W^T, and a task is one panel of `step` rows of W. Backwards
-// y [m, k] (+)= x [m, n] W, and a task is `step` rows of x, with all panels of `panel` rows in turn.
+// y [m, k] (+)= x [m, n] W, and a task is `step` rows of x, with all panels of `panel` rows in turn. adapter: null, or
+// what is added to W.
 struct PanelProduct {
     Weights weights;
+    const LowRank* adapter;
     const float* x;
     float* y;
     int64_t m, n, k, x_stride, y_stride, step, panel, accumulate;

@@ -33,19 +33,33 @@ void panel_product(const PanelProduct& a, int64_t begin, int64_t end) {
         float* panel = worker_scratch(0, a.step * a.k);
         decode(a.weights, a.k, first, last, panel);
         product_nt(a.sgemm, a.m, last - first, a.k, 1.0f, a.x, a.x_stride, panel, a.k, 0.0f, a.y + first, a.y_stride);
+        if (const LowRank* l = a.adapter)
+            product_nt(a.sgemm, a.m, last - first, l->rank, l->scaling, l->low, l->low_stride, l->b + first * l->rank,
+                       l->rank, 1.0f, a.y + first, a.y_stride);
     }
 }
 
 void panel_product_t(const PanelProduct& a, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
         const int64_t top = task * a.step, rows = a.m - top < a.step ? a.m - top : a.step;
+        const float* x = a.x + top * a.x_stride;
+        float* y = a.y + top * a.y_stride;
+        const LowRank* l = a.adapter;
         float* panel = worker_scratch(0, a.panel * a.k);
         for (int64_t first = 0; first < a.n; first += a.panel) {
             const int64_t last = first + a.panel < a.n ? first + a.panel : a.n;
             decode(a.weights, a.k, first, last, panel);
-            product_nn(a.sgemm, rows, a.k, last - first, 1.0f, a.x + top * a.x_stride + first, a.x_stride, panel, a.k,
-                       first > 0 || a.accumulate ? 1.0f : 0.0f, a.y + top * a.y_stride, a.y_stride);
+            product_nn(a.sgemm, rows, a.k, last - first, 1.0f, x + first, a.x_stride, panel, a.k,
+                       first > 0 || a.accumulate ? 1.0f : 0.0f, y, a.y_stride);
+            if (!l) continue;
+            product_nn(a.sgemm, rows, l->rank, last - first, l->scaling, x + first, a.x_stride, l->b + first * l->rank,
+                       l->rank, first > 0 ? 1.0f : 0.0f, l->grad_low + top * l->low_stride, l->low_stride);
+            product_tn(a.sgemm, l->rank, last - first, rows, l->scaling, l->low + top * l->low_stride, l->low_stride,
+                       x + first, a.x_stride, 0.0f, l->grad_b + task * l->rank * a.n + first, a.n);
         }
+        if (l)
+            product_nn(a.sgemm, rows, a.k, l->rank, 1.0f, l->grad_low + top * l->low_stride, l->low_stride, l->a, a.k, 1.0f,
+                       y, a.y_stride);
     }
 }
 

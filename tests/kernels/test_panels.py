@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from smidgen.kernels import attention as attention_module
 from smidgen.kernels import library as library_module
 from smidgen.kernels.library import native_library
+from smidgen.kernels.lowrank import LowRank
 from smidgen.kernels.packed import SMALL_ROWS
 from smidgen.quant.fourbit import nest_scales, quantise_4bit
 from smidgen.quant.matrix import DenseMatrix, FourBitMatrix, FrozenMatrix, quantise
@@ -36,20 +37,28 @@ def _matrix(form: str, shape: tuple[int, int], blocksize: int) -> FrozenMatrix:
     k=st.integers(1, 150),
     apart=st.integers(0, 5),
     accumulate=st.booleans(),
+    rank=st.sampled_from([0, 1, 3, 16]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_of_many_rows(
-    isa: str, form: str, blocksize: int, rows: int, n: int, k: int, apart: int, accumulate: bool
+    isa: str, form: str, blocksize: int, rows: int, n: int, k: int, apart: int, accumulate: bool, rank: int
 ) -> None:
     matrix = _matrix(form, (n, k), blocksize)
     dense = matrix.rows(0, n, torch.float32).double()
     x, g = torch.randn(rows, k + apart)[:, apart:], torch.randn(rows, n + apart)[:, apart:]
     y, dx = torch.full((rows, n), torch.nan), torch.full((rows, k), 2.0 if accumulate else torch.nan)
-    matrix.write_product(x, y)
-    matrix.write_product_t(g, dx, accumulate=accumulate)
+    A, B, low = torch.randn(rank, k), torch.randn(n, rank), torch.randn(rows, rank + apart)[:, apart:]
+    adapter = LowRank(A, B, 0.5, low, torch.full((rows, rank + apart), torch.nan)[:, apart:]) if rank else None
+    matrix.write_product(x, y, adapter)
+    grad_B = matrix.write_product_t(g, dx, adapter, accumulate=accumulate)
     # float32 sums of up to 220 terms: a few roundings of the sum of magnitudes
-    torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dx.double(), g.double() @ dense + 2.0 * accumulate, rtol=1e-5, atol=1e-4)
+    exact, tolerance = 0.5 * low.double() @ B.double().t(), {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), x.double() @ dense.t() + exact, **tolerance)
+    adapted = dense + 0.5 * B.double() @ A.double()
+    torch.testing.assert_close(dx.double(), g.double() @ adapted + 2.0 * accumulate, **tolerance)
+    if adapter is not None and adapter.grad_low is not None and grad_B is not None:
+        torch.testing.assert_close(adapter.grad_low.double(), 0.5 * g.double() @ B.double(), **tolerance)
+        torch.testing.assert_close(grad_B.double(), 0.5 * g.double().t() @ low.double(), **tolerance)
 
 
 def test_expanded_rows_are_multiplied_too() -> None:

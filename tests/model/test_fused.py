@@ -157,7 +157,7 @@ def test_no_product_for_a_gradient_that_nobody_needs(tmp_path: Path, monkeypatch
     first = _layers(base)[0].parts().qkv.matrix
     backwards: list[Any] = []
     before = type(first).matmul_t
-    monkeypatch.setattr(type(first), "matmul_t", lambda self, g: backwards.append(self) or before(self, g))
+    monkeypatch.setattr(type(first), "matmul_t", lambda self, *given: backwards.append(self) or before(self, *given))
     _loss_and_gradient(base, _batch())
     assert backwards and first not in backwards
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from smidgen.kernels.library import TYPES, native_library
+from smidgen.kernels.lowrank import LowRank
 
 __all__ = [
     "SMALL_ROWS",
@@ -136,21 +137,51 @@ def weights_dense(weight: torch.Tensor) -> Weights:
     return Weights(form=2, values=weight.data_ptr(), type=WEIGHT_TYPES[weight.dtype])
 
 
-def panel_product(weights: Weights, x: torch.Tensor, y: torch.Tensor) -> None:
-    """x [M, K] Wᵀ into y [M, N], float32, for any M. Rows of x and y may lie apart. Needs the library's sgemm."""
+class _LowRank(ctypes.Structure):
+    """struct LowRank of csrc/kernels.h."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "low", "grad_low", "grad_b")),
+        ("rank", ctypes.c_int64),
+        ("low_stride", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+def panel_product(weights: Weights, x: torch.Tensor, y: torch.Tensor, adapter: LowRank | None = None) -> None:
+    """x [M, K] (W + scaling B A)ᵀ into y [M, N], float32, any M. Rows of x and y may lie apart. Needs sgemm."""
     m, n, k = x.shape[0], y.shape[1], x.shape[1]
     step = _share(n, _PANEL_ROWS)
     native_library().smidgen_panel_product(
-        ctypes.byref(weights), x.data_ptr(), y.data_ptr(), m, n, k, x.stride(0), y.stride(0), step, step, 0, 0
-    )
+        ctypes.byref(weights), adapter and _addresses_of(adapter), x.data_ptr(), y.data_ptr(), m, n, k, x.stride(0),
+        y.stride(0), step, step, 0, 0,
+    )  # fmt: skip
 
 
-def panel_product_t(weights: Weights, g: torch.Tensor, dx: torch.Tensor, *, accumulate: bool) -> None:
-    """g [M, N] W into dx [M, K], or added to it. As panel_product."""
+def panel_product_t(
+    weights: Weights, g: torch.Tensor, dx: torch.Tensor, adapter: LowRank | None = None, *, accumulate: bool
+) -> torch.Tensor | None:
+    """g [M, N] (W + scaling B A) into dx [M, K], or added to it; writes adapter.grad_low and gives B's gradient.
+
+    As panel_product.
+    """
     m, n, k = g.shape[0], g.shape[1], dx.shape[1]
+    step = _share(m, _TOKENS)
+    parts = None if adapter is None else g.new_empty(math.ceil(m / step), adapter.B.shape[1], n)
     native_library().smidgen_panel_product(
-        ctypes.byref(weights), g.data_ptr(), dx.data_ptr(), m, n, k, g.stride(0), dx.stride(0), _share(m, _TOKENS),
-        _PANEL_ROWS, 1, accumulate,
+        ctypes.byref(weights), adapter and _addresses_of(adapter, parts), g.data_ptr(), dx.data_ptr(), m, n, k,
+        g.stride(0), dx.stride(0), step, _PANEL_ROWS, 1, accumulate,
+    )  # fmt: skip
+    return None if parts is None else parts.sum(0).t()
+
+
+def _addresses_of(adapter: LowRank, grad_b: torch.Tensor | None = None) -> Any:
+    grad_low = None if adapter.grad_low is None else adapter.grad_low.data_ptr()
+    return ctypes.byref(
+        _LowRank(
+            adapter.A.data_ptr(), adapter.B.data_ptr(), adapter.low.data_ptr(), grad_low,
+            None if grad_b is None else grad_b.data_ptr(), adapter.B.shape[1], adapter.low.stride(0), adapter.scaling,
+        )
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Linear layers that share their input, as one: y = x [W1; W2; ...]ᵀ + each one's adapter.
 
-q, k and v of an attention, or gate and up of an MLP: one product with the stacked weights, one with the stacked lora_A,
-one pass over x. Not recorded by autograd: model/fused.py calls both directions. The gradient comes in two parts,
-because the input may have to be computed again in between.
+q, k and v of an attention, or gate and up of an MLP: one product with the stacked lora_A, and each product with a
+weight takes its lora_B along while the result is in the cache. Not recorded by autograd: model/fused.py calls both
+directions. The gradient comes in two parts, because the input may have to be computed again in between.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,17 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from smidgen.kernels.lowrank import LowRank
 from smidgen.lora.linear import LoraLinear
 
 __all__ = ["LoraStack"]
 
 
 class _Matrix(Protocol):
-    def matmul(self, x: torch.Tensor) -> torch.Tensor: ...
-    def matmul_t(self, g: torch.Tensor) -> torch.Tensor: ...
+    def matmul(self, x: torch.Tensor, adapters: Sequence[LowRank | None]) -> torch.Tensor: ...
+    def matmul_t(
+        self, g: torch.Tensor, adapters: Sequence[LowRank | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]: ...
 
 
 class LoraStack:
@@ -26,38 +29,31 @@ class LoraStack:
 
     def __init__(self, layers: Sequence[nn.Module], matrix: _Matrix) -> None:
         self.matrix = matrix
-        self.adapters: list[LoraLinear] = []
-        self._columns: list[slice] = []  # of y, for each adapter
-        self._ranks: list[slice] = []  # of low, for each adapter
+        bases = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
+        self.adapters = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        self._places: list[tuple[LoraLinear, slice, slice] | None] = []  # adapter, columns of y, of low; for each layer
         start = rank = 0
         for layer in layers:
             stop = start + int(layer.out_features)  # type: ignore[arg-type]
-            if isinstance(layer, LoraLinear):
-                self.adapters.append(layer)
-                self._columns.append(slice(start, stop))
-                self._ranks.append(slice(rank, rank + layer.rank))
-                rank += layer.rank
+            is_adapted = isinstance(layer, LoraLinear)
+            self._places.append((layer, slice(start, stop), slice(rank, rank + layer.rank)) if is_adapted else None)
+            rank += layer.rank if is_adapted else 0
             start = stop
-        biases = [layer.base.bias if isinstance(layer, LoraLinear) else layer.bias for layer in layers]
         self.bias: torch.Tensor | None = None
-        if any(bias is not None for bias in biases):
+        if any(base.bias is not None for base in bases):
             self.bias = torch.cat(
-                [
-                    torch.zeros(layer.out_features) if bias is None else bias  # type: ignore[arg-type]
-                    for layer, bias in zip(layers, biases, strict=True)
-                ]
+                [torch.zeros(base.out_features) if base.bias is None else base.bias for base in bases]  # type: ignore[arg-type,misc]
             )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [tokens, in_features] -> (y [tokens, all out_features], low = x Aᵀ [tokens, all ranks])."""
-        y = self.matrix.matmul(x)
+        low = x.new_empty(0)
+        A = self._stacked_A(x.dtype)
+        if A is not None:
+            low = x @ A.t()
+        y = self.matrix.matmul(x, self._low_ranks(A, low))
         if self.bias is not None:
             y += self.bias
-        if not self.adapters:
-            return y, x.new_empty(0)
-        low = x @ self._stacked_A(x.dtype).t()
-        for adapter, columns, ranks in zip(self.adapters, self._columns, self._ranks, strict=True):
-            y[:, columns].addmm_(low[:, ranks], adapter.lora_B.to(x.dtype).t(), alpha=adapter.scaling)
         return y, low
 
     def backward_input(
@@ -65,25 +61,41 @@ class LoraStack:
     ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
         """g [tokens, all out_features] -> (gradient of x, or None if unwanted; gradient of low; of each lora_B)."""
         grad_low = torch.empty_like(low)
-        grads_B = []
-        for adapter, columns, ranks in zip(self.adapters, self._columns, self._ranks, strict=True):
-            part = g[:, columns]
-            torch.mm(part, adapter.lora_B.to(g.dtype), out=grad_low[:, ranks]).mul_(adapter.scaling)
-            # transposed: BLAS is twice as fast with the long side last
-            grads_B.append((low[:, ranks].t() @ part).to(adapter.lora_B.dtype).mul_(adapter.scaling).t())
-        if not wants_x:
-            return None, grad_low, grads_B
-        grad_x = self.matrix.matmul_t(g)
-        if self.adapters:
-            grad_x.addmm_(grad_low, self._stacked_A(g.dtype))
-        return grad_x, grad_low, grads_B
+        adapters = self._low_ranks(self._stacked_A(g.dtype), low, grad_low)
+        if wants_x:
+            grad_x, grads_B = self.matrix.matmul_t(g, adapters)
+        else:
+            grad_x = None
+            grads_B = [
+                adapter.backward(g[:, place[1]], None)
+                for adapter, place in zip(adapters, self._places, strict=True)
+                if adapter is not None and place is not None
+            ]
+        found = [grad for grad in grads_B if grad is not None]
+        return grad_x, grad_low, [grad.to(layer.lora_B.dtype) for grad, layer in zip(found, self.adapters, strict=True)]
 
     def backward_A(self, grad_low: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
         """The gradient of each lora_A, from the gradient of low and the input."""
         if not self.adapters:
             return []
-        stacked = (grad_low.t() @ x).float()
-        return [stacked[ranks] for ranks in self._ranks]
+        stacked = grad_low.t() @ x
+        return [stacked[place[2]].to(place[0].lora_A.dtype) for place in self._places if place is not None]
 
-    def _stacked_A(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([adapter.lora_A for adapter in self.adapters]).to(dtype)
+    def _stacked_A(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.cat([adapter.lora_A for adapter in self.adapters]).to(dtype) if self.adapters else None
+
+    def _low_ranks(
+        self, A: torch.Tensor | None, low: torch.Tensor, grad_low: torch.Tensor | None = None
+    ) -> list[LowRank | None]:
+        """The adapter of each layer for one product. A [all ranks, in_features]; low, grad_low [tokens, all ranks]."""
+        low_ranks: list[LowRank | None] = []
+        for place in self._places:
+            if place is None or A is None:
+                low_ranks.append(None)
+                continue
+            layer, _, ranks = place
+            B = layer.lora_B.to(low.dtype).contiguous()
+            low_ranks.append(
+                LowRank(A[ranks], B, layer.scaling, low[:, ranks], None if grad_low is None else grad_low[:, ranks])
+            )
+        return low_ranks

@@ -283,8 +283,8 @@ def _window(layer: Any) -> int:
 
 
 def _stack(layers: Sequence[Any]) -> LoraStack:
-    matrices: list[Any] = [layer.base.weight if isinstance(layer, LoraLinear) else layer.weight for layer in layers]
-    return LoraStack(layers, matrices[0] if len(matrices) == 1 else StackedMatrix(matrices))
+    weights: list[Any] = [layer.base.weight if isinstance(layer, LoraLinear) else layer.weight for layer in layers]
+    return LoraStack(layers, StackedMatrix(weights))
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -22,6 +22,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from smidgen.kernels.lowrank import LowRank
 from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t
 from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
@@ -54,15 +55,20 @@ class FrozenMatrix(nn.Module, ABC):
         self.write_product(x.reshape(-1, self.in_features), y.view(-1, self.out_features))
         return y
 
-    def write_product(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x [M, in_features] -> x Wᵀ into y [M, out_features], of x's type; its rows may lie apart (stride(1) is 1)."""
-        if 0 < x.shape[0] <= SMALL_ROWS and x.device.type == "cpu" and self._small_product(x, y):
-            return
-        if (weights := self._native(x)) is not None:
-            panel_product(weights, x, y)
-            return
-        for start, stop in self._panels(x.dtype):
-            torch.mm(x, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
+    def write_product(self, x: torch.Tensor, y: torch.Tensor, adapter: LowRank | None = None) -> None:
+        """x [M, in_features] -> x Wᵀ into y [M, out_features], of x's type; its rows may lie apart (stride(1) is 1).
+
+        adapter: what is added to W.
+        """
+        small = 0 < x.shape[0] <= SMALL_ROWS and x.device.type == "cpu" and self._small_product(x, y)
+        if not small:
+            if (weights := self._native(x)) is not None:
+                panel_product(weights, x, y, adapter)
+                return
+            for start, stop in self._panels(x.dtype):
+                torch.mm(x, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
+        if adapter is not None:
+            adapter.add_to(y)
 
     def _small_product(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         """write_product without a panel, where a native kernel does it; False where none does."""
@@ -85,13 +91,18 @@ class FrozenMatrix(nn.Module, ABC):
         self.write_product_t(flat, dx.view(-1, self.in_features))
         return dx
 
-    def write_product_t(self, g: torch.Tensor, dx: torch.Tensor, *, accumulate: bool = False) -> None:
-        """g [M, out_features] W into dx [M, in_features], of g's type, or added to it. Rows of g may lie apart."""
+    def write_product_t(
+        self, g: torch.Tensor, dx: torch.Tensor, adapter: LowRank | None = None, *, accumulate: bool = False
+    ) -> torch.Tensor | None:
+        """g [M, out_features] W into dx [M, in_features], of g's type, or added to it. Rows of g may lie apart.
+
+        adapter: what is added to W; its grad_low is filled, and the gradient of its B comes back.
+        """
         if (weights := self._native(g)) is not None:
-            panel_product_t(weights, g, dx, accumulate=accumulate)
-            return
+            return panel_product_t(weights, g, dx, adapter, accumulate=accumulate)
         for start, stop in self._panels(g.dtype):
             dx.addmm_(g[:, start:stop], self.rows(start, stop, g.dtype), beta=1.0 if accumulate or start else 0.0)
+        return None if adapter is None else adapter.backward(g, dx)
 
     def _native(self, x: torch.Tensor) -> Weights | None:
         """The stored form as the native products take it, where they can multiply it with x."""
@@ -241,19 +252,29 @@ class StackedMatrix:
         self.out_features = ends[-1]
         self._placed = [(slice(end - part.out_features, end), part) for end, part in zip(ends, parts, strict=True)]
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, in_features] -> x Wᵀ [M, out_features], in x's type. Not recorded by autograd."""
+    def matmul(self, x: torch.Tensor, adapters: Sequence[LowRank | None]) -> torch.Tensor:
+        """x [M, in_features] -> x Wᵀ [M, out_features], in x's type; each part with what its adapter adds to it.
+
+        Not recorded by autograd.
+        """
         y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
-        for rows, part in self._placed:
-            part.write_product(x, y[:, rows])
+        for (rows, part), adapter in zip(self._placed, adapters, strict=True):
+            part.write_product(x, y[:, rows], adapter)
         return y
 
-    def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
-        """g [M, out_features] -> g W [M, in_features], in g's type. Not recorded by autograd."""
+    def matmul_t(
+        self, g: torch.Tensor, adapters: Sequence[LowRank | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """g [M, out_features] -> (g W [M, in_features], in g's type; the gradient of each adapter's B).
+
+        Fills grad_low of the adapters. Not recorded by autograd.
+        """
         dx = torch.empty(len(g), self.in_features, dtype=g.dtype, device=g.device)
-        for rows, part in self._placed:
-            part.write_product_t(g[:, rows], dx, accumulate=rows.start > 0)
-        return dx
+        grads_B = [
+            part.write_product_t(g[:, rows], dx, adapter, accumulate=rows.start > 0)
+            for (rows, part), adapter in zip(self._placed, adapters, strict=True)
+        ]
+        return dx, grads_B
 
 
 def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:
