@@ -227,29 +227,16 @@ API void smidgen_quantise_int8(const void* weight, int8_t* codes, float* scale, 
     run(kernels->quantise_int8, {weight, codes, scale, width, Type(type)}, rows, rows_per_task(width));
 }
 
-// ---- y [rows, out_features] = x [rows, width] W^T for up to kSmallRows rows
-
-API void smidgen_product_4bit(const uint8_t* packed, const float* code, const void* absmax, const float* map,
-                              const float* outer, const float* offset, int64_t blocksize, const float* x, float* y,
-                              int64_t rows, int64_t out_features, int64_t width, int64_t x_stride, int64_t y_stride) {
-    if (rows <= 0) return;
-    run(kernels->product_4bit,
-        {{packed, code, absmax, map, outer, offset, blocksize}, {x, y, rows, width, x_stride, y_stride}}, out_features,
-        product_rows(width));
+// Rows first .. last of W [n, k] into out, float32 or bfloat16.
+API void smidgen_dequantise(const Weights* weights, int64_t k, int64_t first, int64_t last, void* out, int type) {
+    run(kernels->dequantise, {*weights, k, first, out, Type(type)}, last - first, rows_per_task(k));
 }
 
-API void smidgen_product_int8(const int8_t* codes, const float* scale, const float* x, float* y, int64_t rows,
-                              int64_t out_features, int64_t width, int64_t x_stride, int64_t y_stride) {
+// y [rows, out_features] = x [rows, width] W^T for up to kSmallRows rows
+API void smidgen_product(const Weights* weights, const float* x, float* y, int64_t rows, int64_t out_features,
+                         int64_t width, int64_t x_stride, int64_t y_stride) {
     if (rows <= 0) return;
-    run(kernels->product_int8, {codes, scale, {x, y, rows, width, x_stride, y_stride}}, out_features,
-        product_rows(width));
-}
-
-API void smidgen_product_dense(const void* weight, int type, const float* x, float* y, int64_t rows,
-                               int64_t out_features, int64_t width, int64_t x_stride, int64_t y_stride) {
-    if (rows <= 0) return;
-    run(kernels->product_dense, {weight, {x, y, rows, width, x_stride, y_stride}, Type(type)}, out_features,
-        product_rows(width));
+    run(kernels->product, {*weights, x, y, rows, width, x_stride, y_stride}, out_features, product_rows(width));
 }
 
 // Both need sgemm. backward 0: y [m, n] = x [m, k] W^T; else y [m, k] = x [m, n] W, added to y if `accumulate`.

@@ -7,7 +7,8 @@
 #include "fourbit.h"
 #include "quantise.h"
 
-#include "int8.h"  // after what it calls, as panels.h below
+#include "int8.h"  // after what it calls, as those below
+#include "blocks.h"
 #include "products.h"
 
 #include "panels.h"

@@ -196,37 +196,40 @@ struct QuantiseInt8 {
     Type type;
 };
 
+// A matrix [n, k] in one of its stored forms. The rows of these are `row_bytes` long:
+//   kBlocks   blocks of a GGUF file, type: ggml's number of it. half: 0, or half the width of the heads whose rows GGUF
+//             keeps interleaved: row h * 2 half + j * half + i of W is row h * 2 half + 2 i + j of the file
+//   kGroups   codes of `type` bits (2, 3, 4, 8), eight after eight from the lowest bit on. Weights ends[g - 1] .. ends[g]
+//             of a row are (code - zeros [n, groups]) * scale [n, groups]
+struct Weights {
+    enum Form : int64_t { kFourBit = 0, kInt8 = 1, kDense = 2, kBlocks = 3, kGroups = 4 };
+    int64_t form;
+    FourBit four_bit;    // with k and blocksize multiples of 32, and whole blocks in each row, for a small product
+    const void* values;  // int8 codes; dense weights of type `type`; blocks; codes
+    const void* scale;   // of int8 rows, float32; of groups, of type `scale_type`
+    int64_t type;
+    int64_t row_bytes, half;
+    const uint8_t* zeros;
+    const int32_t* ends;  // rising; the last one is k
+    int64_t groups, scale_type;
+};
+
+// out [last - first, k] = rows of W, of type `out_type`. Tasks: rows, from `first` on.
+struct Dequantise {
+    Weights weights;
+    int64_t k, first;
+    void* out;
+    Type out_type;
+};
+
 constexpr int64_t kSmallRows = 16;  // rows of x at most
 
 // y [rows, N] = x [rows, width] W [N, width]^T in float32, for 1 to kSmallRows rows. Tasks: rows of W.
 struct Product {
+    Weights weights;
     const float* x;
     float* y;
     int64_t rows, width, x_stride, y_stride;
-};
-struct Product4bit {
-    FourBit matrix;  // with width and blocksize multiples of 32, and whole blocks in each row
-    Product product;
-};
-struct ProductInt8 {
-    const int8_t* codes;
-    const float* scale;
-    Product product;
-};
-struct ProductDense {
-    const void* weight;
-    Product product;
-    Type type;
-};
-
-// A matrix [n, k] in one of its stored forms.
-struct Weights {
-    enum Form : int64_t { kFourBit = 0, kInt8 = 1, kDense = 2 };
-    int64_t form;
-    FourBit four_bit;
-    const void* values;  // int8 codes, or dense weights of type `type`
-    const float* scale;  // of int8 rows
-    int64_t type;
 };
 
 // An adapter over W [n, k]: W + scaling B A, of which low [m, rank] = x A^T is known. Its part of a product is added while
@@ -272,9 +275,8 @@ struct PanelProduct {
     X(DequantiseInt8, dequantise_int8)     \
     X(Quantise4bit, quantise_4bit)         \
     X(QuantiseInt8, quantise_int8)         \
-    X(Product4bit, product_4bit)           \
-    X(ProductInt8, product_int8)           \
-    X(ProductDense, product_dense)
+    X(Dequantise, dequantise)              \
+    X(Product, product)
 
 struct Kernels {
     const char* isa;

@@ -16,14 +16,26 @@ inline void decode(const Weights& w, int64_t k, int64_t first, int64_t last, flo
         const int64_t task = (last * k - origin + w.four_bit.blocksize) / w.four_bit.blocksize * w.four_bit.blocksize;
         dequantise_4bit({w.four_bit, first * k, last * k, origin, task, out, kFloat32}, 0, 1);
     } else if (w.form == Weights::kInt8) {
-        dequantise_int8({(const int8_t*)w.values + first * k, w.scale + first, k, out, kFloat32}, 0, last - first);
+        dequantise_int8({(const int8_t*)w.values + first * k, (const float*)w.scale + first, k, out, kFloat32}, 0,
+                        last - first);
+    } else if (w.form != Weights::kDense) {
+        for (int64_t row = first; row < last; row++, out += k) decode_part(w, row, 0, k, out);
     } else {
         by_weight_type(Type(w.type), [&](auto* tag) {
-            const auto* from = (const Pointee<decltype(tag)>*)w.values + first * k;
-            const int64_t count = (last - first) * k, whole = count / kWidth * kWidth;
-            for (int64_t i = 0; i < whole; i += kWidth) store(out + i, load(from + i));
-            for (int64_t i = whole; i < count; i++) out[i] = load_one(from + i);
+            numbers<Pointee<decltype(tag)>>(w.values, first * k, (last - first) * k, out);
         });
+    }
+}
+
+void dequantise(const Dequantise& a, int64_t begin, int64_t end) {
+    if (a.out_type == kFloat32) return decode(a.weights, a.k, a.first + begin, a.first + end, (float*)a.out + begin * a.k);
+    float* row = worker_scratch(1, a.k);
+    for (int64_t i = begin; i < end; i++) {
+        decode(a.weights, a.k, a.first + i, a.first + i + 1, row);
+        auto* out = (Bfloat16*)a.out + i * a.k;
+        int64_t j = 0;
+        for (; j + kWidth <= a.k; j += kWidth) store(out + j, load(row + j));
+        for (; j < a.k; j++) store_one(out + j, row[j]);
     }
 }
 

@@ -155,6 +155,39 @@ inline void tile_of(int64_t rows, const float* w, const float* x, int64_t x_stri
     tile<T>(w, x, x_stride, count, sums);
 }
 
+// A W of which parts of rows are decoded into memory first.
+struct DecodedRows {
+    const Weights& w;
+    int64_t width;
+
+    template <int M>
+    void dot(int64_t row, const float* x, int64_t x_stride, Vec* sums) const {
+        alignas(64) float part[kStrip];
+        Vec parts[M][2]{};
+        for (int64_t start = 0; start < width; start += kStrip) {
+            const int64_t count = width - start < kStrip ? width - start : kStrip;
+            strip(row, start, count, part);
+            int64_t k = 0;
+            for (; k + kWidth <= count; k += kWidth) {
+                const Vec some = load(part + k);
+                for (int m = 0; m < M; m++) {
+                    Vec& sum = parts[m][k / kWidth % 2];
+                    sum = fma(some, load(x + m * x_stride + start + k), sum);
+                }
+            }
+            if (k < count)
+                for (int m = 0; m < M; m++)
+                    parts[m][0] = fma(load(part + k), load_some(x + m * x_stride + start + k, count - k), parts[m][0]);
+        }
+        for (int m = 0; m < M; m++) sums[m] = parts[m][0] + parts[m][1];
+    }
+
+    void strip(int64_t row, int64_t k, int64_t count, float* out) const {
+        decode_part(w, row, k, count, out);
+        for (; count % kWidth; count++) out[count] = 0;
+    }
+};
+
 template <class Rows>
 inline void tiled(const Rows& weight, const Product& a, int64_t begin, int64_t end) {
     alignas(64) float strips[kRows * kStrip] = {};
@@ -187,25 +220,23 @@ inline void direct(const Rows& weight, const Product& a, int64_t begin, int64_t 
 }
 
 template <class Rows>
-inline void product(const Rows& weight, const Product& a, int64_t begin, int64_t end) {
+inline void product_of(const Rows& weight, const Product& a, int64_t begin, int64_t end) {
     if (a.rows <= kDirect)
         direct<1>(weight, a, begin, end);
     else
         tiled(weight, a, begin, end);
 }
 
-void product_4bit(const Product4bit& a, int64_t begin, int64_t end) {
-    product(FourBitRows{a.matrix, Table(a.matrix.code), a.product.width}, a.product, begin, end);
-}
-
-void product_int8(const ProductInt8& a, int64_t begin, int64_t end) {
-    product(PlainRows<int8_t>{a.codes, a.scale, a.product.width}, a.product, begin, end);
-}
-
-void product_dense(const ProductDense& a, int64_t begin, int64_t end) {
-    by_weight_type(a.type, [&](auto* tag) {
+void product(const Product& a, int64_t begin, int64_t end) {
+    const Weights& w = a.weights;
+    if (w.form == Weights::kFourBit)
+        return product_of(FourBitRows{w.four_bit, Table(w.four_bit.code), a.width}, a, begin, end);
+    if (w.form == Weights::kInt8)
+        return product_of(PlainRows<int8_t>{(const int8_t*)w.values, (const float*)w.scale, a.width}, a, begin, end);
+    if (w.form != Weights::kDense) return product_of(DecodedRows{w, a.width}, a, begin, end);
+    by_weight_type(Type(w.type), [&](auto* tag) {
         using T = Pointee<decltype(tag)>;
-        product(PlainRows<T>{(const T*)a.weight, nullptr, a.product.width}, a.product, begin, end);
+        product_of(PlainRows<T>{(const T*)w.values, nullptr, a.width}, a, begin, end);
     });
 }
 

@@ -96,8 +96,12 @@ inline Vec load(const Float16* p) {
 #endif
 }
 inline float load_one(const Float16* p) {
+#if defined(__F16C__)
+    return _cvtsh_ss(p->bits);
+#else
     Float16 some[kWidth] = {*p};
     return load(some)[0];
+#endif
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {

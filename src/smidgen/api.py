@@ -333,9 +333,9 @@ def merge(
 
 
 def _merge_dtype(base: Base) -> torch.dtype:
-    stored: Any = base.model.get_input_embeddings()
     if base.checkpoint.format == "gguf":
         return torch.float16
+    stored: Any = base.model.get_input_embeddings()
     return stored.weight.dtype
 
 

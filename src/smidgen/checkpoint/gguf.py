@@ -92,6 +92,18 @@ class GgufCheckpoint:
             values = dequantize(raw.reshape(math.prod(info.shape[:-1]), -1), GGMLQuantizationType[info.dtype])
         return torch.from_numpy(values.reshape(info.shape))
 
+    def raw(self, name: str) -> "torch.Tensor":
+        """The tensor's bytes as they lie in the file: a view, uint8 [bytes]."""
+        info = self.tensors[name]
+        return self._file.tensor("U8", (info.nbytes,), info.offset)
+
+    def pair_width(self, name: str) -> int:
+        """Half the head width where the rows of the tensor are kept in rotating pairs, else 0."""
+        part = self._gguf_names[name].split(".")[-2]
+        if part not in self._row.permuted:
+            return 0
+        return self.tensors[name].shape[0] // self.config[self._row.permuted[part]] // 2
+
     def release(self) -> None:
         self._file.release()
 

@@ -42,6 +42,9 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, report: Report = silent) -> None:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
+        legacy = path / "quantize_config.json"  # AutoGPTQ's, before config.json had a place for it
+        if not self.config.get("quantization_config") and legacy.exists():
+            self.config["quantization_config"] = {"quant_method": "gptq", **_read_json_object(legacy)}
         if self.config.get("auto_map"):
             report(Warned(f"{path} brings its own code (auto_map): it is not run unless you trust it"))
         self._files: dict[Path, MappedFile] = {}

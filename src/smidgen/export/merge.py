@@ -19,7 +19,7 @@ from smidgen.export.files import new_folder
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.experts import PackedExperts
-from smidgen.quant.linear import FrozenLinear
+from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import FrozenMatrix
 
 __all__ = ["dense_parameters", "save_merged"]
@@ -55,6 +55,8 @@ def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torc
             yield f"{name}.weight", weight.t().contiguous() if linear.transposed else weight
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias.to(dtype)
+        elif isinstance(module, FrozenEmbedding):
+            yield f"{name}.weight", _dense(module.weight, None, dtype)
         elif isinstance(module, PackedExperts):
             for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
                 yield f"{name}.{key}", torch.stack([_dense(expert, None, dtype) for expert in experts])  # type: ignore[arg-type]

@@ -46,9 +46,8 @@ _SIGNATURES = {
     "smidgen_dequantise_int8": "ppiipt",
     "smidgen_quantise_4bit": "pppppiit",
     "smidgen_quantise_int8": "pppiit",
-    "smidgen_product_4bit": "ppppppippiiiii",
-    "smidgen_product_int8": "ppppiiiii",
-    "smidgen_product_dense": "ptppiiiii",
+    "smidgen_dequantise": "piiipt",
+    "smidgen_product": "pppiiiii",
 }
 
 

@@ -18,17 +18,18 @@ __all__ = [
     "WEIGHT_TYPES",
     "FourBitParts",
     "Weights",
+    "dequantise",
     "dequantise_4bit",
     "dequantise_int8",
     "panel_product",
     "panel_product_t",
-    "product_4bit",
-    "product_dense",
-    "product_int8",
+    "product",
     "quantise_4bit",
     "quantise_int8",
     "weights_4bit",
+    "weights_blocks",
     "weights_dense",
+    "weights_groups",
     "weights_int8",
 ]
 
@@ -88,29 +89,6 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     )
 
 
-def product_4bit(parts: FourBitParts, blocksize: int, x: torch.Tensor, y: torch.Tensor) -> None:
-    """x [M, K] W [N, K]ᵀ into y [M, N], float32, for M <= SMALL_ROWS; K a multiple of the blocksize, that of 32.
-
-    Rows of x and y may lie apart; the numbers of a row are neighbours.
-    """
-    native_library().smidgen_product_4bit(*_addresses(parts), blocksize, *_operands(x, y))
-
-
-def product_int8(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    """As product_4bit, for int8 rows."""
-    native_library().smidgen_product_int8(codes.data_ptr(), scale.data_ptr(), *_operands(x, y))
-
-
-def product_dense(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    """As product_4bit, for a weight [N, K] of a type of WEIGHT_TYPES."""
-    native_library().smidgen_product_dense(weight.data_ptr(), WEIGHT_TYPES[weight.dtype], *_operands(x, y))
-
-
-def _operands(x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
-    assert 0 < x.shape[0] <= SMALL_ROWS and x.dtype == y.dtype == torch.float32
-    return x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[1], x.shape[1], x.stride(0), y.stride(0)
-
-
 class Weights(ctypes.Structure):
     """struct Weights of csrc/kernels.h: a matrix in its stored form, by the addresses of its tensors."""
 
@@ -121,6 +99,12 @@ class Weights(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("type", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("half", ctypes.c_int64),
+        ("zeros", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("scale_type", ctypes.c_int64),
     ]
 
 
@@ -135,6 +119,39 @@ def weights_int8(codes: torch.Tensor, scale: torch.Tensor) -> Weights:
 def weights_dense(weight: torch.Tensor) -> Weights:
     """weight: contiguous, a type of WEIGHT_TYPES."""
     return Weights(form=2, values=weight.data_ptr(), type=WEIGHT_TYPES[weight.dtype])
+
+
+def weights_blocks(blocks: torch.Tensor, ggml_type: int, half: int) -> Weights:
+    """blocks uint8 [N, bytes of a row], as a GGUF file has them. half: see struct Weights."""
+    return Weights(form=3, values=blocks.data_ptr(), type=ggml_type, row_bytes=blocks.shape[1], half=half)
+
+
+def weights_groups(
+    codes: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, ends: torch.Tensor
+) -> Weights:
+    """codes uint8 [N, bytes of a row]; scales [N, G], a type of WEIGHT_TYPES; zeros uint8 [N, G]; ends int32 [G]."""
+    return Weights(
+        form=4, values=codes.data_ptr(), type=bits, row_bytes=codes.shape[1], scale=scales.data_ptr(),
+        scale_type=WEIGHT_TYPES[scales.dtype], zeros=zeros.data_ptr(), ends=ends.data_ptr(), groups=len(ends),
+    )  # fmt: skip
+
+
+def dequantise(weights: Weights, start: int, out: torch.Tensor) -> None:
+    """Rows start .. start + len(out) of W [N, K] into out [rows, K], float32 or bfloat16."""
+    native_library().smidgen_dequantise(
+        ctypes.byref(weights), out.shape[1], start, start + out.shape[0], out.data_ptr(), TYPES[out.dtype]
+    )
+
+
+def product(weights: Weights, x: torch.Tensor, y: torch.Tensor) -> None:
+    """x [M, K] W [N, K]ᵀ into y [M, N], float32, for M <= SMALL_ROWS. Rows of x and y may lie apart.
+
+    A 4-bit W needs whole blocks in each row, of a multiple of 32.
+    """
+    assert 0 < x.shape[0] <= SMALL_ROWS and x.dtype == y.dtype == torch.float32
+    native_library().smidgen_product(
+        ctypes.byref(weights), x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[1], x.shape[1], x.stride(0), y.stride(0)
+    )
 
 
 class _LowRank(ctypes.Structure):

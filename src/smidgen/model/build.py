@@ -25,8 +25,10 @@ from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
+from smidgen.model.stored import stored_weights
 from smidgen.model.weights import Weights
-from smidgen.quant.linear import FrozenLinear
+from smidgen.quant.blocks import BlockMatrix
+from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
 
 __all__ = ["Base", "build_base"]
@@ -112,9 +114,11 @@ def build_base(
     """Build and fill the model. storage: see quant.matrix.quantise. Raises ModelError for what cannot be trained on."""
     config = _read_config(checkpoint, trust_remote_code)
     model = _skeleton(config, compute_dtype, trust_remote_code)
-    weights = Weights(model, checkpoint)
+    stored = stored_weights(checkpoint, report)
+    weights = Weights(model, checkpoint, stored)
     _fill_buffers(model)
-    _fill(model, weights, storage, compute_dtype, device, report)
+    is_kept = stored is not None and stored.storage == storage
+    _fill(model, weights, storage, compute_dtype, device, report, is_kept=is_kept)
     if device.type == "cpu":
         fuse_layers(model)
     base = Base(model, checkpoint, storage, compute_dtype, device)
@@ -190,25 +194,33 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device,
     report: Report,
+    *,
+    is_kept: bool,
 ) -> None:
-    """Exchange and fill every module, in the order of the model; floats live only while they are packed."""
+    """Exchange and fill every module, in the order of the model; floats live only while they are packed.
+
+    is_kept: `storage` is what the checkpoint has: its packed weights are taken as they are, and plain numbers stay.
+    """
     head = model.get_output_embeddings()
     head_name = next(name for name, module in model.named_modules() if module is head)
-    what = "load" if storage == "none" else f"quantise to {storage}"
+    what = "load" if storage == "none" or is_kept else f"quantise to {storage}"
     modules = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
     for done, (name, module) in enumerate(modules):
         report(Progress(what, done, len(modules)))
         if module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            _exchange(model, name, _frozen_linear(module, name, weights, storage, dtype).to(device))
+            _exchange(model, name, _frozen_linear(module, name, weights, storage, dtype, is_kept=is_kept).to(device))
             weights.checkpoint.release()
         elif is_experts(module):
-            _exchange(model, name, _packed_experts(module, name, weights, storage).to(device))
+            _exchange(model, name, _packed_experts(module, name, weights, "none" if is_kept else storage).to(device))
             weights.checkpoint.release()
+        elif isinstance(module, nn.Embedding) and isinstance(matrix := weights.packed(f"{name}.weight"), BlockMatrix):
+            scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma 3
+            _exchange(model, name, FrozenEmbedding(matrix.to(device), dtype, scale))
         else:
             _fill_module(module, name, weights, dtype, device)
-    _exchange(model, head_name, _frozen_head(model, head_name, weights, dtype))
+    _exchange(model, head_name, _frozen_head(model, head_name, weights, dtype).to(device))
     for buffer_name, buffer in list(model.named_buffers()):
         if buffer.device != device:
             parent, _, last = buffer_name.rpartition(".")
@@ -221,12 +233,14 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _frozen_linear(layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype) -> FrozenLinear:
+def _frozen_linear(
+    layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype, *, is_kept: bool
+) -> FrozenLinear:
     transposed = isinstance(layer, Conv1D)
-    matrix = None if transposed else weights.packed(f"{name}.weight")
+    matrix = weights.packed(f"{name}.weight") if is_kept and not transposed else None
     if matrix is None:
         weight = weights.read(f"{name}.weight")
-        matrix = quantise(weight.t() if transposed else weight, storage)
+        matrix = quantise(weight.t() if transposed else weight, "none" if is_kept else storage)
     bias = None if layer.bias is None else weights.read(f"{name}.bias").to(dtype)
     return FrozenLinear(matrix, bias, transposed=transposed)  # type: ignore[arg-type]
 
@@ -245,9 +259,14 @@ def _frozen_head(model: PreTrainedModel, name: str, weights: Weights, dtype: tor
     head: Any = model.get_output_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings or f"{name}.weight" not in weights
     embedding: Any = model.get_input_embeddings()
-    weight = embedding.weight.data if tied else weights.read(f"{name}.weight").to(embedding.weight.device)
     bias = weights.read(f"{name}.bias").to(dtype) if head.bias is not None else None
-    return FrozenLinear(DenseMatrix(weight), bias)
+    if tied and isinstance(embedding, FrozenEmbedding):
+        matrix = embedding.weight
+    elif tied:
+        matrix = DenseMatrix(embedding.weight.data)
+    else:
+        matrix = weights.packed(f"{name}.weight") or DenseMatrix(weights.read(f"{name}.weight"))
+    return FrozenLinear(matrix, bias)
 
 
 def _fill_module(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,6 +1,8 @@
 """From what the user calls a model to a base in memory: open it (cheap), then build it."""
 
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from smidgen.events import Note, Report, Warned, silent
 from smidgen.kernels.library import MISSING, native_library
 from smidgen.model.build import Base, build_base
 from smidgen.model.device import choose_compute_dtype, choose_device
-from smidgen.model.prequantised import stored_storage
+from smidgen.model.stored import stored_weights
 from smidgen.model.tokenizer import load_tokenizer
 
 __all__ = ["Source", "choose_storage", "load_base", "open_source"]
@@ -55,10 +57,11 @@ def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
 
     Raises ModelError where `keep` has nothing to keep, or where a base that is quantised is to be quantised anew.
     """
-    stored = stored_storage(checkpoint.config)
+    weights = stored_weights(checkpoint)
+    stored = weights.storage if weights else None
     if stored and quantize in ("auto", "keep", stored):
-        return stored, f"quantize {quantize}: the base's own {stored} blocks are used as they are"
-    if stored:
+        return stored, f"quantize {quantize}: the base's own {_kinds(stored, checkpoint)} are used as they are"
+    if stored and stored != "gguf":  # a GGUF file may be decoded and quantised anew
         raise ModelError(
             f"{checkpoint.path} is stored as {stored} already", expected=f"--quantize auto or {stored}", found=quantize
         )
@@ -70,6 +73,19 @@ def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
     if quantize == "auto":
         return DEFAULT_STORAGE, f"quantize auto: {DEFAULT_STORAGE} (4-bit NormalFloat, double quantisation)"
     return quantize, f"base stored as {quantize}"
+
+
+def _kinds(stored: str, checkpoint: Checkpoint) -> str:
+    """'nf4-dq blocks', or the types of a GGUF file, those with most weights first: 'Q4_K, Q6_K and F32 blocks'."""
+    if stored in ("gptq", "awq"):
+        return f"{stored} integers"
+    if stored != "gguf":
+        return f"{stored} blocks"
+    counts: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if len(info.shape) > 1:
+            counts[info.dtype] += math.prod(info.shape)
+    return f"{' and '.join(name for name, _ in counts.most_common())} blocks"
 
 
 def load_base(

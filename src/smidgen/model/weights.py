@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
-from smidgen.model.prequantised import is_companion, stored_matrix
+from smidgen.model.stored import StoredWeights
 from smidgen.quant.matrix import FrozenMatrix
 
 __all__ = ["Weights"]
@@ -46,8 +46,8 @@ class Weights:
     Raises ModelError at once, naming every tensor, when parameters are missing, tensors are left over or shapes differ.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        self._model, self.checkpoint = model, checkpoint
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, stored: StoredWeights | None = None) -> None:
+        self._model, self.checkpoint, self._stored = model, checkpoint, stored
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._recipes = self._find_recipes()
         self._check_complete()
@@ -60,9 +60,9 @@ class Weights:
         prefix: Any = self._model.base_model_prefix
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         recipes: dict[str, _Recipe] = {}
-        for source in sorted(self.checkpoint.tensors, key=dot_natural_key):
-            if is_companion(source):
-                continue
+        stored = self._stored
+        tensors = (tensor if stored is None else stored.parameter_of(tensor) for tensor in self.checkpoint.tensors)
+        for source in sorted((tensor for tensor in tensors if tensor is not None), key=dot_natural_key):
             name, pattern = rename_source_key(source, renamings, converters, prefix, expected)  # type: ignore[arg-type]
             if pattern is None and source in expected:
                 name = source
@@ -106,8 +106,10 @@ class Weights:
 
     def packed(self, name: str) -> FrozenMatrix | None:
         """The parameter as the checkpoint has packed it already; None if it is stored as numbers."""
+        if self._stored is None or self._recipes[name].converter is not None:
+            return None
         out_features, in_features = self.shapes[name]
-        return stored_matrix(self.checkpoint, self.sources(name)[0], (out_features, in_features))
+        return self._stored.matrix(self.sources(name)[0], (out_features, in_features))
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter in its stored type: a view of the mapped file where no conversion is needed."""

@@ -25,11 +25,13 @@ __all__ = [
     "backend_name",
     "dequantise_4bit",
     "dequantise_int8",
-    "product_4bit",
-    "product_dense",
-    "product_int8",
+    "has_blas",
+    "is_native",
     "quantise_4bit",
     "quantise_int8",
+    "weights_4bit",
+    "weights_dense",
+    "weights_int8",
 ]
 
 BACKENDS = ("native", "torch", "bitsandbytes")
@@ -50,9 +52,7 @@ def backend_name(device: torch.device) -> str:
         if wanted == "native" and device.type != "cpu":
             raise SettingsError([f"SMIDGEN_BACKEND: the native kernels work on the CPU, not on {device}"])
         if wanted == "native" and native_library() is None:
-            raise SettingsError(
-                [f"SMIDGEN_BACKEND: {MISSING}"]
-            )
+            raise SettingsError([f"SMIDGEN_BACKEND: {MISSING}"])
         return wanted
     if device.type == "cpu":
         return "torch" if native_library() is None else "native"
@@ -172,56 +172,29 @@ def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-def product_4bit(
-    packed: torch.Tensor,
-    scales: torch.Tensor | NestedScales,
-    quant_type: str,
-    blocksize: int,
-    x: torch.Tensor,
-    y: torch.Tensor,
-) -> bool:
-    """x [M, K] Wᵀ into y [M, N] straight from the packed bytes, float32, M <= SMALL_ROWS; False where it cannot be."""
-    if x.shape[1] % blocksize or blocksize % 32 or backend_name(packed.device) != "native":
-        return False
-    kernels.product_4bit(_parts(packed, scales, quant_type), blocksize, x, y)
-    return True
-
-
-def product_int8(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> bool:
-    """As product_4bit."""
-    if backend_name(codes.device) != "native":
-        return False
-    kernels.product_int8(codes, scale, x, y)
-    return True
-
-
-def product_dense(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> bool:
-    """As product_4bit, for a 16-bit weight [N, K]. A float32 weight is left to BLAS: both only wait for memory."""
-    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
-        return False
-    if backend_name(weight.device) != "native":
-        return False
-    kernels.product_dense(weight, x, y)
-    return True
-
-
 def weights_4bit(
     packed: torch.Tensor, scales: torch.Tensor | NestedScales, quant_type: str, blocksize: int
 ) -> kernels.Weights | None:
-    """The matrix for the native products of any size, which need float32 and PyTorch's BLAS; None without them."""
-    return kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize) if _panels(packed) else None
+    """The matrix as the native products take it; None where another back end is at work."""
+    return kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize) if is_native(packed) else None
 
 
 def weights_int8(codes: torch.Tensor, scale: torch.Tensor) -> kernels.Weights | None:
     """As weights_4bit."""
-    return kernels.weights_int8(codes, scale) if _panels(codes) else None
+    return kernels.weights_int8(codes, scale) if is_native(codes) else None
 
 
 def weights_dense(weight: torch.Tensor) -> kernels.Weights | None:
-    """As weights_4bit, for a 16-bit weight [N, K]; a float32 weight goes to BLAS as it is."""
+    """As weights_4bit, for a 16-bit weight [N, K]. A float32 weight is left to BLAS: both only wait for memory."""
     known = weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
-    return kernels.weights_dense(weight) if known and _panels(weight) else None
+    return kernels.weights_dense(weight) if known and is_native(weight) else None
 
 
-def _panels(stored: torch.Tensor) -> bool:
-    return backend_name(stored.device) == "native" and bool(native_library().smidgen_has_sgemm())
+def is_native(stored: torch.Tensor) -> bool:
+    """Whether the native kernels work on tensors of this device."""
+    return backend_name(stored.device) == "native"
+
+
+def has_blas() -> bool:
+    """Whether the native kernels found PyTorch's BLAS, which products of many rows need."""
+    return bool(native_library().smidgen_has_sgemm())

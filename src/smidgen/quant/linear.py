@@ -1,13 +1,14 @@
-"""FrozenLinear: y = x Wᵀ + b over a frozen matrix, with a gradient for x and none for W."""
+"""Modules over frozen matrices: FrozenLinear, y = x Wᵀ + b with a gradient for x and none for W; FrozenEmbedding."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.matrix import FrozenMatrix
 
-__all__ = ["FrozenLinear", "frozen_matmul"]
+__all__ = ["FrozenEmbedding", "FrozenLinear", "frozen_matmul"]
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -47,3 +48,16 @@ class FrozenLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = frozen_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+class FrozenEmbedding(nn.Module):
+    """Stands where an embedding stood: rows of a packed matrix are decoded when they are looked up, and scaled."""
+
+    def __init__(self, weight: BlockMatrix, dtype: torch.dtype, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.dtype, self.scale = weight, dtype, scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids, integers [...] -> rows [..., hidden_size] of the compute type."""
+        rows = self.weight.take(ids.reshape(-1), self.dtype).view(*ids.shape, -1)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype)

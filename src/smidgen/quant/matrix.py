@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from smidgen.kernels.lowrank import LowRank
-from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t
+from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t, product
 from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
 from smidgen.quant.fourbit import NestedScales, nest_scales
@@ -66,23 +66,22 @@ class FrozenMatrix(nn.Module, ABC):
                 panel_product(weights, x, y, adapter)
                 return
             for start, stop in self._panels(x.dtype):
-                torch.mm(x, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
+                torch.mm(x, self._product_rows(start, stop, x.dtype).t(), out=y[:, start:stop])
         if adapter is not None:
             adapter.add_to(y)
 
     def _small_product(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         """write_product without a panel, where a native kernel does it; False where none does."""
+        weights = self._small_weights()
+        if weights is None:
+            return False
         if x.dtype == torch.float32:
-            return self._fused(x if x.stride(1) == 1 else x.contiguous(), y)
-        wide = torch.empty(y.shape, dtype=torch.float32)
-        done = self._fused(x.float().contiguous(), wide)
-        if done:
+            product(weights, x if x.stride(1) == 1 else x.contiguous(), y)
+        else:
+            wide = torch.empty(y.shape, dtype=torch.float32)
+            product(weights, x.float().contiguous(), wide)
             y.copy_(wide)
-        return done
-
-    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        """x [M, in_features] Wᵀ into y [M, out_features], both float32, for M <= SMALL_ROWS; see _small_product."""
-        return False
+        return True
 
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g [..., out_features] -> g W [..., in_features], in g's type. Not recorded by autograd."""
@@ -101,18 +100,28 @@ class FrozenMatrix(nn.Module, ABC):
         if (weights := self._native(g)) is not None:
             return panel_product_t(weights, g, dx, adapter, accumulate=accumulate)
         for start, stop in self._panels(g.dtype):
-            dx.addmm_(g[:, start:stop], self.rows(start, stop, g.dtype), beta=1.0 if accumulate or start else 0.0)
+            panel = self._product_rows(start, stop, g.dtype)
+            dx.addmm_(g[:, start:stop], panel, beta=1.0 if accumulate or start else 0.0)
         return None if adapter is None else adapter.backward(g, dx)
 
     def _native(self, x: torch.Tensor) -> Weights | None:
         """The stored form as the native products take it, where they can multiply it with x."""
         apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1]  # expanded rows overlap, which BLAS refuses
         plain = apart and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
-        return self._weights() if plain else None
+        weights = self._weights() if plain else None
+        return weights if weights is not None and backend.has_blas() else None
 
     def _weights(self) -> Weights | None:
-        """See _native; a form that has no native product gives None."""
+        """The stored form as the native kernels take it; None where they do not."""
         return None
+
+    def _small_weights(self) -> Weights | None:
+        """The same for a product with few rows."""
+        return self._weights()
+
+    def _product_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """rows, with the columns in the order in which they are stored."""
+        return self.rows(start, stop, dtype)
 
     def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """Which rows are taken at once, for a product in `dtype`."""
@@ -177,8 +186,8 @@ class FourBitMatrix(FrozenMatrix):
             self.packed, self.scales, self.quant_type, self.blocksize, start * k, (stop - start) * k, dtype
         ).view(stop - start, k)
 
-    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        return backend.product_4bit(self.packed, self.scales, self.quant_type, self.blocksize, x, y)
+    def _small_weights(self) -> Weights | None:
+        return None if self.in_features % self.blocksize or self.blocksize % 32 else self._weights()
 
     def _weights(self) -> Weights | None:
         return backend.weights_4bit(self.packed, self.scales, self.quant_type, self.blocksize)
@@ -203,9 +212,6 @@ class Int8Matrix(FrozenMatrix):
         panel = scratch("panel", (stop - start, self.in_features), dtype, self.codes.device)
         return backend.dequantise_int8(self.codes[start:stop], self.scale[start:stop], panel)
 
-    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        return backend.product_int8(self.codes, self.scale, x, y)
-
     def _weights(self) -> Weights | None:
         return backend.weights_int8(self.codes, self.scale)
 
@@ -226,9 +232,6 @@ class DenseMatrix(FrozenMatrix):
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = self.weight[start:stop]
         return panel if panel.dtype == dtype else scratch("panel", panel.shape, dtype, panel.device).copy_(panel)
-
-    def _fused(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        return backend.product_dense(self.weight, x, y)
 
     def _weights(self) -> Weights | None:
         return backend.weights_dense(self.weight)

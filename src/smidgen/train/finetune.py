@@ -28,7 +28,7 @@ from smidgen.model.fused import is_fused
 from smidgen.model.load import Source, load_base, open_source
 from smidgen.model.recompute import set_recompute
 from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
-from smidgen.train.config import Settings
+from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
 from smidgen.train.run import Record, RunFolder, read_record
@@ -107,7 +107,8 @@ def resume(run: Path, report: Report = silent) -> Run:
         now, then = describe_library(), folder.record.kernels
         report(Warned(f"started with kernels {then}, now {now}: rounding will differ from the uninterrupted run"))
     # what `auto` chose at the start is kept, whatever it would choose now
-    settings = replace(settings, quantize=folder.record.storage, compute_dtype=folder.record.compute_dtype)
+    storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
+    settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
     prepared = _prepare(source, data, settings, report)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")

@@ -17,56 +17,37 @@ from smidgen.quant.codebooks import dynamic_map, four_bit_code
 from smidgen.quant.fourbit import NESTED_BLOCKSIZE, NestedScales
 from smidgen.quant.matrix import FourBitMatrix, FrozenMatrix, Int8Matrix
 
-__all__ = ["is_companion", "stored_matrix", "stored_storage"]
+__all__ = ["BitsandbytesWeights"]
 
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
 
-def stored_storage(config: dict[str, Any]) -> str | None:
-    """How a base is stored by its config.json: 'nf4-dq', ..., 'int8'; None if it is not quantised.
+class BitsandbytesWeights:
+    """See StoredWeights. quantised: config.json's quantization_config."""
 
-    Raises ModelError for a quantisation that cannot be trained on in place.
-    """
-    quantised = config.get("quantization_config")
-    if not quantised:
-        return None
-    if (
-        quantised.get("quant_method") == "bitsandbytes"
-        or quantised.get("load_in_4bit")
-        or quantised.get("load_in_8bit")
-    ):
+    def __init__(self, checkpoint: Checkpoint, quantised: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint
+        self.storage = "int8"
         if quantised.get("load_in_4bit"):
             kind = str(quantised.get("bnb_4bit_quant_type", "fp4"))
-            return kind + ("-dq" if quantised.get("bnb_4bit_use_double_quant") else "")
-        return "int8"
-    raise ModelError(
-        f"the base is quantised already ({quantised.get('quant_method', 'an unnamed method')}),"
-        " in a form that cannot be trained on in place yet",
-        cure="take the 16-bit model it was made from; smidgen quantises it while loading",
-    )
+            self.storage = kind + ("-dq" if quantised.get("bnb_4bit_use_double_quant") else "")
 
+    def parameter_of(self, tensor: str) -> str | None:
+        is_companion = tensor.endswith(_COMPANIONS) or ".quant_state.bitsandbytes__" in tensor
+        return None if is_companion else tensor
 
-def is_companion(name: str) -> bool:
-    """Is the tensor a part of a packed weight rather than a parameter?"""
-    return name.endswith(_COMPANIONS) or ".quant_state.bitsandbytes__" in name
-
-
-def stored_matrix(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> FrozenMatrix | None:
-    """The packed weight `name` (X.weight) of a linear layer [N, K]; None if it is stored as numbers.
-
-    Raises ModelError where the parts do not fit together.
-    """
-    tensors = checkpoint.tensors
-    scale_name = name.removesuffix("weight") + "SCB"
-    if scale_name in tensors:
-        codes, scale = checkpoint.read(name), checkpoint.read(scale_name)
-        _check(checkpoint, name, codes.dtype == torch.int8 and tuple(codes.shape) == shape, f"int8 {list(shape)}")
-        _check(checkpoint, scale_name, tuple(scale.shape) == shape[:1], f"one scale for each of {shape[0]} rows")
-        _check(checkpoint, scale_name, bool(scale.isfinite().all()), "finite scales")
-        return Int8Matrix(codes, scale.float())
-    states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
-    state_name = next((state for state in states if state in tensors), None)
-    return None if state_name is None else _four_bit(checkpoint, name, state_name, shape)
+    def matrix(self, name: str, shape: tuple[int, int]) -> FrozenMatrix | None:
+        checkpoint, tensors = self._checkpoint, self._checkpoint.tensors
+        scale_name = name.removesuffix("weight") + "SCB"
+        if scale_name in tensors:
+            codes, scale = checkpoint.read(name), checkpoint.read(scale_name)
+            _check(checkpoint, name, codes.dtype == torch.int8 and tuple(codes.shape) == shape, f"int8 {list(shape)}")
+            _check(checkpoint, scale_name, tuple(scale.shape) == shape[:1], f"one scale for each of {shape[0]} rows")
+            _check(checkpoint, scale_name, bool(scale.isfinite().all()), "finite scales")
+            return Int8Matrix(codes, scale.float())
+        states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+        state_name = next((state for state in states if state in tensors), None)
+        return None if state_name is None else _four_bit(checkpoint, name, state_name, shape)
 
 
 def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[int, int]) -> FourBitMatrix:

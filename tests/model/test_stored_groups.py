@@ -1,0 +1,135 @@
+"""GPTQ and AWQ folders, packed bit by bit in the tests (packers.py): trained on in place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import smidgen
+from packers import pack_folder
+from smidgen.errors import ModelError
+from smidgen.events import Warned
+from smidgen.quant.grouped import GroupedMatrix
+from tiny import VOCAB_SIZE, tiny_folder, write_rows
+
+IDS = torch.randint(0, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(0))
+PROJECTION = "model.layers.0.self_attn.q_proj"
+
+
+def _logits(folder: Path, **how: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return smidgen.load(folder, compute_dtype="float32", **how).base.model(IDS).logits
+
+
+def _check(tmp_path: Path, storage: str, **how: Any) -> Path:
+    dense = pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", **how)
+    loaded = smidgen.load(tmp_path / "packed", compute_dtype="float32")
+    assert loaded.base.storage == storage
+    matrix = loaded.base.linears[PROJECTION].weight
+    assert isinstance(matrix, GroupedMatrix) and matrix.bits == how.get("bits", 4)
+    expected = load_file(dense / "model.safetensors")[f"{PROJECTION}.weight"]
+    assert torch.equal(matrix.rows(0, matrix.out_features, torch.float32), expected)
+    with torch.no_grad():
+        ours = loaded.base.model(IDS).logits
+    torch.testing.assert_close(ours, _logits(dense, quantize="none"), rtol=1e-4, atol=1e-4)
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("symmetric", "version"), [(True, "gptq"), (False, "gptq"), (False, "gptq_v2")])
+def test_gptq(bits: int, act_order: bool, symmetric: bool, version: str, tmp_path: Path) -> None:
+    _check(tmp_path, "gptq", bits=bits, act_order=act_order, symmetric=symmetric, version=version)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_group_sizes(group_size: int, tmp_path: Path) -> None:
+    """96 inputs of a layer are no multiple of 64: the last group is shorter."""
+    _check(tmp_path, "gptq", group_size=group_size, symmetric=False)
+
+
+def test_quantize_config_json_of_old_exports(tmp_path: Path) -> None:
+    _check(tmp_path, "gptq", legacy=True)
+
+
+def test_awq(tmp_path: Path) -> None:
+    _check(tmp_path, "awq", method="awq", symmetric=False)
+
+
+@pytest.mark.parametrize(("version", "label"), [("gptq_v2", "gptq"), ("gptq", "gptq_v2")])
+def test_a_lying_label_is_found_out_where_all_zero_points_are_the_middle(
+    version: str, label: str, tmp_path: Path
+) -> None:
+    dense = pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", version=version, label=label)
+    reports: list[Any] = []
+    ours = _logits(tmp_path / "packed", report=reports.append)
+    torch.testing.assert_close(ours, _logits(dense, quantize="none"), rtol=1e-4, atol=1e-4)
+    warnings = [event.text for event in reports if isinstance(event, Warned)]
+    assert sum(f"says format {label}" in text for text in warnings) == 1
+
+
+@pytest.mark.parametrize(("method", "act_order"), [("gptq", True), ("awq", False)])
+def test_it_trains_and_merges(method: str, act_order: bool, tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", method=method, act_order=act_order)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run = smidgen.finetune(
+        str(tmp_path / "packed"), str(rows), tmp_path / "run", learning_rate=5e-3, compute_dtype="float32"
+    )
+    assert run.summary["base_format"] == method
+    assert run.summary["loss_after"] < run.summary["loss_before"] - 0.3
+    assert smidgen.load(tmp_path / "run").base.storage == method
+    assert smidgen.merge(run.path, tmp_path / "merged", dtype="float32")["max_logit_difference"] < 1e-3
+
+
+def _spoil(folder: Path, part: str, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{PROJECTION}.{part}"
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("qweight", lambda t: t[:-1], r"q_proj.qweight.*expected int32 \[8, 64\]"),
+        ("qweight", lambda t: t.float(), r"q_proj.qweight.*expected int32.*found float32"),
+        ("qweight", lambda t: None, "q_proj"),
+        ("qzeros", lambda t: None, "no tensor .*q_proj.qzeros"),
+        ("scales", lambda t: t.fill_(torch.nan), "q_proj.scales holds a scale that is not finite"),
+        ("scales", lambda t: t[:, :3].contiguous(), r"q_proj.scales.*expected float \[2, 64\]"),
+        ("g_idx", lambda t: t + 1, "g_idx.*groups from 0 to 1.*found 1 to 2"),
+        ("g_idx", lambda t: t - 9, "g_idx.*groups from 0 to 1.*found -9"),
+        ("g_idx", lambda t: t[:5], r"g_idx.*int32 \[64\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(part: str, change: Any, says: str, tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
+    _spoil(tmp_path / "packed", part, change)
+    with pytest.raises(ModelError, match=says):
+        smidgen.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"bits": 5}, "bits that is not read here.*2, 3, 4 or 8.*found 5"),
+        ({"checkpoint_format": "gptq_p"}, "checkpoint_format.*gptq or gptq_v2.*found gptq_p"),
+        ({"group_size": 0}, "group_size"),
+        ({"dynamic": {"+:.*": {"bits": 8}}}, "dynamic"),
+        ({"quant_method": "awq", "version": "gemv"}, "version.*gemm.*found gemv"),
+        ({"quant_method": "awq", "bits": 3}, "bits.*found 3"),
+    ],
+)
+def test_layouts_that_are_not_read_are_refused_by_name(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=says):
+        smidgen.load(tmp_path / "packed")
