@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, as the folders that transformers itself writes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_folder(path: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A model folder with random weights (norms too, so that nothing cancels) and the byte tokenizer."""
+def tiny_folder(
+    path: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Path:
+    """A model folder with random weights (norms too, so that nothing cancels) and the byte tokenizer.
+
+    changes: of the configuration.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    config = copy.deepcopy(CONFIGS[architecture])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))

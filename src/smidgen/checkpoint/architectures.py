@@ -5,7 +5,7 @@ tensor) goes into a small function of its own, named in the row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from smidgen.errors import ModelError
@@ -17,25 +17,27 @@ __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "make_config", "t
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a GGUF architecture maps to transformers.
+    """How a GGUF architecture maps to transformers, in both directions: reading a file and writing one.
 
     integers, numbers: key of config.json -> metadata key below "<architecture>.".
     tensors, layer_tensors: GGUF module name -> Hugging Face module name, the latter below "model.layers.N.".
     permuted: layer modules whose rows GGUF keeps in pairs (2i, 2i+1) where transformers has halves -> the config key
     with their number of heads.
-    ignored: tensors that are no parameter of the model.
     finish: adds to the config what a table cannot say.
+    shifted: norms that the file has as 1 + weight (Gemma).
+    ignored: tensors that are no parameter of the model.
     """
 
     model_type: str
     class_name: str
-    integers: dict[str, str]
-    numbers: dict[str, str]
-    tensors: dict[str, str]
     layer_tensors: dict[str, str]
-    permuted: dict[str, str]
-    ignored: tuple[str, ...]
-    finish: Callable[[GgufHeader, dict[str, Any]], None]
+    finish: Callable[[GgufHeader, str, dict[str, Any]], None]
+    integers: dict[str, str] = field(default_factory=lambda: _INTEGERS)
+    numbers: dict[str, str] = field(default_factory=lambda: _NUMBERS)
+    tensors: dict[str, str] = field(default_factory=lambda: _TENSORS)
+    permuted: dict[str, str] = field(default_factory=dict)
+    shifted: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ("rope_freqs.weight",)
 
 
 _INTEGERS = {
@@ -45,33 +47,31 @@ _INTEGERS = {
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
 }
+_NUMBERS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
+_ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA_27B = {46: "gemma2", 62: "gemma3"}  # layers: of this size alone, attention is scaled by another number
 
 
-def _finish_llama(header: GgufHeader, config: dict[str, Any]) -> None:
+def _finish_llama(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
     metadata, tensors = header.metadata, header.tensors
-    if metadata.integer("llama.expert_count", 0):
-        raise ModelError(f"{metadata.path} is a mixture of experts of architecture llama, not read from GGUF yet")
-    rotary = metadata.integer("llama.rope.dimension_count", config["head_dim"])
-    if rotary != config["head_dim"]:
-        raise ModelError(
-            f"{metadata.path}: rotary embedding over a part of the head",
-            expected=f"llama.rope.dimension_count = {config['head_dim']}",
-            found=str(rotary),
-        )
-    # The file has a 32-bit float; 7 digits give back the 1e-05 that config.json had.
-    config["rms_norm_eps"] = float(f"{metadata.number('llama.attention.layer_norm_rms_epsilon'):.7g}")
+    if metadata.integer(f"{name}.expert_count", 0):
+        raise ModelError(f"{metadata.path} is a mixture of experts of architecture {name}, not read from GGUF yet")
+    _whole_rotary(header, name, config)
     config["hidden_act"] = "silu"
     for key, probe, whole in (
         ("attention_bias", "attn_q", ("attn_q", "attn_k", "attn_v", "attn_output")),
@@ -82,33 +82,114 @@ def _finish_llama(header: GgufHeader, config: dict[str, Any]) -> None:
             raise ModelError(f"{metadata.path} has a bias on {probe} but none on {missing[0]}, which Llama cannot have")
 
 
+def _finish_qwen(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    _whole_rotary(header, name, config)
+    config["hidden_act"] = "silu"
+    config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors  # Qwen 3; Qwen 2 always has one
+
+
+def _finish_gemma2(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    metadata = header.metadata
+    _finish_gemma(header, name, config)
+    config["attn_logit_softcapping"] = metadata.number(f"{name}.attn_logit_softcapping", 50.0)
+    config["final_logit_softcapping"] = metadata.number(f"{name}.final_logit_softcapping", 30.0)
+
+
+def _finish_gemma3(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    metadata = header.metadata
+    _finish_gemma(header, name, config)
+    config["final_logit_softcapping"] = metadata.number(f"{name}.final_logit_softcapping", None)
+    scaled = config["rope_parameters"] | {"rope_theta": metadata.number(f"{name}.rope.freq_base", 1_000_000.0)}
+    local = {"rope_type": "default", "rope_theta": metadata.number(f"{name}.rope.freq_base_swa", 10_000.0)}
+    config["rope_parameters"] = {"full_attention": scaled, "sliding_attention": local}
+    pattern = metadata.integer(f"{name}.attention.sliding_window_pattern", 6, low=1)
+    layers = range(1, config["num_hidden_layers"] + 1)
+    config["layer_types"] = ["sliding_attention" if layer % pattern else "full_attention" for layer in layers]
+
+
+def _finish_gemma(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    _whole_rotary(header, name, config)
+    config["hidden_activation"] = "gelu_pytorch_tanh"
+    config["sliding_window"] = header.metadata.integer(f"{name}.attention.sliding_window", low=1)
+    is_27b = _GEMMA_27B.get(config["num_hidden_layers"]) == name
+    config["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    )
+
+
+def _finish_phi3(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    metadata = header.metadata
+    config["hidden_act"] = "silu"
+    config["sliding_window"] = metadata.integer(f"{name}.attention.sliding_window", 0) or None
+    rotary = metadata.integer(f"{name}.rope.dimension_count", config["head_dim"], low=2, high=config["head_dim"])
+    config["rope_parameters"]["partial_rotary_factor"] = rotary / config["head_dim"]
+    key = f"{name}.rope.scaling.original_context_length"
+    config["original_max_position_embeddings"] = metadata.integer(key, config["max_position_embeddings"], low=1)
+
+
+def _whole_rotary(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
+    rotary = header.metadata.integer(f"{name}.rope.dimension_count", config["head_dim"])
+    if rotary != config["head_dim"]:
+        raise ModelError(
+            f"{header.metadata.path}: rotary embedding over a part of the head",
+            expected=f"{name}.rope.dimension_count = {config['head_dim']}",
+            found=str(rotary),
+        )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     # SmolLM2, Llama 1-3, Mistral, TinyLlama, Yi and all that were exported as Llama.
     "llama": Architecture(
         model_type="llama",
         class_name="LlamaForCausalLM",
-        integers=_INTEGERS,
-        numbers={},
-        tensors=_TENSORS,
-        layer_tensors=_LAYER_TENSORS,
+        layer_tensors=_NORMS | _ATTENTION | _MLP,
         permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
-        ignored=("rope_freqs.weight",),
         finish=_finish_llama,
+    ),
+    "qwen2": Architecture(
+        model_type="qwen2",
+        class_name="Qwen2ForCausalLM",
+        layer_tensors=_NORMS | _ATTENTION | _MLP,
+        finish=_finish_qwen,
+    ),
+    "qwen3": Architecture(
+        model_type="qwen3",
+        class_name="Qwen3ForCausalLM",
+        layer_tensors=_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
+        finish=_finish_qwen,
+    ),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        class_name="Gemma2ForCausalLM",
+        layer_tensors=_GEMMA_NORMS | _ATTENTION | _MLP,
+        shifted=("output_norm", *_GEMMA_NORMS),
+        finish=_finish_gemma2,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        layer_tensors=_GEMMA_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
+        shifted=("output_norm", *_GEMMA_NORMS, *_HEAD_NORMS),
+        finish=_finish_gemma3,
+    ),
+    "phi3": Architecture(
+        model_type="phi3",
+        class_name="Phi3ForCausalLM",
+        layer_tensors=_NORMS
+        | {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj"}
+        | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        ignored=("rope_factors_long.weight", "rope_factors_short.weight"),
+        finish=_finish_phi3,
     ),
 }
 
 
 def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
-    """The row for this file. Refuses adapters, parts of split files and unknown architectures by name."""
+    """The row for this file. Refuses adapters and unknown architectures by name."""
     metadata = header.metadata
     path = metadata.path
     if metadata.text("general.type", "model") not in ("model", "finetune"):
         raise ModelError(f"{path} is no model", expected="general.type = model", found=metadata.text("general.type"))
-    if metadata.integer("split.count", 1) > 1:
-        raise ModelError(
-            f"{path} is one of {metadata.integer('split.count')} parts of a model",
-            cure="join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`",
-        )
     name = metadata.text("general.architecture")
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -125,7 +206,8 @@ def make_config(header: GgufHeader) -> dict[str, Any]:
     for key, suffix in row.integers.items():
         config[key] = metadata.integer(f"{name}.{suffix}", low=1)
     for key, suffix in row.numbers.items():
-        config[key] = metadata.number(f"{name}.{suffix}")
+        # The file has a 32-bit float; 7 digits give back the 1e-05 that config.json had.
+        config[key] = float(f"{metadata.number(f'{name}.{suffix}'):.7g}")
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = metadata.integer(f"{name}.attention.head_count_kv", heads, low=1)
     config["head_dim"] = metadata.integer(f"{name}.attention.key_length", config["hidden_size"] // heads, low=1)
@@ -135,9 +217,9 @@ def make_config(header: GgufHeader) -> dict[str, Any]:
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config["rope_parameters"] = _rope_parameters(header, name, config)
-    for key, suffix in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
+    for key, suffix in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         config[key] = metadata.integer(f"tokenizer.ggml.{suffix}_token_id", None)
-    row.finish(header, config)
+    row.finish(header, name, config)
     return config
 
 

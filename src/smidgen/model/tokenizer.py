@@ -19,10 +19,9 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from .tokenizer_gguf import is_reading_error, tokenizer_from_metadata
 
     if path.suffix == ".gguf" and path.is_file():
-        from smidgen.checkpoint.base import MappedFile
-        from smidgen.checkpoint.gguf_header import read_header
+        from smidgen.checkpoint.gguf import open_parts
 
-        return tokenizer_from_metadata(read_header(path, MappedFile(path).data).metadata)
+        return tokenizer_from_metadata(open_parts(path)[0].metadata)
     from transformers import AutoTokenizer
 
     try:
