@@ -35,6 +35,18 @@ inline EightInt eight_signed(const uint8_t* p) {
 #endif
 }
 inline Eight floats(EightInt v) { return __builtin_convertvector(v, Eight); }
+inline Eight eight_floats(const float* p) {
+    Eight v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Eight fma_eight(Eight a, Eight b, Eight c) {
+#if defined(__AVX2__)
+    return (Eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 inline void put(float* out, Eight v) { __builtin_memcpy(out, &v, sizeof v); }
 // Bits `at` .. at + 7 of a word, one in each lane.
 inline EightInt bits(uint32_t word, int at) { return (EightInt)((((EightUint){} + (word >> at)) >> kOnes) & 1u); }
@@ -50,79 +62,114 @@ inline uint32_t word_at(const uint8_t* p) {
     return word;
 }
 
+// What becomes of decoded weights: codes times a scale, with an offset added or not, eight from weight `i` of a block on.
+struct Writer {
+    float* out;
+    void scaled(int i, Eight code, float scale) { put(out + i, code * scale); }
+    void shifted(int i, Eight code, float scale, float offset) { put(out + i, code * scale + offset); }
+};
+
 // ---- blocks of 32: bytes hold weight j in the low and weight j + 16 in the high four bits
 
-inline void q4_0(const uint8_t* p, float* out) {
-    const float d = half_at(p);
-    for (int j = 0; j < 16; j += 8) {
-        const EightInt codes = eight(p + 2 + j);
-        put(out + j, floats((codes & 15) - 8) * d);
-        put(out + j + 16, floats((codes >> 4) - 8) * d);
+struct Q4_0 {
+    static constexpr int kElements = 32, kBytes = 18;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const float d = half_at(p);
+        for (int j = 0; j < 16; j += 8) {
+            const EightInt codes = eight(p + 2 + j);
+            sink.scaled(j, floats((codes & 15) - 8), d);
+            sink.scaled(j + 16, floats((codes >> 4) - 8), d);
+        }
     }
-}
+};
 
-inline void q4_1(const uint8_t* p, float* out) {
-    const float d = half_at(p), m = half_at(p + 2);
-    for (int j = 0; j < 16; j += 8) {
-        const EightInt codes = eight(p + 4 + j);
-        put(out + j, floats(codes & 15) * d + m);
-        put(out + j + 16, floats(codes >> 4) * d + m);
+struct Q4_1 {
+    static constexpr int kElements = 32, kBytes = 20;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const float d = half_at(p), m = half_at(p + 2);
+        for (int j = 0; j < 16; j += 8) {
+            const EightInt codes = eight(p + 4 + j);
+            sink.shifted(j, floats(codes & 15), d, m);
+            sink.shifted(j + 16, floats(codes >> 4), d, m);
+        }
     }
-}
+};
 
-inline void q5_0(const uint8_t* p, float* out) {
-    const float d = half_at(p);
-    const uint32_t high = word_at(p + 2);
-    for (int j = 0; j < 16; j += 8) {
-        const EightInt codes = eight(p + 6 + j);
-        put(out + j, floats(((codes & 15) | bits(high, j) << 4) - 16) * d);
-        put(out + j + 16, floats(((codes >> 4) | bits(high, j + 16) << 4) - 16) * d);
+struct Q5_0 {
+    static constexpr int kElements = 32, kBytes = 22;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const float d = half_at(p);
+        const uint32_t high = word_at(p + 2);
+        for (int j = 0; j < 16; j += 8) {
+            const EightInt codes = eight(p + 6 + j);
+            sink.scaled(j, floats(((codes & 15) | bits(high, j) << 4) - 16), d);
+            sink.scaled(j + 16, floats(((codes >> 4) | bits(high, j + 16) << 4) - 16), d);
+        }
     }
-}
+};
 
-inline void q5_1(const uint8_t* p, float* out) {
-    const float d = half_at(p), m = half_at(p + 2);
-    const uint32_t high = word_at(p + 4);
-    for (int j = 0; j < 16; j += 8) {
-        const EightInt codes = eight(p + 8 + j);
-        put(out + j, floats((codes & 15) | bits(high, j) << 4) * d + m);
-        put(out + j + 16, floats((codes >> 4) | bits(high, j + 16) << 4) * d + m);
+struct Q5_1 {
+    static constexpr int kElements = 32, kBytes = 24;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const float d = half_at(p), m = half_at(p + 2);
+        const uint32_t high = word_at(p + 4);
+        for (int j = 0; j < 16; j += 8) {
+            const EightInt codes = eight(p + 8 + j);
+            sink.shifted(j, floats((codes & 15) | bits(high, j) << 4), d, m);
+            sink.shifted(j + 16, floats((codes >> 4) | bits(high, j + 16) << 4), d, m);
+        }
     }
-}
+};
 
-inline void q8_0(const uint8_t* p, float* out) {
-    const float d = half_at(p);
-    for (int j = 0; j < 32; j += 8) put(out + j, floats(eight_signed(p + 2 + j)) * d);
-}
+struct Q8_0 {
+    static constexpr int kElements = 32, kBytes = 34;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const float d = half_at(p);
+        for (int j = 0; j < 32; j += 8) sink.scaled(j, floats(eight_signed(p + 2 + j)), d);
+    }
+};
 
 // ---- blocks of 256 with scales of their own for every 16 or 32 weights
 
-inline void q2_k(const uint8_t* p, float* out) {
-    const uint8_t *scales = p, *codes = p + 16;
-    const float d = half_at(p + 80), dmin = half_at(p + 82);
-    for (int i = 0; i < 256; i += 16) {
-        const float scale = d * (float)(scales[i / 16] & 15), least = dmin * (float)(scales[i / 16] >> 4);
-        const uint8_t* from = codes + i / 128 * 32 + i % 32;
-        const int shift = i % 128 / 32 * 2;
-        for (int j = 0; j < 16; j += 8) put(out + i + j, floats(eight(from + j) >> shift & 3) * scale - least);
-    }
-}
-
-inline void q3_k(const uint8_t* p, float* out) {
-    const uint8_t *high = p, *codes = p + 32, *scales = p + 96;
-    const float d = half_at(p + 108);
-    for (int i = 0; i < 256; i += 16) {
-        const int n = i / 16;
-        const int low = n < 8 ? scales[n] & 15 : scales[n - 8] >> 4;
-        const float scale = d * (float)((low | (scales[8 + n % 4] >> n / 4 * 2 & 3) << 4) - 32);
-        const uint8_t* from = codes + i / 128 * 32 + i % 32;
-        const int shift = i % 128 / 32 * 2, bit = i / 32;
-        for (int j = 0; j < 16; j += 8) {
-            const EightInt below = ((eight(high + i % 32 + j) >> bit & 1) ^ 1) << 2;  // a missing bit takes 4 away
-            put(out + i + j, floats((eight(from + j) >> shift & 3) - below) * scale);
+struct Q2_K {
+    static constexpr int kElements = 256, kBytes = 84;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const uint8_t *scales = p, *codes = p + 16;
+        const float d = half_at(p + 80), dmin = half_at(p + 82);
+        for (int i = 0; i < 256; i += 16) {
+            const float scale = d * (float)(scales[i / 16] & 15), least = dmin * (float)(scales[i / 16] >> 4);
+            const uint8_t* from = codes + i / 128 * 32 + i % 32;
+            const int shift = i % 128 / 32 * 2;
+            for (int j = 0; j < 16; j += 8) sink.shifted(i + j, floats(eight(from + j) >> shift & 3), scale, -least);
         }
     }
-}
+};
+
+struct Q3_K {
+    static constexpr int kElements = 256, kBytes = 110;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const uint8_t *high = p, *codes = p + 32, *scales = p + 96;
+        const float d = half_at(p + 108);
+        for (int i = 0; i < 256; i += 16) {
+            const int n = i / 16;
+            const int low = n < 8 ? scales[n] & 15 : scales[n - 8] >> 4;
+            const float scale = d * (float)((low | (scales[8 + n % 4] >> n / 4 * 2 & 3) << 4) - 32);
+            const uint8_t* from = codes + i / 128 * 32 + i % 32;
+            const int shift = i % 128 / 32 * 2, bit = i / 32;
+            for (int j = 0; j < 16; j += 8) {
+                const EightInt below = ((eight(high + i % 32 + j) >> bit & 1) ^ 1) << 2;  // a missing bit takes 4 away
+                sink.scaled(i + j, floats((eight(from + j) >> shift & 3) - below), scale);
+            }
+        }
+    }
+};
 
 // The 6-bit scale and minimum number n of Q4_K and Q5_K.
 inline void scale_and_least(const uint8_t* s, int n, float& scale, float& least) {
@@ -132,47 +179,81 @@ inline void scale_and_least(const uint8_t* s, int n, float& scale, float& least)
     least *= (float)b;
 }
 
-inline void q4_k(const uint8_t* p, float* out) {
-    for (int n = 0; n < 8; n++) {
-        float scale = half_at(p), least = half_at(p + 2);
-        scale_and_least(p + 4, n, scale, least);
-        const uint8_t* from = p + 16 + n / 2 * 32;
-        for (int j = 0; j < 32; j += 8)
-            put(out + n * 32 + j, floats(eight(from + j) >> n % 2 * 4 & 15) * scale - least);
-    }
-}
-
-inline void q5_k(const uint8_t* p, float* out) {
-    for (int n = 0; n < 8; n++) {
-        float scale = half_at(p), least = half_at(p + 2);
-        scale_and_least(p + 4, n, scale, least);
-        const uint8_t *high = p + 16, *from = p + 48 + n / 2 * 32;
-        for (int j = 0; j < 32; j += 8) {
-            const EightInt code = (eight(from + j) >> n % 2 * 4 & 15) | (eight(high + j) >> n & 1) << 4;
-            put(out + n * 32 + j, floats(code) * scale - least);
+struct Q4_K {
+    static constexpr int kElements = 256, kBytes = 144;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        for (int n = 0; n < 8; n++) {
+            float scale = half_at(p), least = half_at(p + 2);
+            scale_and_least(p + 4, n, scale, least);
+            const uint8_t* from = p + 16 + n / 2 * 32;
+            for (int j = 0; j < 32; j += 8)
+                sink.shifted(n * 32 + j, floats(eight(from + j) >> n % 2 * 4 & 15), scale, -least);
         }
     }
-}
+};
 
-inline void q6_k(const uint8_t* p, float* out) {
-    const uint8_t *low = p, *high = p + 128, *scales = p + 192;
-    const float d = half_at(p + 208);
-    for (int i = 0; i < 256; i += 16) {
-        const int half = i / 128, quarter = i % 128 / 32, l = i % 32;
-        const float scale = d * (float)(int8_t)scales[i / 16];
-        const uint8_t* from = low + half * 64 + quarter % 2 * 32 + l;
-        for (int j = 0; j < 16; j += 8) {
-            const EightInt code = (eight(from + j) >> quarter / 2 * 4 & 15) |
-                                  (eight(high + half * 32 + l + j) >> quarter * 2 & 3) << 4;
-            put(out + i + j, floats(code - 32) * scale);
+struct Q5_K {
+    static constexpr int kElements = 256, kBytes = 176;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        for (int n = 0; n < 8; n++) {
+            float scale = half_at(p), least = half_at(p + 2);
+            scale_and_least(p + 4, n, scale, least);
+            const uint8_t *high = p + 16, *from = p + 48 + n / 2 * 32;
+            for (int j = 0; j < 32; j += 8) {
+                const EightInt code = (eight(from + j) >> n % 2 * 4 & 15) | (eight(high + j) >> n & 1) << 4;
+                sink.shifted(n * 32 + j, floats(code), scale, -least);
+            }
         }
     }
+};
+
+struct Q6_K {
+    static constexpr int kElements = 256, kBytes = 210;
+    template <class Sink>
+    static void each(const uint8_t* p, Sink& sink) {
+        const uint8_t *low = p, *high = p + 128, *scales = p + 192;
+        const float d = half_at(p + 208);
+        for (int i = 0; i < 256; i += 16) {
+            const int half = i / 128, quarter = i % 128 / 32, l = i % 32;
+            const float scale = d * (float)(int8_t)scales[i / 16];
+            const uint8_t* from = low + half * 64 + quarter % 2 * 32 + l;
+            for (int j = 0; j < 16; j += 8) {
+                const EightInt code = (eight(from + j) >> quarter / 2 * 4 & 15) |
+                                      (eight(high + half * 32 + l + j) >> quarter * 2 & 3) << 4;
+                sink.scaled(i + j, floats(code - 32), scale);
+            }
+        }
+    }
+};
+
+// Calls fn with the block form of a ggml type; false for numbers, which have none.
+template <class Fn>
+inline bool by_block_form(int64_t type, Fn fn) {
+    switch (type) {
+        case 2: fn(Q4_0{}); return true;
+        case 3: fn(Q4_1{}); return true;
+        case 6: fn(Q5_0{}); return true;
+        case 7: fn(Q5_1{}); return true;
+        case 8: fn(Q8_0{}); return true;
+        case 10: fn(Q2_K{}); return true;
+        case 11: fn(Q3_K{}); return true;
+        case 12: fn(Q4_K{}); return true;
+        case 13: fn(Q5_K{}); return true;
+        case 14: fn(Q6_K{}); return true;
+    }
+    return false;
 }
 
-template <int64_t kElements, int64_t kBytes, void (*block)(const uint8_t*, float*)>
-inline void blocks(const uint8_t* row, int64_t k, int64_t count, float* out) {
-    row += k / kElements * kBytes;
-    for (int64_t i = 0; i < count; i += kElements, row += kBytes) block(row, out + i);
+// Weights k .. k + count of a row of blocks; k and count are multiples of the block's length.
+template <class Form>
+inline void write_blocks(const uint8_t* row, int64_t k, int64_t count, float* out) {
+    row += k / Form::kElements * Form::kBytes;
+    for (int64_t i = 0; i < count; i += Form::kElements, row += Form::kBytes) {
+        Writer writer{out + i};
+        Form::each(row, writer);
+    }
 }
 
 template <class T>
@@ -183,23 +264,12 @@ inline void numbers(const void* row, int64_t k, int64_t count, float* out) {
     for (; i < count; i++) out[i] = load_one(from + i);
 }
 
-// Weights k .. k + count of a row of blocks of a ggml type; k and count are multiples of the block's length.
+// Weights k .. k + count of a row of a ggml type, as write_blocks.
 inline void decode_blocks(int64_t type, const uint8_t* row, int64_t k, int64_t count, float* out) {
-    switch (type) {
-        case 0: return numbers<float>(row, k, count, out);
-        case 1: return numbers<Float16>(row, k, count, out);
-        case 2: return blocks<32, 18, q4_0>(row, k, count, out);
-        case 3: return blocks<32, 20, q4_1>(row, k, count, out);
-        case 6: return blocks<32, 22, q5_0>(row, k, count, out);
-        case 7: return blocks<32, 24, q5_1>(row, k, count, out);
-        case 8: return blocks<32, 34, q8_0>(row, k, count, out);
-        case 10: return blocks<256, 84, q2_k>(row, k, count, out);
-        case 11: return blocks<256, 110, q3_k>(row, k, count, out);
-        case 12: return blocks<256, 144, q4_k>(row, k, count, out);
-        case 13: return blocks<256, 176, q5_k>(row, k, count, out);
-        case 14: return blocks<256, 210, q6_k>(row, k, count, out);
-        case 30: return numbers<Bfloat16>(row, k, count, out);
-    }
+    if (by_block_form(type, [&](auto form) { write_blocks<decltype(form)>(row, k, count, out); })) return;
+    if (type == 0) numbers<float>(row, k, count, out);
+    if (type == 1) numbers<Float16>(row, k, count, out);
+    if (type == 30) numbers<Bfloat16>(row, k, count, out);
 }
 
 // ---- integers in groups

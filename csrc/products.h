@@ -1,7 +1,7 @@
 // y = x W^T for a few rows of x, straight from the packed bytes of W: what generation does for every token. A general
 // matrix product would want W as a dense panel first, and is slow on such narrow shapes.
 //
-// Up to kDirect rows of x: a row of W is decoded into registers and multiplied at once. From there on, the same decoded
+// Up to kMost rows of x: a row of W is decoded into registers and multiplied at once. From there on, the same decoded
 // numbers are needed more often than there are registers: strips of kStrip numbers of kRows rows are decoded into the
 // first-level cache, and tiles of 4 rows of W times kTile rows of x are summed up in registers.
 
@@ -9,7 +9,6 @@ namespace {
 
 using namespace smidgen;
 
-constexpr int kDirect = 8;
 constexpr int kStrip = 256;
 constexpr int kRows = 8;
 #if defined(__AVX512F__) || defined(__ARM_NEON)
@@ -41,6 +40,7 @@ inline Vec load_some(const T* p, int64_t count) {
 // A W whose rows are plain numbers of type T, times a scale for each row.
 template <class T>
 struct PlainRows {
+    static constexpr int kMost = 8;
     const T* weight;
     const float* scale;  // divided by 127; null: none
     int64_t width;
@@ -79,6 +79,7 @@ struct PlainRows {
 
 // A W in 4-bit blocks, of which a row has a whole number.
 struct FourBitRows {
+    static constexpr int kMost = 8;
     const FourBit& m;
     Table table;
     int64_t width;
@@ -155,8 +156,54 @@ inline void tile_of(int64_t rows, const float* w, const float* x, int64_t x_stri
     tile<T>(w, x, x_stride, count, sums);
 }
 
+// A W in the blocks of a GGUF file: a block is multiplied in registers as it is decoded.
+template <class Form>
+struct BlockRows {
+    static constexpr int kMost = 4;  // there are many forms, and each is compiled for every count
+    const Weights& w;
+    int64_t width;
+
+    const uint8_t* bytes(int64_t row) const { return (const uint8_t*)w.values + stored_row(w, row) * w.row_bytes; }
+
+    template <int M>
+    struct Dot {
+        static constexpr int kChains = M > 2 ? 1 : 2;
+        const float* x;
+        int64_t x_stride;
+        Eight parts[M][kChains]{};
+
+        void add(int i, Eight weights) {
+            for (int m = 0; m < M; m++) {
+                Eight& sum = parts[m][i / 8 % kChains];
+                sum = fma_eight(weights, eight_floats(x + m * x_stride + i), sum);
+            }
+        }
+        void scaled(int i, Eight code, float scale) { add(i, code * scale); }
+        void shifted(int i, Eight code, float scale, float offset) {
+            add(i, fma_eight(code, Eight{} + scale, Eight{} + offset));
+        }
+    };
+
+    template <int M>
+    void dot(int64_t row, const float* x, int64_t x_stride, Vec* sums) const {
+        const uint8_t* p = bytes(row);
+        Dot<M> dot{x, x_stride};
+        for (int64_t k = 0; k < width; k += Form::kElements, p += Form::kBytes, dot.x += Form::kElements) Form::each(p, dot);
+        for (int m = 0; m < M; m++) {
+            const Eight sum = dot.parts[m][0] + (Dot<M>::kChains > 1 ? dot.parts[m][Dot<M>::kChains - 1] : Eight{});
+            float numbers[kWidth > 8 ? kWidth : 8] = {};
+            put(numbers, sum);
+            sums[m] = load(numbers);
+            for (int i = kWidth; i < 8; i += kWidth) sums[m] += load(numbers + i);
+        }
+    }
+
+    void strip(int64_t row, int64_t k, int64_t count, float* out) const { write_blocks<Form>(bytes(row), k, count, out); }
+};
+
 // A W of which parts of rows are decoded into memory first.
 struct DecodedRows {
+    static constexpr int kMost = 8;
     const Weights& w;
     int64_t width;
 
@@ -210,7 +257,7 @@ inline void tiled(const Rows& weight, const Product& a, int64_t begin, int64_t e
 
 template <int M, class Rows>
 inline void direct(const Rows& weight, const Product& a, int64_t begin, int64_t end) {
-    if constexpr (M < kDirect)
+    if constexpr (M < Rows::kMost)
         if (a.rows > M) return direct<M + 1>(weight, a, begin, end);
     for (int64_t row = begin; row < end; row++) {
         Vec sums[M];
@@ -221,7 +268,7 @@ inline void direct(const Rows& weight, const Product& a, int64_t begin, int64_t 
 
 template <class Rows>
 inline void product_of(const Rows& weight, const Product& a, int64_t begin, int64_t end) {
-    if (a.rows <= kDirect)
+    if (a.rows <= Rows::kMost)
         direct<1>(weight, a, begin, end);
     else
         tiled(weight, a, begin, end);
@@ -233,6 +280,9 @@ void product(const Product& a, int64_t begin, int64_t end) {
         return product_of(FourBitRows{w.four_bit, Table(w.four_bit.code), a.width}, a, begin, end);
     if (w.form == Weights::kInt8)
         return product_of(PlainRows<int8_t>{(const int8_t*)w.values, (const float*)w.scale, a.width}, a, begin, end);
+    if (w.form == Weights::kBlocks &&
+        by_block_form(w.type, [&](auto form) { product_of(BlockRows<decltype(form)>{w, a.width}, a, begin, end); }))
+        return;
     if (w.form != Weights::kDense) return product_of(DecodedRows{w, a.width}, a, begin, end);
     by_weight_type(Type(w.type), [&](auto* tag) {
         using T = Pointee<decltype(tag)>;

@@ -49,6 +49,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "granite": transformers.GraniteConfig(**_GROUPED, logits_scaling=3.0),
     "gemma2": transformers.Gemma2Config(**_GROUPED, head_dim=16, final_logit_softcapping=5.0),
+    "stablelm": transformers.StableLmConfig(**_GROUPED),
+    "olmo2": transformers.Olmo2Config(**_GROUPED),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **_GROUPED, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts_per_tok=2
+    ),
     "opt": transformers.OPTConfig(
         hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB_SIZE,
         max_position_embeddings=256, word_embed_proj_dim=64, **_ENDS,

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
         doctor,
         download,
         evaluate,
+        export_run,
         finetune,
         inspect_data,
         load,
         merge,
+        quantize,
         resume,
     )
 
@@ -28,10 +30,12 @@ __all__ = [
     "doctor",
     "download",
     "evaluate",
+    "export_run",
     "finetune",
     "inspect_data",
     "load",
     "merge",
+    "quantize",
     "resume",
 ]
 __version__ = "0.1.0"

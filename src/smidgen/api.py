@@ -20,26 +20,31 @@ import torch
 from torch import nn
 
 from smidgen.checkpoint.hub import download as _download
+from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
-from smidgen.data.render import Renderer
+from smidgen.data.render import Example, Renderer
 from smidgen.data.report import DataReport, build_report
-from smidgen.errors import DataError, RunError, SettingsError
+from smidgen.errors import DataError, RunError, SettingsError, SmidgenError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
-from smidgen.export.compare import compare_models
+from smidgen.export.compare import compare_models, plain_example
 from smidgen.export.files import check_vacant, folder_bytes
 from smidgen.export.merge import save_merged
+from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
+from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
 from smidgen.kernels.library import describe_library
 from smidgen.model.build import Base
 from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
+from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
+from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
 from smidgen.train.config import settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
-from smidgen.train.run import Record, read_record
+from smidgen.train.run import Record, RunFolder, read_record
 from smidgen.train.state import latest_checkpoint
 
 __all__ = [
@@ -49,16 +54,18 @@ __all__ = [
     "doctor",
     "download",
     "evaluate",
+    "export_run",
     "finetune",
     "inspect_data",
     "load",
     "merge",
+    "quantize",
     "resume",
 ]
 
 Prompt = str | Sequence[dict[str, Any]]
 _MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-_TEXT_SUFFIXES = (".txt", ".raw", ".md")
+_COMPARED_ROWS = 16
 
 
 def finetune(model: str, data: str, out: str | Path, *, report: Report = silent, **settings: Any) -> Run:
@@ -252,13 +259,13 @@ def evaluate(
     data: as in finetune; its test rows, else its validation rows, else all. With `protocol` ('gptq', 'llama.cpp') a
     plain UTF-8 text. Returns rows, tokens, loss, perplexity, and exact_match, valid_json, rouge_l where they apply.
     """
-    if protocol is None and Path(data).suffix in _TEXT_SUFFIXES:
+    if protocol is None and Path(data).suffix in TEXT_SUFFIXES:
         protocol = "gptq"
         report(Note(f"{data} is plain text: perplexity by protocol gptq (windows of 2048, every token)"))
     if protocol and protocol not in PROTOCOLS:
         raise SettingsError([f"protocol: expected one of {', '.join(PROTOCOLS)}, found {protocol!r}"])
     if protocol:
-        text = _read_text(Path(data))
+        text = read_text(Path(data))
         loaded = load(model, report=report, **loading)
         result = text_perplexity(loaded.base, loaded.tokenizer, text, protocol, limit, report)
         return {"protocol": protocol} | result.as_dict()
@@ -291,15 +298,6 @@ def evaluate(
     return scores
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start}", expected="UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", expected="a plain text file") from None
-
-
 def merge(
     run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "auto", report: Report = silent
 ) -> dict[str, Any]:
@@ -321,7 +319,7 @@ def merge(
         source = open_source(base, report, tokenizer_from=folder)
         target = load_base(source, quantize="none", compute_dtype="float32")
         load_adapter(target, folder)
-    chosen = _merge_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    chosen = plain_dtype(target) if dtype == "auto" else getattr(torch, dtype)
     save_merged(target, out, chosen, trained.tokenizer, report)
     merged = load(out, quantize="none", compute_dtype="float32")
     return {
@@ -332,11 +330,111 @@ def merge(
     }
 
 
-def _merge_dtype(base: Base) -> torch.dtype:
-    if base.checkpoint.format == "gguf":
-        return torch.float16
-    stored: Any = base.model.get_input_embeddings()
-    return stored.weight.dtype
+def export_run(
+    run: str | Path, out: str | Path, *, to: str, type: str = "auto", report: Report = silent
+) -> dict[str, Any]:
+    """Write a run for other programs; the file is opened again and compared with the run before it is kept.
+
+    to: 'gguf-lora' (an adapter for llama.cpp), 'gguf' (the merged model), 'ollama' (the same in a folder with a
+    Modelfile), 'hf' (a 16-bit folder), 'bnb-4bit'. type: of the numbers: GGUF's F16, BF16, Q8_0 or Q4_0 (auto: Q8_0);
+    float16, bfloat16 or float32 of a folder (auto: as merge); nf4-dq, nf4 or fp4 of 'bnb-4bit' (auto: nf4-dq).
+    Returns out, to, type and what export.verified measures. Raises RunError where the fine-tune did not survive.
+    """
+    if to not in EXPORTS:
+        raise SettingsError([f"to: expected one of {', '.join(EXPORTS)}, found {to!r}"])
+    types = EXPORT_TYPES[to]
+    if type != "auto" and type not in types:
+        raise SettingsError([f"type: expected auto, {', '.join(types)} with --to {to}, found {type!r}"])
+    folder = _adapter_folder(Path(run), report)
+    if folder is None:
+        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    out = Path(out)
+    if to in ("gguf", "gguf-lora"):
+        if out.suffix != ".gguf":
+            raise SettingsError([f"out: expected a name that ends in .gguf, found {str(out)!r}"])
+        if out.exists():
+            raise RunError(f"{out} exists already", cure="choose another name, or remove it first")
+    else:
+        check_vacant(out)
+    trained = load(run, compute_dtype="float32", report=report)
+    examples = _held_out(Path(run), trained, report)
+    automatic = str(plain_dtype(trained.base)).removeprefix("torch.") if to == "hf" else types[0]
+    kind = automatic if type == "auto" else type
+    figures = export_verified(
+        trained.base, trained.tokenizer, examples, to, out, kind=kind, system=trained.system, report=report
+    )
+    return {"out": str(out), "to": to, "type": kind, **figures}
+
+
+def _held_out(run: Path, trained: LoadedModel, report: Report) -> list[Example]:
+    """Rows that the run did not train on, or a plain text where they cannot be had."""
+    try:
+        _, settings, _, data = RunFolder.open(run)
+        rows = read_data(data)
+    except SmidgenError:
+        report(Note("the run's data is not there: the export is compared on a plain text"))
+        return [plain_example(trained.tokenizer)]
+    renderer = Renderer(
+        trained.tokenizer, train_on_prompt=settings.train_on_prompt,
+        seq_len=min(settings.seq_len, trained.base.max_positions),
+    )  # fmt: skip
+    return renderer.render_all((rows.test or rows.validation or rows.train)[:_COMPARED_ROWS])
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    *,
+    to: str,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    act_order: bool = False,
+    damp: float = 0.01,
+    calibration: str | None = None,
+    calibration_rows: int = 128,
+    calibration_len: int = 512,
+    perplexity: bool = True,
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Write a model with packed weights, as a folder that transformers opens and that can be trained on in place.
+
+    to: 'nf4-dq', 'nf4', 'fp4', 'int8' (bitsandbytes' layouts) or 'gptq', which the settings after it are for; see
+    quant.gptq.GptqSettings and export.quantise.calibration_of. perplexity: measure it on held-out calibration text.
+    Returns out, to, bytes, wall_s, peak_rss_bytes; for 'gptq' also errors ({layer, gptq, rtn} of each linear
+    layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error, and
+    perplexity (before, gptq, rtn, nf4). Raises ModelError for a base that is quantised already.
+    """
+    problems = []
+    choices: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+        ("to", to, PACKED_FORMS),
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            problems.append(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
+    for name, value, least in (("calibration_rows", calibration_rows, 1), ("calibration_len", calibration_len, 16)):
+        if value < least:
+            problems.append(f"{name}: expected {least} or more, found {value!r}")
+    if not 0 < damp <= 1:
+        problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")
+    if problems:
+        raise SettingsError(problems)
+    out = Path(out)
+    check_vacant(out)
+    source = open_source(str(model), report)
+    check_quantisable(source)
+    if to != "gptq":
+        return quantise_model(source, out, to, trust_remote_code=trust_remote_code, report=report)
+    text = calibration_of(
+        calibration, source, rows=calibration_rows, length=calibration_len, held_out=perplexity, report=report
+    )
+    settings = GptqSettings(bits, group_size, sym, act_order, damp)
+    return quantise_model(
+        source, out, to, settings=settings, calibration=text, trust_remote_code=trust_remote_code, report=report
+    )
 
 
 def _processor_name() -> str:

@@ -76,9 +76,11 @@ PUBLIC = {
     "doctor",
     "download",
     "evaluate",
+    "export_run",
     "finetune",
     "inspect_data",
     "load",
     "merge",
+    "quantize",
     "resume",
 }

@@ -13,7 +13,7 @@ from tiny import CONFIGS, build, tiny_folder
 def test_every_linear_layer_has_a_field(architecture: str, tmp_path: Path) -> None:
     base = build(tiny_folder(tmp_path, architecture))
     named = {name: fields_of(name, base.head_name) for name in base.linears}
-    assert all(named.values()), named
+    assert all(fields or name.endswith("shared_expert_gate") for name, fields in named.items()), named
     experts = architecture == "mixtral"
     found = {field for fields in named.values() for field in fields}
     assert found >= ({"q", "k", "v", "o", "head"} if experts else {"q", "k", "v", "o", "up", "down", "head"})

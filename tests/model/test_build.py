@@ -35,7 +35,7 @@ def test_quantised_logits_are_those_of_the_dequantised_weights(architecture: str
     unpacked = 0
     with torch.no_grad():
         for name, module in dense.named_modules():
-            if type(module).__name__ == "MixtralExperts":
+            if type(module).__name__.endswith("Experts"):
                 ours = base.model.get_submodule(name)
                 for key, experts in (("gate_up_proj", ours.gate_up), ("down_proj", ours.down)):
                     for index, expert in enumerate(experts):
@@ -114,3 +114,14 @@ def test_configs_that_cannot_be_trained_on_are_refused(config: dict, words: str,
     with pytest.raises(ModelError) as refused:
         build(folder)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(storage: str, value: float, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="up_proj.weight holds numbers that are not finite"):
+        build(folder, storage)

@@ -12,7 +12,15 @@ from smidgen.errors import ModelError
 
 from .gguf_header import GgufHeader
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "make_config", "tensor_name"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture_for",
+    "architecture_of",
+    "gguf_tensor_name",
+    "make_config",
+    "tensor_name",
+]
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,12 @@ def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
+def architecture_for(model_type: str) -> tuple[str, Architecture] | None:
+    """The GGUF architecture that a Hugging Face model is written as; None if there is no row for it."""
+    written = "llama" if model_type == "mistral" else model_type  # as llama.cpp's converter does
+    return next(((name, row) for name, row in ARCHITECTURES.items() if row.model_type == written), None)
+
+
 def make_config(header: GgufHeader) -> dict[str, Any]:
     """The content of config.json that stands for this file's metadata."""
     name, row = architecture_of(header)
@@ -258,3 +272,18 @@ def tensor_name(row: Architecture, name: str, layers: int) -> str | None:
     if str(int(number)) != number or int(number) >= layers:
         return None
     return f"model.layers.{number}.{row.layer_tensors[part]}.{kind}"
+
+
+def gguf_tensor_name(row: Architecture, name: str) -> str | None:
+    """The reverse of tensor_name; None for a name that the architecture does not have.
+
+    >>> gguf_tensor_name(ARCHITECTURES["llama"], "model.layers.3.self_attn.q_proj.weight")
+    'blk.3.attn_q.weight'
+    """
+    module, _, kind = name.rpartition(".")
+    theirs = next((theirs for theirs, ours in row.tensors.items() if ours == module), None)
+    if theirs is None and module.startswith("model.layers."):
+        number, _, part = module.removeprefix("model.layers.").partition(".")
+        found = next((theirs for theirs, ours in row.layer_tensors.items() if ours == part), None)
+        theirs = f"blk.{number}.{found}" if found else None
+    return f"{theirs}.{kind}" if theirs and kind in ("weight", "bias") else None

@@ -20,7 +20,7 @@ from .gguf_header import GgufHeader, read_header
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GgufCheckpoint", "open_parts", "unpermute"]
+__all__ = ["GgufCheckpoint", "open_parts", "permute", "unpermute"]
 
 _MAX_PARTS = 1000
 
@@ -126,6 +126,11 @@ class GgufCheckpoint:
         """The tensor's name in the file."""
         return self._gguf_names[name]
 
+    def extra(self, name: str) -> "torch.Tensor":
+        """A tensor that is no parameter, by its name in the file: a view."""
+        info = self.header.tensors[name]
+        return self._files[name].tensor(info.dtype, info.shape, info.offset)
+
     def _floats(self, name: str, count: int) -> "torch.Tensor":
         """A one-dimensional F32 tensor that is no parameter of the model."""
         info = self.header.tensors.get(name)
@@ -206,6 +211,13 @@ def unpermute(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
     """Rows of q or k, [heads * head_dim, ...], from pairs to halves: a head's row 2i + j goes to j * head_dim/2 + i."""
     rows = weight.shape[0]
     halves = weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def permute(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """The reverse of unpermute: a head's row j * head_dim/2 + i goes to 2i + j."""
+    rows = weight.shape[0]
+    halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 

@@ -123,6 +123,13 @@ class Console:
         self.line()
         self.show(views.facts(result))
 
+    def quantised(self, result: Mapping[str, Any]) -> None:
+        """What `smidgen quantize` measured."""
+        self.results({key: value for key, value in result.items() if key not in ("errors", "perplexity")})
+        for title, renderable in views.quantisation(result):
+            self.title(title)
+            self.show(renderable)
+
     def data_report(self, report: "DataReport") -> None:
         """What `smidgen data` found."""
         for title, renderable in views.data_report(report, plain=not self._result.is_terminal):

@@ -27,6 +27,8 @@ VERBS = {
     "chat": "Talk with a model or a run.",
     "evaluate": "Measure loss, perplexity and answers on held-out data.",
     "merge": "Write a full model from a run.",
+    "export": "Write a run for llama.cpp, Ollama or transformers.",
+    "quantize": "Write a model with packed weights: bitsandbytes or GPTQ.",
     "data": "Show how rows become tokens and labels.",
     "download": "Fetch a model into the cache.",
     "doctor": "What this machine can do.",

@@ -24,7 +24,10 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. kind: int, float, str or bool; a bool has a --no- twin. default None: nothing is passed on."""
+    """One flag. kind: int, float, str or bool. default None: nothing is passed on.
+
+    no: how the twin of a bool is spelt that switches it off, if not --no-NAME.
+    """
 
     name: str
     kind: type
@@ -36,6 +39,7 @@ class Flag:
     metavar: str = ""
     check: Callable[[Any], bool] | None = None
     expected: str = ""  # what `check` wants, in words
+    no: str = ""
 
     @property
     def spelling(self) -> str:
@@ -44,7 +48,7 @@ class Flag:
     def option(self) -> "GroupedOption":
         """The click option that carries this flag's words, unread, to `values.collect`."""
         if self.kind is bool:
-            no = self.spelling.replace("--", "--no-", 1)
+            no = self.no or self.spelling.replace("--", "--no-", 1)
             return GroupedOption([f"{self.spelling}/{no}"], default=None, help=self._help(), group=self.group)
         metavar = self.metavar or ("[" + "|".join(self.choices) + "]" if self.choices else _METAVARS[self.kind])
         return GroupedOption([self.spelling], metavar=metavar, help=self._help(), group=self.group)

@@ -24,6 +24,7 @@ __all__ = [
     "marked_row",
     "percent",
     "printable",
+    "quantisation",
     "run_figures",
 ]
 
@@ -173,6 +174,28 @@ def data_report(report: "DataReport", *, plain: bool) -> list[tuple[str, Any]]:
         more = report.suspicious_rows - len({where for where, _ in report.suspicious[:10]})
         lines = [*map(printable, shown), *([f"and {more:,} more rows"] if more > 0 else [])]
         parts.append(("Worth a look", Text("\n".join(lines))))
+    return parts
+
+
+def quantisation(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """(title, table) of the errors of GPTQ, by kind of layer, and of the perplexities; nothing for other forms."""
+    parts: list[tuple[str, Table]] = []
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for error in result.get("errors", ()):
+        kinds.setdefault(str(error["layer"]).rpartition(".")[2], []).append(error)
+    if kinds:
+        titles = ("layers", "GPTQ, mean", "worst", "nearest, mean", "worst")
+        table = _table("", *titles, right=titles)
+        for kind, errors in kinds.items():
+            columns = [[error[key] for error in errors] for key in ("gptq", "rtn")]
+            figures = [percent(value) for column in columns for value in (sum(column) / len(column), max(column))]
+            table.add_row(printable(kind), f"{len(errors):,}", *figures)
+        parts.append(("Relative error of the layers' outputs, GPTQ beside rounding to nearest", table))
+    if perplexity := result.get("perplexity"):
+        table = _table("", "perplexity", right=("perplexity",))
+        for key, title in (("before", "before"), ("gptq", "GPTQ"), ("rtn", "rounding to nearest"), ("nf4", "NF4")):
+            table.add_row(title, f"{perplexity[key]:.2f}")
+        parts.append((f"Perplexity of {perplexity['tokens']:,} held-out tokens", table))
     return parts
 
 

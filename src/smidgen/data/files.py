@@ -13,13 +13,23 @@ from typing import Any
 
 from smidgen.errors import DataError
 
-__all__ = ["MAX_DEPTH", "MAX_ROW_BYTES", "SUFFIXES", "Record", "describe", "read_records"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_ROW_BYTES",
+    "SUFFIXES",
+    "TEXT_SUFFIXES",
+    "Record",
+    "describe",
+    "read_records",
+    "read_text",
+]
 
 Record = tuple[str, dict[str, Any]]  # where ("train.jsonl:12"), columns
 
 MAX_ROW_BYTES = 16_000_000
 MAX_DEPTH = 64
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".raw", ".md")  # plain text, which has no rows
 _TYPE_NAMES = {
     dict: "an object",
     list: "a list",
@@ -45,6 +55,16 @@ def read_records(path: Path) -> Iterator[Record]:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}", cure="check the path and its rights"
         ) from None
+
+
+def read_text(path: Path) -> str:
+    """A plain text file, whole. Raises DataError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start}", expected="UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", expected="a plain text file") from None
 
 
 def describe(value: object) -> str:

@@ -1,12 +1,19 @@
 """How far two models are apart: the same text through both."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from smidgen.data.render import IGNORED, Example
+from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 
-__all__ = ["compare_models"]
+__all__ = ["Distance", "compare_models", "label_logits", "plain_example", "without_adapters"]
+
+_MOST_POSITIONS = 256  # of labels that are compared
 
 # Ordinary prose; any text of some length will do, it only has to be the same for both.
 _TEXT = (
@@ -15,15 +22,66 @@ _TEXT = (
 )
 
 
+@dataclass(frozen=True)
+class Distance:
+    """Between two models on the same tokens: mean KL divergence in nats, the largest difference of a logit, how often
+    the top token agrees.
+    """
+
+    mean_kl: float
+    max_logit_difference: float
+    same_top_token: float
+
+    @classmethod
+    def between(cls, ours: torch.Tensor, theirs: torch.Tensor) -> "Distance":
+        """Logits [positions, vocab_size], float32; the divergence is of `theirs` from `ours`."""
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        return cls(
+            float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0)),
+            float((ours - theirs).abs().max()),
+            float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        )
+
+
+def plain_example(tokenizer: Any) -> Example:
+    """A short text, all of it labels."""
+    ids = tokenizer(_TEXT).input_ids
+    return Example(ids, [IGNORED, *ids[1:]], truncated=False, where="plain text")
+
+
+@torch.no_grad()
+def label_logits(base: Base, examples: Sequence[Example]) -> torch.Tensor:
+    """Logits float32 [positions, vocab_size] where the examples have labels, 256 of these positions at most."""
+    found: list[torch.Tensor] = []
+    count = 0
+    for example in examples:
+        labels = torch.tensor(example.labels[1:])
+        places = (labels != IGNORED).nonzero().flatten()[: _MOST_POSITIONS - count]
+        if len(places):
+            hidden = base.hidden_of(torch.tensor([example.input_ids], device=base.device))[0]
+            found.append(base.logits_of(hidden[places.to(hidden.device)]).float().cpu())
+            count += len(places)
+    return torch.cat(found)
+
+
+@contextmanager
+def without_adapters(base: Base) -> Iterator[None]:
+    """The bare base for a while: every adapter's alpha is 0."""
+    adapters = [module for module in base.model.modules() if isinstance(module, LoraLinear)]
+    alphas = [adapter.alpha for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.alpha = 0.0
+        yield
+    finally:
+        for adapter, alpha in zip(adapters, alphas, strict=True):
+            adapter.alpha = alpha
+
+
 @torch.no_grad()
 def compare_models(first: Base, second: Base, tokenizer: Any) -> dict[str, float]:
     """Logits over a short text: the largest difference, mean KL divergence in nats, how often the top token agrees."""
-    ids = torch.tensor([tokenizer(_TEXT).input_ids])
+    ids = torch.tensor([plain_example(tokenizer).input_ids])
     ours = first.logits_of(first.hidden_of(ids.to(first.device)))[0].float().cpu()
     theirs = second.logits_of(second.hidden_of(ids.to(second.device)))[0].float().cpu()
-    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-    return {
-        "max_logit_difference": float((ours - theirs).abs().max()),
-        "mean_kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0)),
-        "same_top_token": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-    }
+    return asdict(Distance.between(ours, theirs))

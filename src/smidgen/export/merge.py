@@ -6,7 +6,9 @@ shard under the names that transformers expects in a checkpoint.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from smidgen.model.experts import PackedExperts
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import FrozenMatrix
 
-__all__ = ["dense_parameters", "save_merged"]
+__all__ = ["MergedParameter", "dense_parameters", "merged_parameters", "save_merged", "write_merged", "write_model"]
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -39,8 +41,23 @@ def _dense(matrix: FrozenMatrix, lora: LoraLinear | None, dtype: torch.dtype) ->
     return weight
 
 
+@dataclass(frozen=True)
+class MergedParameter:
+    """A parameter of the merged model, by transformers' own name; `make` computes it, and nothing keeps it."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[torch.dtype], torch.Tensor]
+
+
 def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter of the merged model, by transformers' own names, one at a time.
+    """(name, tensor) of every parameter of the merged model, one at a time; see merged_parameters."""
+    for parameter in merged_parameters(base):
+        yield parameter.name, parameter.make(dtype)
+
+
+def merged_parameters(base: Base) -> Iterator[MergedParameter]:
+    """Every parameter of base + adapters.
 
     A tied head is left out unless it has an adapter: then head and embedding are two matrices from now on.
     """
@@ -51,18 +68,33 @@ def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torc
         if isinstance(linear, FrozenLinear) and not name.endswith(".base"):
             if name == head_name and lora is None and _is_tied(base):
                 continue
-            weight = _dense(linear.weight, lora, dtype)
-            yield f"{name}.weight", weight.t().contiguous() if linear.transposed else weight
+            shape = (linear.in_features, linear.out_features)
+            shape = shape if linear.transposed else shape[::-1]
+            yield MergedParameter(f"{name}.weight", shape, partial(_linear, linear, lora))
             if linear.bias is not None:
-                yield f"{name}.bias", linear.bias.to(dtype)
+                yield MergedParameter(f"{name}.bias", tuple(linear.bias.shape), linear.bias.to)
         elif isinstance(module, FrozenEmbedding):
-            yield f"{name}.weight", _dense(module.weight, None, dtype)
+            matrix = module.weight
+            shape = (matrix.out_features, matrix.in_features)
+            yield MergedParameter(f"{name}.weight", shape, partial(_dense, matrix, None))
         elif isinstance(module, PackedExperts):
             for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
-                yield f"{name}.{key}", torch.stack([_dense(expert, None, dtype) for expert in experts])  # type: ignore[arg-type]
+                first: Any = experts[0]
+                shape = (len(experts), first.out_features, first.in_features)
+                yield MergedParameter(f"{name}.{key}", shape, partial(_experts, experts))
         elif not isinstance(module, FrozenMatrix | LoraLinear):
             for key, parameter in module.named_parameters(recurse=False):
-                yield (f"{name}.{key}" if name else key), parameter.detach().to(dtype)
+                full = f"{name}.{key}" if name else key
+                yield MergedParameter(full, tuple(parameter.shape), parameter.detach().to)
+
+
+def _linear(linear: FrozenLinear, lora: LoraLinear | None, dtype: torch.dtype) -> torch.Tensor:
+    weight = _dense(linear.weight, lora, dtype)
+    return weight.t().contiguous() if linear.transposed else weight
+
+
+def _experts(experts: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.stack([_dense(expert, None, dtype) for expert in experts])
 
 
 def _is_tied(base: Base) -> bool:
@@ -71,34 +103,64 @@ def _is_tied(base: Base) -> bool:
 
 def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
     """Write the merged model as a Hugging Face folder, whole or not at all. Raises RunError if `out` exists."""
+    with new_folder(out) as folder:
+        write_merged(base, folder, dtype, tokenizer, report)
+
+
+def write_merged(base: Base, folder: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
+    """The files of save_merged, into a folder that is there."""
+    write_model(base, folder, _merged_tensors(base, dtype, report), dtype, tokenizer)
+
+
+def _merged_tensors(base: Base, dtype: torch.dtype, report: Report) -> Iterator[tuple[str, torch.Tensor]]:
     total = sum(p.numel() for p in base.model.parameters()) + sum(
         m.out_features * m.in_features for m in base.model.modules() if isinstance(m, FrozenMatrix)
     )
-    with new_folder(out) as folder:
-        shards = _write_shards(base, folder, dtype, total, report)
-        _write_index(folder, shards)
-        config = base.model.config.to_dict()
-        config.pop("quantization_config", None)
-        config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
-        if isinstance(base.head, LoraLinear):
-            config["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+    done = 0
+    for name, tensor in dense_parameters(base, dtype):
+        yield name, tensor
+        done += tensor.numel()
+        report(Progress("merging", min(done, total), total))
+    report(Progress("merging", total, total))
+
+
+def write_model(
+    base: Base,
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    tokenizer: Any,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """A model's files into a folder that is there; what has come of `tensors` is written shard by shard.
+
+    tensors: by transformers' own names, one at a time. dtype: of those that are not packed. quantization: what
+    config.json is to say of the packed ones.
+    """
+    _write_index(folder, _write_shards(base, folder, tensors))
+    config = base.model.config.to_dict()
+    config.pop("quantization_config", None)
+    config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if isinstance(base.head, LoraLinear):
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+    )
+    if base.model.generation_config is not None:
+        (folder / "generation_config.json").write_text(
+            base.model.generation_config.to_json_string(), encoding="utf-8"
         )
-        if base.model.generation_config is not None:
-            (folder / "generation_config.json").write_text(
-                base.model.generation_config.to_json_string(), encoding="utf-8"
-            )
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _write_shards(
-    base: Base, folder: Path, dtype: torch.dtype, total: int, report: Report
+    base: Base, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> list[dict[str, torch.Size]]:
     """part-1.safetensors, part-2 ...; returns the names (and shapes) in each."""
     shards: list[dict[str, torch.Size]] = []
     pending: dict[str, torch.Tensor] = {}
-    done = 0
 
     def flush() -> None:
         if pending:
@@ -106,15 +168,12 @@ def _write_shards(
             shards.append({name: tensor.shape for name, tensor in pending.items()})
             pending.clear()
 
-    for name, tensor in dense_parameters(base, dtype):
+    for name, tensor in tensors:
         for saved_name, saved in revert_weight_conversion(base.model, {name: tensor}).items():
             pending[saved_name] = saved.contiguous()
-        done += tensor.numel()
-        report(Progress("merging", min(done, total), total))
         if sum(t.numel() * t.element_size() for t in pending.values()) >= _SHARD_BYTES:
             flush()
     flush()
-    report(Progress("merging", total, total))
     return shards
 
 

@@ -132,11 +132,18 @@ def build_base(
 def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
     content = dict(checkpoint.config)
     content.pop("quantization_config", None)  # the blocks are read by ourselves
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):  # modules are made before a weight is looked for
+        if isinstance(content.get(key), int) and content[key] > len(checkpoint.tensors):
+            expected = f"at most the {len(checkpoint.tensors)} tensors that there are"
+            raise ModelError(f"{checkpoint.path}: wrong {key}", expected=expected, found=str(content[key])[:30])
     model_type = str(content.get("model_type"))
     if trust_remote_code and content.get("auto_map"):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
     elif model_type in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model_type].from_dict(content)
+        try:
+            config = CONFIG_MAPPING[model_type].from_dict(content)
+        except Exception as error:  # each class checks its values in words of its own
+            raise ModelError(f"{checkpoint.path}/config.json: {_one_line(error)}") from error
     else:
         cure = "update transformers"
         if content.get("auto_map"):
@@ -150,14 +157,17 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
     return config
 
 
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
 def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"config.json does not describe a causal language model: {reason}") from error
+    except Exception as error:  # whatever a model's code raises over sizes that do not fit together
+        raise ModelError(f"config.json does not describe a causal language model: {_one_line(error)}") from error
     if model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no output head, so it is no causal language model")
     if getattr(config, "is_encoder_decoder", False):
@@ -241,8 +251,16 @@ def _frozen_linear(
     if matrix is None:
         weight = weights.read(f"{name}.weight")
         matrix = quantise(weight.t() if transposed else weight, "none" if is_kept else storage)
+        if not isinstance(matrix, DenseMatrix):
+            _check_finite(matrix, f"{weights.checkpoint.path}: tensor {name}.weight")
     bias = None if layer.bias is None else weights.read(f"{name}.bias").to(dtype)
     return FrozenLinear(matrix, bias, transposed=transposed)  # type: ignore[arg-type]
+
+
+def _check_finite(matrix: FrozenMatrix, what: str) -> None:
+    """Of a matrix just quantised: one number that is not finite spoils the scales of many."""
+    if not all(bool(buffer.isfinite().all()) for buffer in matrix.buffers() if buffer.is_floating_point()):
+        raise ModelError(f"{what} holds numbers that are not finite", cure="download it again")
 
 
 def _packed_experts(module: nn.Module, name: str, weights: Weights, storage: str) -> PackedExperts:
@@ -315,6 +333,11 @@ def _check_head(base: Base) -> None:
     # A few models call a part of their backbone directly; then it has to run once more.
     hidden = captured[0] if captured else base.hidden_of(torch.arange(3, device=base.device)[None])
     ours = base.logits_of(hidden)
+    if not expected.isfinite().all():
+        raise ModelError(
+            f"{base.checkpoint.path}: its weights give numbers that are not finite",
+            cure="download it again, or compute in float32 if another type was asked for",
+        )
     if not torch.allclose(ours, expected.to(ours.dtype), rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
         raise ModelError(
             f"{type(base.model).__name__} computes its logits in a way that is not known here",

@@ -142,6 +142,11 @@ class FusedLayer(nn.Module):
             self.attention_type = layer.attention_type
         self._stacked: tuple[list[nn.Module], _Parts] | None = None
 
+    @property
+    def original(self) -> nn.Module:
+        """transformers' own layer over the same submodules, each of which it calls."""
+        return self._original[0]
+
     def parts(self) -> _Parts:
         """The stacked weights; made anew when a layer has been exchanged, for instance by an adapter over it."""
         attention: Any = self.self_attn

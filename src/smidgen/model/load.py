@@ -14,13 +14,17 @@ from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.kernels.library import MISSING, native_library
 from smidgen.model.build import Base, build_base
+from smidgen.model.calibration import builtin_text, cut_rows, tokens_of
 from smidgen.model.device import choose_compute_dtype, choose_device
+from smidgen.model.gptq import quantise_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.tokenizer import load_tokenizer
+from smidgen.quant.gptq import GptqSettings
 
 __all__ = ["Source", "choose_storage", "load_base", "open_source"]
 
 DEFAULT_STORAGE = "nf4-dq"
+_GPTQ_ROWS, _GPTQ_TOKENS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Source:
     name: str
     checkpoint: Checkpoint
     tokenizer: Any
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the checkpoint has packed weights that can be used as they are."""
+        return stored_weights(self.checkpoint) is not None
 
     @property
     def max_positions(self) -> int:
@@ -105,11 +114,21 @@ def load_base(
         report(Warned(MISSING))
     dtype, why = choose_compute_dtype(compute_dtype, place)
     report(Note(why))
-    return build_base(
+    stored = stored_weights(source.checkpoint)
+    is_new = storage == "gptq" and (stored is None or stored.storage != "gptq")
+    base = build_base(
         source.checkpoint,
-        storage=storage,
+        storage=storage if not is_new else stored.storage if stored else "none",
         compute_dtype=dtype,
         device=place,
         trust_remote_code=trust_remote_code,
         report=report,
     )
+    if is_new:
+        length = min(_GPTQ_TOKENS, source.max_positions)
+        ids = tokens_of(builtin_text(), source.tokenizer, _GPTQ_ROWS * length)
+        text = cut_rows(
+            ids, rows=_GPTQ_ROWS, length=length, held_out=False, source="the built-in sample", report=report
+        )
+        quantise_base(base, text.rows, GptqSettings(), report)
+    return base

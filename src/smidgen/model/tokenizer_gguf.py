@@ -119,7 +119,7 @@ def _byte_level(metadata: Metadata, tokens: list[str], types: Any, special: dict
         cure = "use the model's Hugging Face folder instead"
         raise ModelError(f"{metadata.path}: unknown tokenizer.ggml.pre", expected=known, found=name[:40], cure=cure)
     rule = PRE_TOKENIZERS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.strings("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.strings("tokenizer.ggml.merges", [])]
     if any(len(merge) != 2 for merge in merges):
         raise ModelError(f"{metadata.path}: an entry of tokenizer.ggml.merges is not two tokens with a space between")
     vocab = {token: number for number, token in enumerate(tokens)}

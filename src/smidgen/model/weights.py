@@ -97,6 +97,23 @@ class Weights:
                 cure="check that config.json belongs to these weights",
             )
 
+        for name, shape in self.shapes.items():
+            recipe = self._recipes.get(name)
+            sources = recipe.names() if recipe and recipe.converter is None else []
+            info = self.checkpoint.tensors.get(sources[0]) if sources else None
+            # bytes have a shape of their own, which their reader checks
+            is_packed = self._stored is not None and len(shape) == 2
+            if info is not None and info.shape != shape and not is_packed:
+                raise self._wrong_shape(name, info.shape)
+
+    def _wrong_shape(self, name: str, found: tuple[int, ...]) -> ModelError:
+        return ModelError(
+            f"{self.checkpoint.path}: tensor {name}",
+            expected=f"shape {list(self.shapes[name])} by config.json",
+            found=str(list(found)),
+            cure="check that config.json belongs to these weights",
+        )
+
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
 
@@ -127,12 +144,7 @@ class Weights:
             tensor = tensor[0] if isinstance(tensor, list) else tensor
         shape = self.shapes.get(name, tuple(tensor.shape))
         if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{self.checkpoint.path}: tensor {name}",
-                expected=f"shape {list(shape)} by config.json",
-                found=str(list(tensor.shape)),
-                cure="check that config.json belongs to these weights",
-            )
+            raise self._wrong_shape(name, tuple(tensor.shape))
         return tensor
 
 

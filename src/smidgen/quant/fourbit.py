@@ -141,7 +141,7 @@ def nest_scales(absmax: torch.Tensor) -> NestedScales:
     blocks = torch.nn.functional.pad(centred, (0, pad)).view(-1, NESTED_BLOCKSIZE)
     outer = blocks.abs().amax(dim=1)
     scaled = blocks * torch.where(outer > 0, 1.0 / outer, 0.0).unsqueeze(1)
-    grid = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).long()
+    grid = ((scaled.nan_to_num(0).clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).long()
     codes = _nearest_on_grid().to(absmax.device)[grid]
     codes[outer == 0] = 0  # what the reference stores for a block without spread; it decodes to exactly the offset
     return NestedScales(codes.view(-1)[: centred.numel()].contiguous(), outer, offset)

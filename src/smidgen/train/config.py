@@ -15,7 +15,7 @@ from smidgen.units import parse_duration
 
 __all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
 
-QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "none")
+QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "gptq", "none")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # LitGPT's spellings of --quantize and of --precision, and what they become here.
@@ -52,7 +52,8 @@ class Settings:
         "auto",
         "Base model",
         "How the frozen base is stored. auto: keep the blocks of a base that is already quantised where they can be"
-        " trained on, else nf4-dq (4-bit NormalFloat, double quantisation). none: in its stored 16-bit type.",
+        " trained on, else nf4-dq (4-bit NormalFloat, double quantisation). gptq: 4-bit integers, chosen on the"
+        " training rows (elsewhere on a built-in sample) in some minutes. none: in its stored 16-bit type.",
         choices=QUANTIZE,
         aliases=_LITGPT_QUANTIZE,
     )

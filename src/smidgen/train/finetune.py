@@ -18,16 +18,20 @@ from smidgen.errors import RunError
 from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant
+from smidgen.export.quantise import quantise_model
 from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
+from smidgen.model.calibration import builtin_text, cut_rows, tokens_of
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
 from smidgen.model.fused import is_fused
 from smidgen.model.load import Source, load_base, open_source
 from smidgen.model.recompute import set_recompute
+from smidgen.model.stored import stored_weights
 from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
+from smidgen.quant.gptq import GptqSettings
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
@@ -36,6 +40,8 @@ from smidgen.train.state import Cursor, latest_checkpoint, load_state
 from smidgen.units import format_bytes, format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
+
+_GPTQ_ROWS, _GPTQ_TOKENS = 32, 512  # of the calibration text
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     started = time.perf_counter()
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
-    prepared = _prepare(open_source(model, report), data, settings, report)
+    source = open_source(model, report)
+    if _wants_gptq(source, settings):
+        check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
+    prepared = _prepare(source, data, settings, report, out)
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
@@ -109,7 +118,7 @@ def resume(run: Path, report: Report = silent) -> Run:
     # what `auto` chose at the start is kept, whatever it would choose now
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
-    prepared = _prepare(source, data, settings, report)
+    prepared = _prepare(source, data, settings, report, run)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, settings, checkpoint, started, report)
@@ -119,7 +128,7 @@ def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
-def _prepare(source: Source, data: str, settings: Settings, report: Report) -> _Prepared:
+def _prepare(source: Source, data: str, settings: Settings, report: Report, out: Path) -> _Prepared:
     """Cheap checks first: data and gate come before the weights are read."""
     rows = read_data(data, report=report)
     seq_len = min(settings.seq_len, source.max_positions)
@@ -134,6 +143,8 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report) -> _
     else:
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
+    if _wants_gptq(source, settings):
+        source = _quantised(source, examples, _gptq_folder(out), settings, report)
     base = load_base(
         source,
         quantize=settings.quantize,
@@ -162,6 +173,41 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report) -> _
         _digest([*examples, *held_out]),
         _shared_system(rows.train),
     )
+
+
+def _wants_gptq(source: Source, settings: Settings) -> bool:
+    """Whether the base is to be quantised by GPTQ first; one that is quantised already load_base takes, or refuses."""
+    stored = stored_weights(source.checkpoint) if settings.quantize == "gptq" else None
+    return settings.quantize == "gptq" and (stored is None or stored.storage == "gguf")
+
+
+def _gptq_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-gptq")
+
+
+def _quantised(source: Source, examples: Sequence[Example], folder: Path, settings: Settings, report: Report) -> Source:
+    """The base quantised by GPTQ on the training rows into a folder beside the run, which is the run's base from then
+    on: it takes minutes, and would be another one on other rows.
+    """
+    length = min(_GPTQ_TOKENS, source.max_positions)
+    wanted = _GPTQ_ROWS * length
+    ids = [token for example in examples for token in example.input_ids][:wanted]
+    name = "the training rows"
+    if len(ids) < wanted // 4:
+        ids += tokens_of(builtin_text(), source.tokenizer, wanted)[: wanted - len(ids)]
+        name += " and the built-in sample"
+    text = cut_rows(ids, rows=_GPTQ_ROWS, length=length, held_out=False, source=name, report=report)
+    quantise_model(
+        source,
+        folder,
+        "gptq",
+        settings=GptqSettings(),
+        calibration=text,
+        trust_remote_code=settings.trust_remote_code,
+        report=report,
+    )
+    report(Note(f"the quantised base lies in {folder}: the run needs it from now on"))
+    return open_source(str(folder), report)
 
 
 def _labelled(examples: Sequence[Example], report: Report) -> list[Example]:

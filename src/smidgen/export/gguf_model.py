@@ -1,0 +1,156 @@
+"""A whole model as one GGUF file: base + adapters merged, tokenizer and chat template inside.
+
+Tensors are made and written one after another. Matrices get the type that is asked for; norms and biases stay float32,
+as llama.cpp wants them; with Q4_0 the embedding and the head are Q8_0, which costs little and spares the output most.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from smidgen.checkpoint.gguf import GgufCheckpoint
+from smidgen.errors import RunError
+from smidgen.events import Progress, Report, Warned, silent
+from smidgen.export.gguf_layout import GgufLayout, write_metadata
+from smidgen.export.gguf_tokenizer import tokenizer_metadata
+from smidgen.export.merge import MergedParameter, merged_parameters
+from smidgen.model.build import Base
+
+__all__ = ["save_gguf"]
+
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of them
+_SIZES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
+_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "split.", "quantize.")
+_OPTIONAL = {  # key of config.json -> below "<architecture>.", where the model has it
+    "gemma2": {
+        "sliding_window": "attention.sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"sliding_window": "attention.sliding_window"},
+    "phi3": {"sliding_window": "attention.sliding_window"},
+}
+
+
+@torch.no_grad()
+def save_gguf(base: Base, tokenizer: Any, path: Path, kind: str, report: Report = silent) -> None:
+    """kind: F16, BF16, Q8_0 or Q4_0. Raises RunError for an architecture or tokenizer that cannot be written."""
+    import gguf
+
+    layout = GgufLayout.of(base)
+    parameters = list(merged_parameters(base))
+    extra = _rotary_factors(base)
+    writer = gguf.GGUFWriter(None, layout.architecture)
+    write_metadata(writer, _metadata(base, layout, tokenizer, report))
+    write_metadata(writer, {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2})
+    kinds = {parameter.name: _kind_of(parameter, layout.name(parameter.name), kind) for parameter in parameters}
+    for name, factors in extra.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+    for parameter in parameters:
+        own = kinds[parameter.name]
+        block, size = _SIZES[own]
+        nbytes = math.prod(parameter.shape) // block * size
+        stored = np.dtype({"F32": np.float32, "F16": np.float16}.get(own, np.uint8))
+        shape = (*parameter.shape[:-1], parameter.shape[-1] // block * size) if stored == np.uint8 else parameter.shape
+        writer.add_tensor_info(
+            layout.name(parameter.name), shape, stored, nbytes, raw_dtype=gguf.GGMLQuantizationType[own]
+        )
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for factors in extra.values():
+        writer.write_tensor_data(factors)
+    for done, parameter in enumerate(parameters):
+        report(Progress("writing GGUF", done, len(parameters)))
+        tensor = layout.stored(parameter.name, parameter.make(torch.float32).cpu()).contiguous()
+        raw = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType[kinds[parameter.name]])
+        writer.write_tensor_data(np.ascontiguousarray(raw))
+    report(Progress("writing GGUF", len(parameters), len(parameters)))
+    writer.close()
+
+
+def _kind_of(parameter: MergedParameter, theirs: str, kind: str) -> str:
+    if len(parameter.shape) < 2:
+        return "F32"
+    if len(parameter.shape) > 2:
+        raise RunError(f"{parameter.name} has {len(parameter.shape)} dimensions, which is not written as GGUF here")
+    if parameter.shape[-1] % _SIZES[kind][0]:
+        return "F16"  # rows of no whole number of blocks
+    return "Q8_0" if kind == "Q4_0" and theirs.startswith(("token_embd", "output")) else kind
+
+
+def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) -> dict[str, Any]:
+    if isinstance(base.checkpoint, GgufCheckpoint):
+        values = base.checkpoint.header.metadata.values
+        return {key: value for key, value in values.items() if not key.startswith(_NOT_COPIED)}
+    name, row, config = layout.architecture, layout.row, layout.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values: dict[str, Any] = {"general.type": "model"}
+    values |= {f"{name}.{suffix}": int(getattr(config, key)) for key, suffix in row.integers.items()}
+    values |= {f"{name}.{suffix}": float(getattr(config, key)) for key, suffix in row.numbers.items()}
+    values |= {
+        f"{name}.vocab_size": int(config.vocab_size),
+        f"{name}.attention.head_count_kv": int(getattr(config, "num_key_value_heads", config.num_attention_heads)),
+        f"{name}.attention.key_length": head_dim,
+        f"{name}.attention.value_length": head_dim,
+    }
+    for key, suffix in _OPTIONAL.get(name, {}).items():
+        if getattr(config, key, None):
+            values[f"{name}.{suffix}"] = getattr(config, key)
+    _check_unsaid(layout, head_dim)
+    window = getattr(config, "sliding_window", None)
+    if name == "llama" and window and window < config.max_position_embeddings:
+        lost = f"GGUF has no sliding window for this model: beyond {window} tokens other programs see all of a text"
+        report(Warned(lost))
+    return values | _rotary(name, config, head_dim) | tokenizer_metadata(tokenizer, config.vocab_size)
+
+
+def _check_unsaid(layout: GgufLayout, head_dim: int) -> None:
+    """Gemma's scale of attention has no key: readers know it from the family. Another one would be lost in silence."""
+    scalar = getattr(layout.config, "query_pre_attn_scalar", None)
+    usual = (head_dim, layout.config.hidden_size // layout.config.num_attention_heads)
+    if scalar is not None and scalar not in usual:
+        raise RunError(
+            f"query_pre_attn_scalar {scalar} has no place in GGUF", expected=" or ".join(map(str, usual)),
+            cure="use --to hf",
+        )  # fmt: skip
+
+
+def _rotary(name: str, config: Any, head_dim: int) -> dict[str, Any]:
+    rope = dict(config.rope_parameters)
+    values: dict[str, Any] = {}
+    if "full_attention" in rope:  # Gemma 3
+        values[f"{name}.rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+        rope = dict(rope["full_attention"])
+    values[f"{name}.rope.freq_base"] = float(rope["rope_theta"])
+    values[f"{name}.rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        values |= {f"{name}.rope.scaling.type": kind, f"{name}.rope.scaling.factor": float(rope["factor"])}
+    if kind in ("yarn", "longrope"):
+        key = f"{name}.rope.scaling.original_context_length"
+        values[key] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
+        raise RunError(f"rotary scaling {kind!r} is not written as GGUF here", cure="use --to hf")
+    return values
+
+
+def _rotary_factors(base: Base) -> dict[str, np.ndarray]:
+    """Tensors that are no parameter: what divides each frequency (Llama 3), or does so in short and in long texts."""
+    checkpoint = base.checkpoint
+    if isinstance(checkpoint, GgufCheckpoint):
+        names = [name for name in checkpoint.row.ignored if name in checkpoint.header.tensors]
+        return {name: checkpoint.extra(name).numpy() for name in names}
+    config: Any = base.model.config
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{k}.weight": np.array(rope[f"{k}_factor"], np.float32) for k in ("long", "short")}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    backbone: Any = base.backbone
+    return {"rope_freqs.weight": (plain / backbone.rotary_emb.inv_freq.double().cpu()).float().numpy()}

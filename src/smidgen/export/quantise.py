@@ -1,0 +1,161 @@
+"""A 16-bit model or a GGUF file -> a packed folder: the work behind `smidgen quantize`."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.data.files import TEXT_SUFFIXES, read_text
+from smidgen.data.records import read_data
+from smidgen.data.render import Renderer
+from smidgen.errors import ModelError
+from smidgen.events import Note, Report, Saved, silent
+from smidgen.export.files import check_vacant, folder_bytes, new_folder
+from smidgen.export.packed import BNB_STORAGES, save_gptq, save_packed
+from smidgen.model.build import Base
+from smidgen.model.calibration import Calibration, builtin_text, cut_rows, tokens_of
+from smidgen.model.device import peak_rss_bytes
+from smidgen.model.gptq import GptqPass
+from smidgen.model.load import Source, load_base
+from smidgen.model.stored import stored_weights
+from smidgen.quant.gptq import GptqSettings
+from smidgen.units import format_bytes
+
+__all__ = ["PACKED_FORMS", "calibration_of", "check_quantisable", "plain_dtype", "quantise_model"]
+
+PACKED_FORMS = ("nf4-dq", "nf4", "fp4", "int8", "gptq")
+
+
+def calibration_of(
+    spec: str | None, source: Source, *, rows: int, length: int, held_out: bool, report: Report = silent
+) -> Calibration:
+    """Calibration text from a plain text file, from rows of data (data.records.read_data), or the built-in sample.
+
+    Raises DataError for text that cannot be used.
+    """
+    length = min(length, source.max_positions)
+    wanted = (rows + 8) * length
+    if spec is None:
+        ids, name = tokens_of(builtin_text(), source.tokenizer, wanted), "the built-in sample"
+    elif Path(spec).suffix.lower() in TEXT_SUFFIXES:
+        ids, name = tokens_of(read_text(Path(spec)), source.tokenizer, wanted), Path(spec).name
+    else:
+        ids, name = [], Path(spec).name
+        renderer = Renderer(source.tokenizer, seq_len=length, report=report)
+        for row in read_data(spec, hold_out=False, report=report).train:
+            ids += renderer.render(row).input_ids
+            if len(ids) >= wanted:
+                break
+    return cut_rows(ids, rows=rows, length=length, held_out=held_out, source=name, report=report)
+
+
+def plain_dtype(base: Base) -> torch.dtype:
+    """The type that embedding and norms of a folder are written in: the base's own, float16 for a GGUF base."""
+    if base.checkpoint.format == "gguf":
+        return torch.float16
+    stored: Any = base.model.get_input_embeddings()
+    return stored.weight.dtype
+
+
+def quantise_model(
+    source: Source,
+    out: Path,
+    to: str,
+    *,
+    settings: GptqSettings | None = None,
+    calibration: Calibration | None = None,
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Write `source` as a folder of packed weights, whole or not at all, and say what it has become.
+
+    to: one of PACKED_FORMS; 'gptq' needs settings and calibration. The weights stay in their mapped file; in memory are
+    those of one decoder layer, a shard of the result (2 GB), and for GPTQ the hidden states of the calibration text.
+    Raises RunError if `out` holds something, ModelError for a base that is quantised already.
+    """
+    started = time.perf_counter()
+    check_vacant(out)
+    check_quantisable(source, report)
+    in_blocks = stored_weights(source.checkpoint) is not None
+    base = load_base(
+        source,
+        quantize="keep" if in_blocks else "none",
+        compute_dtype="float32",
+        device="cpu",
+        trust_remote_code=trust_remote_code,
+        report=_without_choices(report),
+    )
+    dtype = plain_dtype(base)
+    figures: dict[str, Any] = {}
+    if to == "gptq":
+        assert settings is not None and calibration is not None
+        figures = _gptq(base, source, out, settings, calibration, dtype, report)
+    else:
+        assert to in BNB_STORAGES
+        with new_folder(out) as folder:
+            save_packed(base, folder, to, dtype, source.tokenizer, report)
+    for file in sorted(out.iterdir()):
+        report(Saved(file, file.stat().st_size))
+    return {
+        "out": str(out),
+        "to": to,
+        "bytes": folder_bytes(out),
+        **figures,
+        "wall_s": round(time.perf_counter() - started, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def check_quantisable(source: Source, report: Report = silent) -> None:
+    """Raise ModelError for a base that bitsandbytes, GPTQ or AWQ have quantised; note that GGUF blocks are decoded."""
+    stored = stored_weights(source.checkpoint)
+    if stored is None:
+        return
+    if stored.storage != "gguf":
+        raise ModelError(
+            f"{source.checkpoint.path} is stored as {stored.storage} already", expected="a 16-bit model or a GGUF file",
+            cure="take the 16-bit model it was made from",
+        )  # fmt: skip
+    report(Note(f"{source.checkpoint.path.name}: its blocks are decoded and quantised again, so their errors add up"))
+
+
+def _gptq(
+    base: Base,
+    source: Source,
+    out: Path,
+    settings: GptqSettings,
+    calibration: Calibration,
+    dtype: torch.dtype,
+    report: Report,
+) -> dict[str, Any]:
+    hidden_size = base.model.config.get_text_config().hidden_size
+    rows = calibration.rows
+    held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
+    needed = 4 * hidden_size * (rows.numel() + 4 * held_out)
+    report(Note(f"hidden states of the calibration text take {format_bytes(needed)} of memory"))
+    walk = GptqPass(base, rows, settings, calibration.held_out, report)
+    with new_folder(out) as folder:
+        errors = save_gptq(base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer)
+    figures: dict[str, Any] = {
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "symmetric": settings.symmetric,
+        "act_order": settings.act_order,
+        "calibration": {"source": calibration.source, "rows": len(rows), "tokens": rows.numel()},
+        "mean_error": {"gptq": _mean(errors, "gptq"), "rtn": _mean(errors, "rtn")},
+        "errors": errors,
+    }
+    if walk.perplexity:
+        figures["perplexity"] = {"tokens": held_out, **walk.perplexity}
+    return figures
+
+
+def _mean(errors: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(error[key] for error in errors) / len(errors)
+
+
+def _without_choices(report: Report) -> Report:
+    """load_base's notes speak of training; what is packed here is said by the caller."""
+    return lambda event: None if isinstance(event, Note) else report(event)

@@ -1,0 +1,108 @@
+"""Exports that are opened again before anyone sees them: what comes out must still be the fine-tuned model.
+
+The run's logits at the labels of held-out rows are compared with those of the re-opened file. A file that is no nearer
+to the run than the bare base is has lost the fine-tune (coarse blocks can swallow a small adapter), and is not kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.data.render import Example
+from smidgen.errors import RunError
+from smidgen.events import Report, silent
+from smidgen.export.compare import Distance, label_logits, without_adapters
+from smidgen.export.files import folder_bytes, new_file, new_folder
+from smidgen.export.gguf_lora import read_gguf_lora, save_gguf_lora
+from smidgen.export.gguf_model import save_gguf
+from smidgen.export.merge import write_merged
+from smidgen.export.ollama import modelfile
+from smidgen.export.packed import save_packed
+from smidgen.export.quantise import plain_dtype
+from smidgen.lora.linear import LoraLinear
+from smidgen.model.build import Base
+from smidgen.model.load import load_base, open_source
+
+__all__ = ["EXPORTS", "EXPORT_TYPES", "export_verified"]
+
+# What can be written -> the types of its numbers, the first where nothing is asked for.
+EXPORT_TYPES: dict[str, tuple[str, ...]] = {
+    "gguf-lora": ("F32",),
+    "gguf": ("Q8_0", "F16", "BF16", "Q4_0"),
+    "ollama": ("Q8_0", "F16", "BF16", "Q4_0"),
+    "hf": ("float16", "bfloat16", "float32"),
+    "bnb-4bit": ("nf4-dq", "nf4", "fp4"),
+}
+EXPORTS = tuple(EXPORT_TYPES)
+_MODEL_FILE = "model.gguf"
+
+
+def export_verified(
+    base: Base,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    to: str,
+    out: Path,
+    *,
+    kind: str,
+    system: str = "",
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Write base + adapters as one of EXPORTS, whole or not at all. kind: type of the numbers, where there is a choice.
+
+    Returns bytes, compared_tokens, mean_kl, max_logit_difference, same_top_token, and base_kl, the bare base's mean_kl.
+    Raises RunError if the fine-tune did not survive.
+    """
+    reference = label_logits(base, examples)
+    with without_adapters(base):
+        bare = Distance.between(reference, label_logits(base, examples))
+    is_file = to in ("gguf-lora", "gguf")
+    with (new_file if is_file else new_folder)(out) as staging:
+        if to == "gguf-lora":
+            save_gguf_lora(base, staging)
+            theirs = _with_adapters_of(base, staging, examples)
+        else:
+            opened = staging
+            if to == "hf":
+                write_merged(base, staging, getattr(torch, kind), tokenizer, report)
+            elif to == "bnb-4bit":
+                save_packed(base, staging, kind, plain_dtype(base), tokenizer, report)
+            else:
+                opened = staging if is_file else staging / _MODEL_FILE
+                save_gguf(base, tokenizer, opened, kind, report)
+            if to == "ollama":
+                text = modelfile(_MODEL_FILE, tokenizer, system, base.max_positions)
+                (staging / "Modelfile").write_text(text, encoding="utf-8")
+            theirs = _reopened(opened, examples)
+        found = Distance.between(reference, theirs)
+        if not found.mean_kl < bare.mean_kl:
+            raise RunError(
+                f"the fine-tune is lost in {kind}: the export is no nearer to the run than the bare base is"
+                f" (mean KL {found.mean_kl:.3g} and {bare.mean_kl:.3g}); nothing was kept",
+                cure="take a finer type, or export the adapter by itself",
+            )
+    size = out.stat().st_size if is_file else folder_bytes(out)
+    return {"bytes": size, "compared_tokens": len(reference), **asdict(found), "base_kl": bare.mean_kl}
+
+
+def _reopened(path: Path, examples: Sequence[Example]) -> torch.Tensor:
+    source = open_source(str(path))
+    stored = "auto" if source.is_quantised else "none"
+    return label_logits(load_base(source, quantize=stored, compute_dtype="float32"), examples)
+
+
+def _with_adapters_of(base: Base, path: Path, examples: Sequence[Example]) -> torch.Tensor:
+    """Logits of `base` with the adapters that the file holds in the place of its own."""
+    layers = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLinear)}
+    kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.alpha) for name, layer in layers.items()}
+    try:
+        for name, (lora_A, lora_B, scaling) in read_gguf_lora(base, path).items():
+            layer = layers[name]
+            layer.lora_A.data, layer.lora_B.data, layer.alpha = lora_A, lora_B, scaling * layer.rank
+        return label_logits(base, examples)
+    finally:
+        for name, layer in layers.items():
+            layer.lora_A.data, layer.lora_B.data, layer.alpha = kept[name]
