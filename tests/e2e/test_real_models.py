@@ -53,7 +53,7 @@ def test_smollm2_learns_tool_calls_on_the_command_line(tmp_path: Path) -> None:
         pytest.skip("the model cannot be fetched here")
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["loss_before"] == pytest.approx(2.76, abs=0.15)
+    assert summary["loss_before"] == pytest.approx(2.36, abs=0.15)  # over the blocks of the file
     assert summary["loss_after"] < 0.3  # measured 0.12
     assert summary["exact_match_before"] == 0.0 and summary["valid_json_after"] > 0.8
     asked = subprocess.run(

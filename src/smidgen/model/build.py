@@ -34,6 +34,7 @@ from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
 __all__ = ["Base", "build_base"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
+_LARGEST_BUFFER = 1 << 28  # numbers; a causal mask over 16,384 positions
 
 
 @dataclass
@@ -185,6 +186,8 @@ def _fill_buffers(model: PreTrainedModel) -> None:
         if not buffers:
             continue
         for key, buffer in buffers.items():
+            if buffer.numel() > _LARGEST_BUFFER:
+                raise ModelError(f"config.json asks for {buffer.numel():,} numbers in the buffer {name}.{key}"[:200])
             empty = torch.empty_like(buffer, device="cpu")
             module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty
         owner: Any = model
