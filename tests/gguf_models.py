@@ -39,7 +39,7 @@ def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, weight.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _metadata(writer: gguf.GGUFWriter, config: Any, folder: Path) -> None:
+def _metadata(writer: gguf.GGUFWriter, config: Any, folder: Path, *, template: bool) -> None:
     arch = writer.arch
     rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
@@ -74,11 +74,18 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, folder: Path) -> None:
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
+    if template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def write_gguf(
-    folder: Path, out: Path, kinds: dict[str, str], default: str = "Q8_0", tensors_of_part: int = 0
+    folder: Path,
+    out: Path,
+    kinds: dict[str, str],
+    default: str = "Q8_0",
+    tensors_of_part: int = 0,
+    *,
+    template: bool = True,
 ) -> dict[str, torch.Tensor]:
     """A Hugging Face folder as one file, or as parts. kinds: part of a GGUF name -> its type; norms and biases are F32.
 
@@ -89,7 +96,7 @@ def write_gguf(
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(out), arch, split_max_tensors=tensors_of_part)
-    _metadata(writer, config, folder)
+    _metadata(writer, config, folder, template=template)
     dense: dict[str, torch.Tensor] = {}
     for index, (name, weight) in enumerate(load_file(folder / "model.safetensors").items()):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))

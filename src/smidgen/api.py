@@ -418,6 +418,10 @@ def quantize(
     for name, value, least in (("calibration_rows", calibration_rows, 1), ("calibration_len", calibration_len, 16)):
         if value < least:
             problems.append(f"{name}: expected {least} or more, found {value!r}")
+    if to in PACKED_FORMS and to != "gptq":
+        own = {"bits": (bits, 4), "group_size": (group_size, 128), "sym": (sym, True), "act_order": (act_order, False),
+               "damp": (damp, 0.01), "calibration": (calibration, None)}  # fmt: skip
+        problems += [f"{name}: only to='gptq' has this" for name, (value, unset) in own.items() if value != unset]
     if not 0 < damp <= 1:
         problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")
     if problems:

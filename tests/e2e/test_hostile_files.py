@@ -25,6 +25,7 @@ from gguf_models import write_gguf
 from packers import pack_folder
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import SmidgenError
+from smidgen.lora.attach import attach_lora
 from smidgen.model.build import build_base
 from smidgen.model.load import choose_storage
 from tiny import VOCAB_SIZE, tiny_folder
@@ -41,12 +42,12 @@ def _use(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     storage, _ = choose_storage("auto", checkpoint)
     base = build_base(checkpoint, storage=storage, compute_dtype=torch.float32, device=torch.device("cpu"))
-    hidden = base.hidden_of(IDS % base.head.out_features)
-    hidden.detach().requires_grad_()
-    for linear in base.linears.values():
-        g = torch.ones(3, linear.out_features)
-        linear.weight.matmul_t(g)
-    base.logits_of(hidden[:, -1:])
+    names = [name for name in base.linears if name != base.head_name]
+    adapters = attach_lora(base.model, names, rank=2, alpha=2, dropout=0.0, seed=0)
+    ids = IDS % base.head.out_features
+    logits = base.logits_of(base.hidden_of(ids))
+    torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    assert all(layer.lora_B.grad is not None for layer in adapters.values())
     checkpoint.fingerprint()
 
 
@@ -139,6 +140,7 @@ def _attack(path: Path, count: int, mutate: Callable[[random.Random], None], see
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_folders(kind: str, tmp_path: Path) -> None:
     original = FOLDERS[kind](tmp_path)
@@ -149,15 +151,19 @@ def test_folders(kind: str, tmp_path: Path) -> None:
         shutil.copytree(original, target)
         _mutate_folder(target, generator)
 
-    used, refused = _attack(target, COUNT // len(FOLDERS), mutate, seed=len(kind))
+    used, refused = _attack(target, COUNT, mutate, seed=len(kind))
     assert used and refused
 
 
 @pytest.mark.slow
-def test_gguf(tmp_path: Path) -> None:
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kinds", [("Q8_0", "Q4_0", "Q5_1", "F16"), ("Q4_K", "Q6_K", "Q2_K", "Q3_K"), ("Q5_K",) * 4])
+def test_gguf(kinds: tuple[str, ...], tmp_path: Path) -> None:
     original = tmp_path / "tiny.gguf"
-    folder = tiny_folder(tmp_path / "tiny", **_SMALL)
-    write_gguf(folder, original, {"attn_q": "Q4_0", "attn_v": "Q5_1", "ffn_up": "F16"})
+    wide = {} if kinds[0] == "Q8_0" else {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    folder = tiny_folder(tmp_path / "tiny", **_SMALL, **wide)
+    parts = dict(zip(("attn_q", "attn_v", "ffn_up"), kinds[1:], strict=True))
+    write_gguf(folder, original, parts, default=kinds[0])
     raw, target = original.read_bytes(), tmp_path / "attacked.gguf"
     header = raw.index(b"output_norm.weight") + 200
 
@@ -166,5 +172,5 @@ def test_gguf(tmp_path: Path) -> None:
         _mutate_bytes(changed, generator, header)
         target.write_bytes(changed)
 
-    used, refused = _attack(target, COUNT, mutate, seed=1)
+    used, refused = _attack(target, max(1, COUNT // 2), mutate, seed=len(kinds[0]))
     assert used and refused

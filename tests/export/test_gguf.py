@@ -176,3 +176,30 @@ def test_a_sentencepiece_model_keeps_its_words(tmp_path: Path) -> None:
     prompt = "Once upon a time"
     told = again.generate(prompt, raw=True, temperature=0.0, max_new_tokens=60).text
     assert golden.startswith(prompt + told)
+
+
+@pytest.mark.parametrize(("to", "kind"), [("gguf", "F16"), ("gguf-lora", "F32")])
+def test_a_file_with_rows_in_the_wrong_order_is_found_out(
+    to: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path, tiny_folder(tmp_path / "tiny"))
+    monkeypatch.setattr("smidgen.export.gguf_layout.permute", lambda tensor, heads: tensor)
+    with pytest.raises(RunError, match=f"computes something else than the run.*rounding of {kind}"):
+        smidgen.export_run(run, tmp_path / "out.gguf", to=to, type=kind)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_layers_with_windows_that_no_reader_would_expect_are_refused(tmp_path: Path) -> None:
+    run = _run(tmp_path, tiny_folder(tmp_path / "tiny", "gemma3", query_pre_attn_scalar=16), max_time="1s")
+    with pytest.raises(RunError, match=r"layer_types = .*full_attention.* has no place in GGUF"):
+        smidgen.export_run(run, tmp_path / "out.gguf", to="gguf")
+
+
+def test_the_chat_template_of_training_goes_with_the_file(tmp_path: Path) -> None:
+    """Also where the base's own file had none."""
+    folder = tiny_folder(tmp_path / "tiny")
+    write_gguf(folder, tmp_path / "tiny.gguf", {}, template=False)
+    run = _run(tmp_path, tmp_path / "tiny.gguf", max_time="1s")
+    smidgen.export_run(run, tmp_path / "out.gguf", to="gguf")
+    assert smidgen.load(tmp_path / "out.gguf").tokenizer.chat_template == smidgen.load(run).tokenizer.chat_template
+    assert "<|im_start|>" in smidgen.load(run).tokenizer.chat_template

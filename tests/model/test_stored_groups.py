@@ -133,3 +133,26 @@ def test_layouts_that_are_not_read_are_refused_by_name(changes: dict[str, Any], 
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=says):
         smidgen.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(("value", "opens"), [(0.0, True), (0.5, False)])
+def test_biases_that_autogptq_wrote_for_layers_without_one(value: float, opens: bool, tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PROJECTION}.bias"] = torch.full((64,), value, dtype=torch.float16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if opens:
+        smidgen.load(tmp_path / "packed")
+    else:
+        with pytest.raises(ModelError, match=r"q_proj\.bias left over"):
+            smidgen.load(tmp_path / "packed")
+
+
+def test_rules_that_leave_layers_dense_are_read(tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["dynamic"] = {"-:.*lm_head.*": {}}
+    path.write_text(json.dumps(config))
+    assert smidgen.load(tmp_path / "packed").base.storage == "gptq"

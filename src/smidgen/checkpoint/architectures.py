@@ -93,7 +93,8 @@ def _finish_llama(header: GgufHeader, name: str, config: dict[str, Any]) -> None
 def _finish_qwen(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
     _whole_rotary(header, name, config)
     config["hidden_act"] = "silu"
-    config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors  # Qwen 3; Qwen 2 always has one
+    if name == "qwen3":  # Qwen 2 always has one
+        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
 
 
 def _finish_gemma2(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
@@ -219,6 +220,9 @@ def make_config(header: GgufHeader) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [row.class_name], "model_type": row.model_type}
     for key, suffix in row.integers.items():
         config[key] = metadata.integer(f"{name}.{suffix}", low=1)
+    if config["num_hidden_layers"] > len(header.tensors):
+        found, expected = str(config["num_hidden_layers"]), "as many layers as have tensors"
+        raise ModelError(f"{metadata.path}: wrong {name}.block_count", expected=expected, found=found)
     for key, suffix in row.numbers.items():
         # The file has a 32-bit float; 7 digits give back the 1e-05 that config.json had.
         config[key] = float(f"{metadata.number(f'{name}.{suffix}'):.7g}")

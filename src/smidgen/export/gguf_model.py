@@ -5,13 +5,17 @@ as llama.cpp wants them; with Q4_0 the embedding and the head are Q8_0, which co
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from smidgen.checkpoint.architectures import make_config
 from smidgen.checkpoint.gguf import GgufCheckpoint
+from smidgen.checkpoint.gguf_header import GgufHeader, GgufTensor, Metadata
 from smidgen.errors import RunError
 from smidgen.events import Progress, Report, Warned, silent
 from smidgen.export.gguf_layout import GgufLayout, write_metadata
@@ -43,8 +47,10 @@ def save_gguf(base: Base, tokenizer: Any, path: Path, kind: str, report: Report 
     layout = GgufLayout.of(base)
     parameters = list(merged_parameters(base))
     extra = _rotary_factors(base)
+    metadata = _metadata(base, layout, tokenizer, report)
+    _check_unsaid(layout, metadata, parameters)
     writer = gguf.GGUFWriter(None, layout.architecture)
-    write_metadata(writer, _metadata(base, layout, tokenizer, report))
+    write_metadata(writer, metadata)
     write_metadata(writer, {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2})
     kinds = {parameter.name: _kind_of(parameter, layout.name(parameter.name), kind) for parameter in parameters}
     for name, factors in extra.items():
@@ -72,6 +78,13 @@ def save_gguf(base: Base, tokenizer: Any, path: Path, kind: str, report: Report 
     writer.close()
 
 
+_COMPUTING = (
+    "head_dim", "num_key_value_heads", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "attention_bias", "mlp_bias", "hidden_act", "hidden_activation", "rms_norm_eps",
+    "tie_word_embeddings",
+)  # fmt: skip
+
+
 def _kind_of(parameter: MergedParameter, theirs: str, kind: str) -> str:
     if len(parameter.shape) < 2:
         return "F32"
@@ -85,7 +98,12 @@ def _kind_of(parameter: MergedParameter, theirs: str, kind: str) -> str:
 def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) -> dict[str, Any]:
     if isinstance(base.checkpoint, GgufCheckpoint):
         values = base.checkpoint.header.metadata.values
-        return {key: value for key, value in values.items() if not key.startswith(_NOT_COPIED)}
+        kept = {key: value for key, value in values.items() if not key.startswith(_NOT_COPIED)}
+        if isinstance(tokenizer.chat_template, str):  # training may have set one
+            kept["tokenizer.chat_template"] = tokenizer.chat_template
+        if tokenizer.eos_token_id is not None:
+            kept["tokenizer.ggml.eos_token_id"] = int(tokenizer.eos_token_id)
+        return kept
     name, row, config = layout.architecture, layout.row, layout.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values: dict[str, Any] = {"general.type": "model"}
@@ -100,7 +118,6 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
     for key, suffix in _OPTIONAL.get(name, {}).items():
         if getattr(config, key, None):
             values[f"{name}.{suffix}"] = getattr(config, key)
-    _check_unsaid(layout, head_dim)
     window = getattr(config, "sliding_window", None)
     if name == "llama" and window and window < config.max_position_embeddings:
         lost = f"GGUF has no sliding window for this model: beyond {window} tokens other programs see all of a text"
@@ -108,15 +125,29 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
     return values | _rotary(name, config, head_dim) | tokenizer_metadata(tokenizer, config.vocab_size)
 
 
-def _check_unsaid(layout: GgufLayout, head_dim: int) -> None:
-    """Gemma's scale of attention has no key: readers know it from the family. Another one would be lost in silence."""
-    scalar = getattr(layout.config, "query_pre_attn_scalar", None)
-    usual = (head_dim, layout.config.hidden_size // layout.config.num_attention_heads)
-    if scalar is not None and scalar not in usual:
-        raise RunError(
-            f"query_pre_attn_scalar {scalar} has no place in GGUF", expected=" or ".join(map(str, usual)),
-            cure="use --to hf",
-        )  # fmt: skip
+def _check_unsaid(layout: GgufLayout, values: dict[str, Any], parameters: Sequence[MergedParameter]) -> None:
+    """What readers of the file will take for the model's configuration must compute what the model computes.
+
+    Much has no key of its own (which layers have a window, Gemma's scale of attention): it follows from the family.
+    """
+    tensors = {
+        theirs: GgufTensor(theirs, "F32", parameter.shape, 0, 0)
+        for parameter in parameters
+        if (theirs := layout.name(parameter.name))
+    }
+    stored = {"general.architecture": layout.architecture, "general.type": "model"} | values
+    made = make_config(GgufHeader(3, Metadata(Path("export"), stored), tensors))
+    again = CONFIG_MAPPING[layout.row.model_type].from_dict(made)
+    for key in _COMPUTING:
+        ours, theirs = getattr(layout.config, key, None), getattr(again, key, None)
+        if ours is None and (not theirs or key == "head_dim"):  # a class without the key; its usual value
+            continue
+        if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-5):
+            continue
+        if ours != theirs:
+            raise RunError(
+                f"{key} = {str(ours)[:80]} has no place in GGUF", expected=str(theirs)[:80], cure="use --to hf"
+            )
 
 
 def _rotary(name: str, config: Any, head_dim: int) -> dict[str, Any]:
@@ -132,7 +163,12 @@ def _rotary(name: str, config: Any, head_dim: int) -> dict[str, Any]:
         values |= {f"{name}.rope.scaling.type": kind, f"{name}.rope.scaling.factor": float(rope["factor"])}
     if kind in ("yarn", "longrope"):
         key = f"{name}.rope.scaling.original_context_length"
-        values[key] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        values[key] = original
+        if kind == "longrope":  # Phi-3 turns its queries and keys up as the context grows
+            factor = config.max_position_embeddings / original
+            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            values[f"{name}.rope.scaling.attn_factor"] = scale
     if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
         raise RunError(f"rotary scaling {kind!r} is not written as GGUF here", cure="use --to hf")
     return values

@@ -35,8 +35,8 @@ def modelfile(file: str, tokenizer: Any, system: str, context: int) -> str:
     if family:
         template, stop = family
         lines += [f'TEMPLATE """{template}"""', f"PARAMETER stop {stop}"]
-    if system:
-        lines.append('SYSTEM """' + system.replace('"""', '\\"\\"\\"') + '"""')
+    if system and '"""' not in system:  # which the format cannot quote
+        lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n"
 
 

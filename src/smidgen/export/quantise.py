@@ -111,6 +111,9 @@ def quantise_model(
 def check_quantisable(source: Source, report: Report = silent) -> None:
     """Raise ModelError for a base that bitsandbytes, GPTQ or AWQ have quantised; note that GGUF blocks are decoded."""
     stored = stored_weights(source.checkpoint)
+    config = source.checkpoint.config
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ModelError(f"{source.checkpoint.path} is a mixture of experts, which these layouts have no place for")
     if stored is None:
         return
     if stored.storage != "gguf":

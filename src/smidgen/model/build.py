@@ -34,7 +34,7 @@ from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
 __all__ = ["Base", "build_base"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
-_LARGEST_BUFFER = 1 << 28  # numbers; a causal mask over 16,384 positions
+_LARGEST_BUFFER = 1 << 26  # numbers; a causal mask over 8,192 positions
 
 
 @dataclass

@@ -7,6 +7,7 @@ JSON in X.weight.quant_state.bitsandbytes__nf4 (or __fp4) says blocksize, shape 
 
 import json
 import math
+import re
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from smidgen.quant.matrix import FourBitMatrix, FrozenMatrix, Int8Matrix
 
 __all__ = ["BitsandbytesWeights"]
 
-_COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
+_COMPANION = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$|(?<=\.)(SCB|weight_format)$"
+)
+_MOST_STATE_BYTES = 1 << 16
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BitsandbytesWeights:
@@ -33,8 +38,11 @@ class BitsandbytesWeights:
             self.storage = kind + ("-dq" if quantised.get("bnb_4bit_use_double_quant") else "")
 
     def parameter_of(self, tensor: str) -> str | None:
-        is_companion = tensor.endswith(_COMPANIONS) or ".quant_state.bitsandbytes__" in tensor
-        return None if is_companion else tensor
+        weight = _COMPANION.sub("", tensor)
+        if weight == tensor:
+            return tensor
+        weight = weight if weight.endswith("weight") else f"{weight}weight"
+        return None if weight in self._checkpoint.tensors else tensor
 
     def matrix(self, name: str, shape: tuple[int, int]) -> FrozenMatrix | None:
         checkpoint, tensors = self._checkpoint, self._checkpoint.tensors
@@ -42,7 +50,11 @@ class BitsandbytesWeights:
         if scale_name in tensors:
             codes, scale = checkpoint.read(name), checkpoint.read(scale_name)
             _check(checkpoint, name, codes.dtype == torch.int8 and tuple(codes.shape) == shape, f"int8 {list(shape)}")
-            _check(checkpoint, scale_name, tuple(scale.shape) == shape[:1], f"one scale for each of {shape[0]} rows")
+            fits = tuple(scale.shape) == shape[:1] and scale.dtype in _FLOATS
+            _check(checkpoint, scale_name, fits, f"one float scale for each of {shape[0]} rows")
+            order = name.removesuffix("weight") + "weight_format"
+            rows = order not in tensors or int(checkpoint.read(order).flatten()[0]) == 0
+            _check(checkpoint, order, rows, "0 (rows)")
             _check(checkpoint, scale_name, bool(scale.isfinite().all()), "finite scales")
             return Int8Matrix(codes, scale.float())
         states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
@@ -51,18 +63,23 @@ class BitsandbytesWeights:
 
 
 def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[int, int]) -> FourBitMatrix:
+    info = checkpoint.tensors[state_name]
+    is_text = info.dtype == "U8" and info.nbytes <= _MOST_STATE_BYTES
+    _check(checkpoint, state_name, is_text, "a short JSON text as bytes")
     try:
         state = json.loads(bytes(checkpoint.read(state_name).tolist()).decode())
         quant_type, blocksize = str(state["quant_type"]), int(state["blocksize"])
         stated_shape, offset = tuple(state["shape"]), float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{checkpoint.path}: {state_name} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ModelError(f"{checkpoint.path}: {state_name} cannot be read ({str(error)[:120]})") from error
     _check(checkpoint, state_name, stated_shape == shape, f"shape {list(shape)} by config.json")
     _check(checkpoint, state_name, blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096), "a known blocksize")
     _check(checkpoint, state_name, quant_type in ("nf4", "fp4"), "nf4 or fp4")
     count = math.prod(shape)
     blocks = math.ceil(count / blocksize)
-    packed = checkpoint.read(name).view(-1).view(torch.uint8)
+    stored = checkpoint.read(name)
+    _check(checkpoint, name, stored.dtype in (torch.uint8, *_FLOATS), "bytes, or bytes as a float type")
+    packed = stored.flatten().view(torch.uint8)
     _check(checkpoint, name, packed.numel() == (count + 1) // 2, f"{(count + 1) // 2} bytes")
     table = checkpoint.read(f"{name}.quant_map")
     _check(
@@ -73,12 +90,16 @@ def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[i
     )
     absmax = checkpoint.read(f"{name}.absmax")
     _check(checkpoint, f"{name}.absmax", absmax.numel() == blocks, f"{blocks} scales")
-    if f"{name}.nested_absmax" not in checkpoint.tensors:
+    is_nested = f"{name}.nested_absmax" in checkpoint.tensors
+    kinds = (torch.uint8,) if is_nested else _FLOATS
+    _check(checkpoint, f"{name}.absmax", absmax.dtype in kinds, "uint8 if nested, else floats")
+    if not is_nested:
         _check(checkpoint, f"{name}.absmax", bool(absmax.isfinite().all()), "finite scales")
         return FourBitMatrix(shape, packed, absmax.float().view(-1), quant_type, blocksize)
     nested, nested_table = checkpoint.read(f"{name}.nested_absmax"), checkpoint.read(f"{name}.nested_quant_map")
     groups = math.ceil(blocks / NESTED_BLOCKSIZE)
-    _check(checkpoint, f"{name}.nested_absmax", nested.numel() == groups, f"{groups} scales")
+    fits = nested.numel() == groups and nested.dtype in _FLOATS
+    _check(checkpoint, f"{name}.nested_absmax", fits, f"{groups} float scales")
     _check(checkpoint, f"{name}.nested_absmax", bool(nested.isfinite().all()), "finite scales")
     _check(checkpoint, f"{name}.nested_quant_map", torch.equal(nested_table, dynamic_map()), "the dynamic map")
     scales = NestedScales(absmax.view(-1), nested.float().view(-1), torch.tensor(offset))

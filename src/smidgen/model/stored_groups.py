@@ -28,6 +28,7 @@ __all__ = ["AwqWeights", "GptqWeights"]
 _PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 .. 7 among the eight fields of a word
 _ROWS = 256  # repacked at once
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class _GroupedWeights:
@@ -51,7 +52,7 @@ class _GroupedWeights:
         if name not in self._checkpoint.tensors:
             raise ModelError(f"{self._checkpoint.path} has no tensor {name}", cure="download it again")
         tensor = self._checkpoint.read(name)
-        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        fits = tensor.dtype in _FLOATS if dtype is None else tensor.dtype == dtype
         if not fits or tuple(tensor.shape) != shape:
             kind = "float" if dtype is None else str(dtype).removeprefix("torch.")
             found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -86,8 +87,9 @@ class GptqWeights(_GroupedWeights):
         self._format = quantised.get("checkpoint_format") or quantised.get("format") or "gptq"
         if self._format not in ("gptq", "gptq_v2"):
             raise _refused(checkpoint, "checkpoint_format", "gptq or gptq_v2", self._format)
-        if quantised.get("dynamic"):
-            raise _refused(checkpoint, "dynamic", "one setting for all layers", json.dumps(quantised["dynamic"]))
+        rules = quantised.get("dynamic") or {}
+        if not isinstance(rules, dict) or not all(str(rule).startswith("-:") for rule in rules):  # "-:": left dense
+            raise _refused(checkpoint, "dynamic", "one setting for all quantised layers", json.dumps(rules))
         self._is_symmetric = bool(quantised.get("sym", True))
         self._report, self._warned = report, False
 

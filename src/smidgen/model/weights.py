@@ -29,6 +29,9 @@ _COMPUTED = re.compile(
 )
 
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 @dataclass
 class _Recipe:
     """One or more parameters from one conversion: the sources by the converter's pattern."""
@@ -90,6 +93,7 @@ class Weights:
             for name in self._recipes
             if name not in known and not _COMPUTED.search(name) and not any(p.search(name) for p in ignored)
         ]
+        extra = [name for name in extra if not self._is_idle_bias(name)]
         if extra:
             raise ModelError(
                 f"{where}: {_listed(extra)} left over",
@@ -105,6 +109,14 @@ class Weights:
             is_packed = self._stored is not None and len(shape) == 2
             if info is not None and info.shape != shape and not is_packed:
                 raise self._wrong_shape(name, info.shape)
+
+    def _is_idle_bias(self, name: str) -> bool:
+        """All zeros beside a packed weight whose layer has no bias: AutoGPTQ wrote one for every layer."""
+        module, _, part = name.rpartition(".")
+        if self._stored is None or part != "bias" or f"{module}.weight" not in self.shapes:
+            return False
+        sources = self._recipes[name].names()
+        return len(sources) == 1 and not bool(self.checkpoint.read(sources[0]).any())
 
     def _wrong_shape(self, name: str, found: tuple[int, ...]) -> ModelError:
         return ModelError(
@@ -131,6 +143,12 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """The parameter in its stored type: a view of the mapped file where no conversion is needed."""
         recipe = self._recipes[name]
+        packed = [source for source in recipe.names() if source not in self.checkpoint.tensors]
+        if packed:
+            raise ModelError(
+                f"{self.checkpoint.path}: {packed[0]} is packed, but has to be joined with others, as experts are",
+                cure="take the 16-bit model it was made from; smidgen quantises it while loading",
+            )
         if recipe.converter is None:
             tensor = self.checkpoint.read(recipe.names()[0])
         else:
@@ -142,6 +160,14 @@ class Weights:
             converted = converter.convert(first, model=self._model, config=self._model.config)
             tensor = converted[name]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
+        if tensor.dtype not in _FLOATS:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.checkpoint.path}: tensor {name} is no weight",
+                expected="float32, float16 or bfloat16, or a packed form with all of its parts",
+                found=found,
+                cure="download it again, or take the 16-bit model",
+            )
         shape = self.shapes.get(name, tuple(tensor.shape))
         if tuple(tensor.shape) != shape:
             raise self._wrong_shape(name, tuple(tensor.shape))
