@@ -25,7 +25,7 @@ _FLAGS = (Flag("out", str, None, "Folder for the run.  [default: runs/demo, or t
 _PLAN = f"""\
 smidgen demo: a language model learns to call tools, in 4 bits, on this machine.
 
-  model     SmolLM2-135M-Instruct ({MODEL}), kept frozen in 4-bit NF4
+  model     SmolLM2-135M-Instruct ({MODEL}), kept frozen in the 4-bit blocks of its own file
   data      {DATA}: requests like "wake me at seven", answered with a line of JSON
   training  LoRA adapters on every linear layer, a few minutes
 
