@@ -194,7 +194,11 @@ def test_every_stored_form_trains_merges_and_answers(storage: str, model: Path, 
     assert loaded.generate(prompt, max_new_tokens=12).text == whole.generate(prompt, max_new_tokens=12).text
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt-neox", "gpt2", "mixtral", "phi3", "falcon"])
+OTHERS = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt-neox", "gpt2", "mixtral", "qwen2-moe", "phi3"]
+OTHERS += ["falcon", "stablelm", "olmo2"]
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
 def test_every_architecture_trains_and_merges(architecture: str, rows: Path, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base", architecture)
     run = smidgen.finetune(str(folder), str(rows), tmp_path / "run", **QUICK)

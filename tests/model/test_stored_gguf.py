@@ -110,3 +110,16 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     shutil.copy(parts[2], parts[1])
     with pytest.raises(ModelError, match=r"says that it is part 3 of 3.*expected part 2 of 3"):
         smidgen.load(parts[0])
+
+
+def test_plain_numbers_stay_where_they_lie(tmp_path: Path) -> None:
+    """Rows of q and k in float16 are found at their place too; auto still packs such a file."""
+    folder = tiny_folder(tmp_path / "tiny")
+    twin = _dense_twin(folder, write_gguf(folder, tmp_path / "tiny.gguf", {}, default="F16"))
+    for how in ("keep", "none"):
+        base = smidgen.load(tmp_path / "tiny.gguf", quantize=how, compute_dtype="float32").base
+        matrix = base.linears["model.layers.0.self_attn.q_proj"].weight
+        assert isinstance(matrix, BlockMatrix) and matrix.ggml_type == "F16" and base.storage == "none"
+        with torch.no_grad():
+            torch.testing.assert_close(base.model(IDS).logits, _logits(twin, quantize="none"), rtol=1e-3, atol=1e-4)
+    assert smidgen.load(tmp_path / "tiny.gguf").base.storage == "nf4-dq"

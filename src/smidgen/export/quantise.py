@@ -113,8 +113,11 @@ def check_quantisable(source: Source, report: Report = silent) -> None:
     stored = stored_weights(source.checkpoint)
     config = source.checkpoint.config
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise ModelError(f"{source.checkpoint.path} is a mixture of experts, which these layouts have no place for")
-    if stored is None:
+        raise ModelError(
+            f"{source.checkpoint.path} is a mixture of experts, which these layouts have no place for",
+            expected="a model of plain linear layers",
+        )
+    if stored is None or stored.storage == "none":
         return
     if stored.storage != "gguf":
         raise ModelError(

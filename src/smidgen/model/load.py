@@ -38,7 +38,8 @@ class Source:
     @property
     def is_quantised(self) -> bool:
         """Whether the checkpoint has packed weights that can be used as they are."""
-        return stored_weights(self.checkpoint) is not None
+        stored = stored_weights(self.checkpoint)
+        return stored is not None and stored.storage != "none"
 
     @property
     def max_positions(self) -> int:
@@ -68,6 +69,10 @@ def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
     """
     weights = stored_weights(checkpoint)
     stored = weights.storage if weights else None
+    if stored == "none":
+        if quantize == "keep":
+            return "none", "quantize keep: the numbers of the file are used as they are"
+        stored = None
     if stored and quantize in ("auto", "keep", stored):
         return stored, f"quantize {quantize}: the base's own {_kinds(stored, checkpoint)} are used as they are"
     if stored and stored != "gguf":  # a GGUF file may be decoded and quantised anew

@@ -15,7 +15,10 @@ __all__ = ["StoredWeights", "stored_weights"]
 
 
 class StoredWeights(Protocol):
-    """The packed weights of a checkpoint. storage: the name of their form, as a run records it."""
+    """The packed weights of a checkpoint.
+
+    storage: the name of their form, as a run records it; 'none' for a GGUF file of plain numbers.
+    """
 
     @property
     def storage(self) -> str: ...
@@ -30,9 +33,9 @@ class StoredWeights(Protocol):
 
 
 def stored_weights(checkpoint: Checkpoint, report: Report = silent) -> StoredWeights | None:
-    """None for a checkpoint of plain numbers. Raises ModelError for a form that cannot be trained on in place."""
+    """None for a folder of plain numbers. Raises ModelError for a form that cannot be trained on in place."""
     if isinstance(checkpoint, GgufCheckpoint):
-        return GgufWeights(checkpoint) if GgufWeights.has_blocks(checkpoint) else None
+        return GgufWeights(checkpoint)
     quantised: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
     if not quantised:
         return None

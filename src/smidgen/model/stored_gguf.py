@@ -13,14 +13,10 @@ _NUMBERS = ("F32", "F16", "BF16")
 class GgufWeights:
     """See StoredWeights."""
 
-    storage = "gguf"
-
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
         self._checkpoint = checkpoint
-
-    @staticmethod
-    def has_blocks(checkpoint: GgufCheckpoint) -> bool:
-        return any(info.dtype not in _NUMBERS for info in checkpoint.tensors.values())
+        has_blocks = any(info.dtype not in _NUMBERS for info in checkpoint.tensors.values())
+        self.storage = "gguf" if has_blocks else "none"
 
     def parameter_of(self, tensor: str) -> str | None:
         return tensor

@@ -11,8 +11,8 @@ never inverted. Within a block of 128 inputs the weights are moved at once, thos
 one matrix product. A group's scale and zero point are found when its first input is reached, from the weights as they
 have been moved by then, and scales are rounded to float16, as files hold them, before they are used.
 
-What is different from a file's point of view: nothing. Zero points of an asymmetric quantiser lie in 1 .. 2^bits - 1,
-because the files' first format stores them less one and many readers do not take a wrapped one.
+Zero points of an asymmetric quantiser lie in 1 .. 2^bits - 1, because the files' first format stores them less one and
+many readers do not take a wrapped one.
 """
 
 import math

@@ -24,19 +24,28 @@ BITS = (2, 3, 4, 8)
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """codes uint8 [..., K] below 2^bits -> uint8 [..., ceil(K / 8) * bits]: one stream, lowest bits first."""
-    pad = -codes.shape[-1] % 8
-    eights = torch.nn.functional.pad(codes, (0, pad)).unflatten(-1, (-1, 8)).long()
-    words = (eights << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
-    return (words >> torch.arange(0, 8 * bits, 8, device=codes.device) & 255).to(torch.uint8).flatten(-2)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    if 8 % bits:  # three bytes for eight codes
+        eights = padded.unflatten(-1, (-1, 8)).int()
+        words = (eights << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
+        return (words >> torch.arange(0, 8 * bits, 8, device=codes.device) & 255).to(torch.uint8).flatten(-2)
+    fields = padded.unflatten(-1, (-1, 8 // bits))
+    stream = fields[..., 0].clone()
+    for index in range(1, 8 // bits):
+        stream |= fields[..., index] << (index * bits)
+    return stream
 
 
 def unpack(stream: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The reverse: uint8 [..., bytes] -> codes uint8 [..., count]."""
-    pad = -stream.shape[-1] % bits
-    groups = torch.nn.functional.pad(stream, (0, pad)).unflatten(-1, (-1, bits)).long()
-    words = (groups << torch.arange(0, 8 * bits, 8, device=stream.device)).sum(-1, keepdim=True)
-    codes = words >> torch.arange(0, 8 * bits, bits, device=stream.device) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(-2)[..., :count]
+    mask = (1 << bits) - 1
+    if 8 % bits:
+        groups = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % bits)).unflatten(-1, (-1, bits)).int()
+        words = (groups << torch.arange(0, 8 * bits, 8, device=stream.device)).sum(-1, keepdim=True)
+        codes = (words >> torch.arange(0, 8 * bits, bits, device=stream.device) & mask).to(torch.uint8)
+    else:
+        codes = torch.stack([stream >> (index * bits) & mask for index in range(8 // bits)], dim=-1)
+    return codes.flatten(-2)[..., :count]
 
 
 class GroupedMatrix(FrozenMatrix):

@@ -178,7 +178,7 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
 def _wants_gptq(source: Source, settings: Settings) -> bool:
     """Whether the base is to be quantised by GPTQ first; one that is quantised already load_base takes, or refuses."""
     stored = stored_weights(source.checkpoint) if settings.quantize == "gptq" else None
-    return settings.quantize == "gptq" and (stored is None or stored.storage == "gguf")
+    return settings.quantize == "gptq" and (stored is None or stored.storage in ("gguf", "none"))
 
 
 def _gptq_folder(out: Path) -> Path:
