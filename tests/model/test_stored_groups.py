@@ -123,13 +123,14 @@ def test_what_does_not_fit_is_named(part: str, change: Any, says: str, tmp_path:
         ({"dynamic": {"+:.*": {"bits": 8}}}, "dynamic"),
         ({"quant_method": "awq", "version": "gemv"}, "version.*gemm.*found gemv"),
         ({"quant_method": "awq", "bits": 3}, "bits.*found 3"),
+        ("gptq", "wrong quantization_config, expected a JSON object, found 'gptq'"),
     ],
 )
-def test_layouts_that_are_not_read_are_refused_by_name(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_layouts_that_are_not_read_are_refused_by_name(changes: Any, says: str, tmp_path: Path) -> None:
     pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
     path = tmp_path / "packed" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] |= changes
+    config["quantization_config"] = changes if isinstance(changes, str) else config["quantization_config"] | changes
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=says):
         smidgen.load(tmp_path / "packed")
