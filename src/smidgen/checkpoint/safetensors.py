@@ -42,6 +42,10 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, report: Report = silent) -> None:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
+        quantised = self.config.get("quantization_config")
+        if quantised and not isinstance(quantised, dict):
+            found = repr(quantised)[:40]
+            raise ModelError(f"{path}/config.json: wrong quantization_config", expected="a JSON object", found=found)
         legacy = path / "quantize_config.json"  # AutoGPTQ's, before config.json had a place for it
         if not self.config.get("quantization_config") and legacy.exists():
             self.config["quantization_config"] = {"quant_method": "gptq", **_read_json_object(legacy)}

@@ -36,12 +36,9 @@ def stored_weights(checkpoint: Checkpoint, report: Report = silent) -> StoredWei
     """None for a folder of plain numbers. Raises ModelError for a form that cannot be trained on in place."""
     if isinstance(checkpoint, GgufCheckpoint):
         return GgufWeights(checkpoint)
-    quantised: Any = checkpoint.config.get("quantization_config")
+    quantised: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
     if not quantised:
         return None
-    if not isinstance(quantised, dict):
-        found = repr(quantised)[:40]
-        raise ModelError(f"{checkpoint.path}: wrong quantization_config", expected="a JSON object", found=found)
     method = quantised.get("quant_method")
     if quantised.get("load_in_4bit") or quantised.get("load_in_8bit") or method == "bitsandbytes":
         return BitsandbytesWeights(checkpoint, quantised)
