@@ -23,5 +23,6 @@ with tempfile.TemporaryDirectory() as name:
         (folder / "snips" / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     test = (SOURCE / "snips_test.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "snips" / "test.jsonl").write_text("\n".join(test[:: len(test) // 100][:100]) + "\n", encoding="utf-8")
-    words = ["finetune", "smollm2-135m", "snips", "--out", "run", "--compare", "100", *SETTINGS]
+    words = ["finetune", "smollm2-135m", "snips", "--out", "run", "--compare", "100"]
+    words += ["--quantize", "nf4-dq", *SETTINGS]
     write_result("snips", {"command": "smidgen " + " ".join(words), "summary": run_json(words, folder)}, folder)

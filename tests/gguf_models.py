@@ -14,7 +14,18 @@ from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-__all__ = ["random_blocks", "write_gguf"]
+__all__ = ["UNSAID", "random_blocks", "write_gguf"]
+
+# What a GGUF file does not say, because every model of the family has it so.
+UNSAID: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3": {
+        "query_pre_attn_scalar": 16,
+        "num_hidden_layers": 7,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+    },
+}
 
 _SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 

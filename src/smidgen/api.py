@@ -10,32 +10,28 @@ smidgen.merge("runs/mine", "models/mine")
 """
 
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from smidgen.checkpoint.hub import download as _download
 from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
 from smidgen.data.render import Example, Renderer
 from smidgen.data.report import DataReport, build_report
-from smidgen.errors import DataError, RunError, SettingsError, SmidgenError
+from smidgen.errors import RunError, SettingsError, SmidgenError
 from smidgen.events import Note, Report, Warned, silent
-from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
+from smidgen.export.adapter import load_adapter
 from smidgen.export.compare import compare_models, plain_example
-from smidgen.export.files import check_vacant, folder_bytes
+from smidgen.export.files import check_new, check_vacant, folder_bytes
 from smidgen.export.merge import save_merged
 from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
 from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
 from smidgen.kernels.library import describe_library
-from smidgen.model.build import Base
+from smidgen.loading import Generation, LoadedModel, adapter_folder, load
 from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
-from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
@@ -44,8 +40,7 @@ from smidgen.train.config import settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
-from smidgen.train.run import Record, RunFolder, read_record
-from smidgen.train.state import latest_checkpoint
+from smidgen.train.run import Record, RunFolder
 
 __all__ = [
     "Generation",
@@ -63,7 +58,6 @@ __all__ = [
     "resume",
 ]
 
-Prompt = str | Sequence[dict[str, Any]]
 _MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COMPARED_ROWS = 16
 
@@ -101,143 +95,6 @@ def inspect_data(
     renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
     everything = [*rows.train, *rows.validation, *rows.test]
     return build_report(renderer.render_all(everything, report), everything, source.tokenizer, layout=rows.layout)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer. tokens_per_s counts new tokens, the prompt's time included."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    tokens_per_s: float
-
-
-class LoadedModel:
-    """A model ready to talk. model: `model(input_ids).logits`; tokenizer: with the chat template that training used.
-
-    system: the system message that a run's training rows began with; it is put before conversations that have none.
-    """
-
-    def __init__(self, base: Base, tokenizer: Any, report: Report, system: str = "") -> None:
-        self.base = base
-        self.system = system
-        self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, report=report)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.base.model
-
-    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> Generation:
-        """Answer a prompt (a user's message), a list of chat messages, or with `raw` a text without the chat template.
-
-        sampling: temperature, top_p, top_k, seed, max_new_tokens (model.generate.Sampling).
-        """
-        started, pieces = time.perf_counter(), []
-        ids, tokens, count = self._tokens(prompt, raw, Sampling(**sampling))
-        pieces = list(stream_text(tokens, self._decode))
-        elapsed = time.perf_counter() - started
-        return Generation("".join(pieces), len(ids), count(), round(count() / elapsed, 2))
-
-    def stream(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> Iterator[str]:
-        """As generate, but yields pieces of text as they come."""
-        _, tokens, _ = self._tokens(prompt, raw, Sampling(**sampling))
-        return stream_text(tokens, self._decode)
-
-    def _tokens(
-        self, prompt: Prompt, raw: bool, sampling: Sampling
-    ) -> tuple[list[int], Iterator[int], Callable[[], int]]:
-        ids = self.tokenizer(prompt).input_ids if raw else self.renderer.prompt_ids(self._messages(prompt))
-        if not ids:
-            raise DataError("the prompt has no tokens", expected="some text")
-        new = 0
-
-        def counted() -> Iterator[int]:
-            nonlocal new
-            for token in stream_tokens(self.base, ids, self.renderer.end_ids, sampling, len(self.tokenizer)):
-                new += 1
-                yield token
-
-        return ids, counted(), lambda: new
-
-    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.system and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        return messages
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def load(
-    model: str | Path,
-    *,
-    quantize: str = "auto",
-    compute_dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    report: Report = silent,
-) -> LoadedModel:
-    """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
-
-    Raises RunError where the base is not the one that the adapter was trained on.
-    """
-    wanted = settings_from({"quantize": quantize, "compute_dtype": compute_dtype, "device": device})
-    quantize, compute_dtype = wanted.quantize, wanted.compute_dtype
-    folder = _adapter_folder(Path(model), report)
-    spec, record = _base_of(folder) if folder else (str(model), None)
-    has_tokenizer = folder is not None and (folder / "tokenizer_config.json").is_file()
-    source = open_source(spec, report, tokenizer_from=folder if has_tokenizer else None)
-    if record and source.checkpoint.fingerprint() != record.base_fingerprint:
-        raise RunError(
-            f"{source.checkpoint.path} is not the base that {folder} was trained on (its weights differ)",
-            cure="put the right base back, or train again on this one",
-        )
-    if record and quantize == "auto":
-        quantize = record.storage
-    if record and compute_dtype == "auto" and choose_device(device).type == "cpu":
-        compute_dtype = record.compute_dtype  # what the adapter was trained with: no other rounding, nothing to measure
-    base = load_base(
-        source,
-        quantize=quantize,
-        compute_dtype=compute_dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        report=report,
-    )
-    if folder:
-        load_adapter(base, folder)
-    system = record.system if record else ""
-    if system:
-        report(Note(f"system message of the training rows, used where none is given: {system!r}"))
-    return LoadedModel(base, source.tokenizer, report, system)
-
-
-def _adapter_folder(path: Path, report: Report) -> Path | None:
-    """The PEFT folder that `path` means: itself, or the newest checkpoint of an unfinished run; None for a model."""
-    if is_adapter(path):
-        return path
-    if read_record(path) is None:
-        return None
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise RunError(f"{path} has no adapter yet", cure=f"go on with it: smidgen finetune --resume {path}")
-    report(Note(f"{path} is not finished: taking {checkpoint.name}"))
-    return checkpoint
-
-
-def _base_of(folder: Path) -> tuple[str, Record | None]:
-    record = read_record(folder)
-    if record:
-        moved = not Path(record.model).exists() and Path(record.model_path).exists()
-        return (record.model_path if moved else record.model), record
-    config, _ = read_adapter(folder)
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise RunError(f"{folder}/adapter_config.json names no base", expected="base_model_name_or_path")
-    return str(name), None
 
 
 def evaluate(
@@ -310,9 +167,7 @@ def merge(
         raise SettingsError([f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}"])
     out = Path(out)
     check_vacant(out)
-    folder = _adapter_folder(Path(run), report)
-    if folder is None:
-        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    folder = _folder_of_run(run, report)
     trained = load(run, compute_dtype="float32")
     target = trained.base
     if base is not None:
@@ -330,6 +185,14 @@ def merge(
     }
 
 
+def _folder_of_run(run: str | Path, report: Report) -> Path:
+    """Where a run's adapter lies. Raises RunError for anything that is no run."""
+    folder = adapter_folder(Path(run), report)
+    if folder is None:
+        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    return folder
+
+
 def export_run(
     run: str | Path, out: str | Path, *, to: str, type: str = "auto", report: Report = silent
 ) -> dict[str, Any]:
@@ -345,15 +208,12 @@ def export_run(
     types = EXPORT_TYPES[to]
     if type != "auto" and type not in types:
         raise SettingsError([f"type: expected auto, {', '.join(types)} with --to {to}, found {type!r}"])
-    folder = _adapter_folder(Path(run), report)
-    if folder is None:
-        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    _folder_of_run(run, report)
     out = Path(out)
     if to in ("gguf", "gguf-lora"):
         if out.suffix != ".gguf":
             raise SettingsError([f"out: expected a name that ends in .gguf, found {str(out)!r}"])
-        if out.exists():
-            raise RunError(f"{out} exists already", cure="choose another name, or remove it first")
+        check_new(out)
     else:
         check_vacant(out)
     trained = load(run, compute_dtype="float32", report=report)
@@ -420,7 +280,8 @@ def quantize(
             problems.append(f"{name}: expected {least} or more, found {value!r}")
     if to in PACKED_FORMS and to != "gptq":
         own = {"bits": (bits, 4), "group_size": (group_size, 128), "sym": (sym, True), "act_order": (act_order, False),
-               "damp": (damp, 0.01), "calibration": (calibration, None)}  # fmt: skip
+               "damp": (damp, 0.01), "calibration": (calibration, None), "calibration_rows": (calibration_rows, 128),
+               "calibration_len": (calibration_len, 512), "perplexity": (perplexity, True)}  # fmt: skip
         problems += [f"{name}: only to='gptq' has this" for name, (value, unset) in own.items() if value != unset]
     if not 0 < damp <= 1:
         problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import smidgen
-from gguf_models import write_gguf
+from gguf_models import UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.errors import RunError, SettingsError
 from smidgen.export.adapter import load_adapter
@@ -20,15 +20,6 @@ from stories import stories_folder, stories_golden_text
 from tiny import VOCAB_SIZE, tiny_folder, write_rows
 
 IDS = torch.randint(0, VOCAB_SIZE, (1, 11), generator=torch.Generator().manual_seed(0))
-UNSAID: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
-    "gemma3": {
-        "query_pre_attn_scalar": 16,
-        "num_hidden_layers": 7,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
-    },
-}
 
 
 def _run(tmp_path: Path, model: Path, **settings: Any) -> Path:

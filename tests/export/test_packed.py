@@ -325,3 +325,13 @@ def test_settings_that_make_no_sense(how: dict[str, Any], says: str, tmp_path: P
     with pytest.raises(SettingsError) as refused:
         smidgen.quantize("nowhere", tmp_path / "packed", **how)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"bits": 3}, {"group_size": 32}, {"sym": False}, {"act_order": True}, {"damp": 0.1}, {"calibration": "text.txt"},
+     {"calibration_rows": 4}, {"calibration_len": 64}, {"perplexity": False}],
+)  # fmt: skip
+def test_settings_that_would_have_no_effect_are_refused(setting: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"{next(iter(setting))}: only to='gptq' has this"):
+        smidgen.quantize(str(tiny_folder(tmp_path / "dense")), tmp_path / "packed", to="nf4", **setting)

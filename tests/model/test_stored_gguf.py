@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import smidgen
-from gguf_models import write_gguf
+from gguf_models import UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
@@ -20,16 +20,6 @@ from tiny import VOCAB_SIZE, byte_tokenizer, tiny_folder, write_rows
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(0))
 MIXED = {"attn_q": "Q4_0", "attn_k": "Q5_1", "attn_v": "F16", "ffn_up": "Q5_0", "ffn_down": "Q4_1", "output": "F32"}
-
-# What a GGUF file does not say, because every model of the family has it so.
-UNSAID: dict[str, dict[str, Any]] = {
-    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 8},
-    "gemma3": {
-        "query_pre_attn_scalar": 16,
-        "num_hidden_layers": 7,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
-    },
-}
 
 
 def _logits(path: Path, **how: Any) -> torch.Tensor:

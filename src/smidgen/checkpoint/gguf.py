@@ -122,10 +122,6 @@ class GgufCheckpoint:
         files = {file.path: file for file in self._files.values()}
         return fingerprint_of([self.architecture, identity], self.tensors.values(), files)
 
-    def gguf_name(self, name: str) -> str:
-        """The tensor's name in the file."""
-        return self._gguf_names[name]
-
     def extra(self, name: str) -> "torch.Tensor":
         """A tensor that is no parameter, by its name in the file: a view."""
         info = self.header.tensors[name]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from smidgen.errors import RunError
 
-__all__ = ["check_vacant", "folder_bytes", "new_file", "new_folder", "replace_file", "write_json"]
+__all__ = ["check_new", "check_vacant", "folder_bytes", "new_file", "new_folder", "replace_file", "write_json"]
 
 
 def check_vacant(path: Path, cure: str = "choose another folder, or remove this one first") -> None:
@@ -52,11 +52,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_new(path: Path) -> None:
+    """Raise RunError if there is anything at `path`."""
+    if path.exists():
+        raise RunError(f"{path} exists already", cure="choose another name, or remove it first")
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """As new_folder, for one file: yields a staging path to be written."""
-    if path.exists():
-        raise RunError(f"{path} exists already", cure="choose another name, or remove it first")
+    check_new(path)
     staging = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
         with _disk_errors(path):

@@ -14,7 +14,7 @@ from smidgen.checkpoint.gguf import GgufCheckpoint, permute
 from smidgen.errors import RunError
 from smidgen.model.build import Base
 
-__all__ = ["GgufLayout", "write_metadata"]
+__all__ = ["GgufLayout", "finish", "write_metadata"]
 
 
 @dataclass(frozen=True)

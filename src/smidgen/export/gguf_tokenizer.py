@@ -11,11 +11,19 @@ from typing import Any
 
 from smidgen.checkpoint.gguf_header import Metadata
 from smidgen.errors import ModelError, RunError
-from smidgen.model.tokenizer_gguf import PRE_TOKENIZERS, tokenizer_from_metadata
+from smidgen.model.tokenizer_gguf import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    tokenizer_from_metadata,
+)
 
 __all__ = ["tokenizer_metadata"]
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _PROBES = (
     "Hello world! I'll say it's 12345 o'clock, isn't it? WE'RE 3.14159 and 1,000,000 late.",
     "  two  spaces\ttabs\t\t and\n\nnew lines \r\n  \n end   ",
@@ -81,17 +89,17 @@ def _as_read(values: dict[str, Any]) -> dict[str, Any]:
 
 def _vocabulary(tokenizer: Any, content: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     tokens = [f"[PAD{number}]" for number in range(max(vocab_size, len(tokenizer)))]
-    types = [_UNUSED] * len(tokens)
+    types = [UNUSED] * len(tokens)
     for token, number in tokenizer.get_vocab().items():
-        tokens[number], types[number] = token, _NORMAL
+        tokens[number], types[number] = token, NORMAL
     if content["model"].get("byte_fallback"):
         for number, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                types[number] = _BYTE
+                types[number] = BYTE
     for added in content.get("added_tokens", ()):
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     if tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = _UNKNOWN
+        types[tokenizer.unk_token_id] = UNKNOWN
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
 
 

@@ -22,23 +22,12 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.experts import PackedExperts
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
-from smidgen.quant.matrix import FrozenMatrix
+from smidgen.quant.matrix import FrozenMatrix, dense
 
 __all__ = ["MergedParameter", "dense_parameters", "merged_parameters", "save_merged", "write_merged", "write_model"]
 
 _SHARD_BYTES = 2_000_000_000
-
-
-@torch.no_grad()
-def _dense(matrix: FrozenMatrix, lora: LoraLinear | None, dtype: torch.dtype) -> torch.Tensor:
-    """W (+ scaling B A), added in float32 panel by panel and rounded once: [out_features, in_features] of `dtype`."""
-    weight = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype)
-    height = max(1, (1 << 20) // matrix.in_features)
-    for start in range(0, matrix.out_features, height):
-        stop = min(start + height, matrix.out_features)
-        panel = matrix.rows(start, stop, torch.float32)
-        weight[start:stop] = panel if lora is None else panel + lora.delta(start, stop)
-    return weight
+_CPU = torch.device("cpu")  # where files are written from
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ def merged_parameters(base: Base) -> Iterator[MergedParameter]:
         elif isinstance(module, FrozenEmbedding):
             matrix = module.weight
             shape = (matrix.out_features, matrix.in_features)
-            yield MergedParameter(f"{name}.weight", shape, partial(_dense, matrix, None))
+            yield MergedParameter(f"{name}.weight", shape, partial(dense, matrix, device=_CPU))
         elif isinstance(module, PackedExperts):
             for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
                 first: Any = experts[0]
@@ -88,13 +77,14 @@ def merged_parameters(base: Base) -> Iterator[MergedParameter]:
                 yield MergedParameter(full, tuple(parameter.shape), parameter.detach().to)
 
 
+@torch.no_grad()
 def _linear(linear: FrozenLinear, lora: LoraLinear | None, dtype: torch.dtype) -> torch.Tensor:
-    weight = _dense(linear.weight, lora, dtype)
+    weight = dense(linear.weight, dtype, _CPU, lora.delta if lora else None)
     return weight.t().contiguous() if linear.transposed else weight
 
 
 def _experts(experts: Any, dtype: torch.dtype) -> torch.Tensor:
-    return torch.stack([_dense(expert, None, dtype) for expert in experts])
+    return torch.stack([dense(expert, dtype, _CPU) for expert in experts])
 
 
 def _is_tied(base: Base) -> bool:

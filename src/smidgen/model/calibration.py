@@ -9,11 +9,12 @@ import torch
 from smidgen.errors import DataError
 from smidgen.events import Note, Report, silent
 
-__all__ = ["Calibration", "builtin_text", "cut_rows", "tokens_of"]
+__all__ = ["Calibration", "builtin_text", "calibration_on_the_way", "cut_rows", "tokens_of"]
 
 _HELD_OUT_EVERY, _HELD_OUT_MOST = 8, 8
 _ROWS_OF_SMALL_TEXT = 8  # a text of less than two rows is cut into about so many shorter ones
 _LEAST_TOKENS = 64
+_ROWS, _TOKENS = 32, 512  # where a base is quantised on the way to something else
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,15 @@ def cut_rows(
 def tokens_of(text: str, tokenizer: Any, wanted: int) -> list[int]:
     """Token ids of a text, of its beginning where that is enough for `wanted` tokens."""
     return tokenizer(text[: 16 * wanted], verbose=False).input_ids
+
+
+def calibration_on_the_way(
+    ids: list[int], name: str, tokenizer: Any, max_positions: int, report: Report = silent
+) -> Calibration:
+    """32 rows of 512 tokens of `ids`, which come from `name`; filled up with the built-in sample where they are few."""
+    length = min(_TOKENS, max_positions)
+    wanted = _ROWS * length
+    if len(ids) < wanted // 4:
+        ids = ids + tokens_of(builtin_text(), tokenizer, wanted)[: wanted - len(ids)]
+        name = f"{name} and the built-in sample" if name else "the built-in sample"
+    return cut_rows(ids[:wanted], rows=_ROWS, length=length, held_out=False, source=name, report=report)

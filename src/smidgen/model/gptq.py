@@ -31,7 +31,7 @@ from smidgen.model.fused import FusedLayer
 from smidgen.quant.gptq import GptqSettings, Hessian, output_error, quantise_gptq, round_to_nearest
 from smidgen.quant.grouped import GroupedMatrix
 from smidgen.quant.linear import FrozenLinear
-from smidgen.quant.matrix import FrozenMatrix, quantise
+from smidgen.quant.matrix import dense, quantise
 
 __all__ = ["GptqPass", "QuantisedLinear", "check_plain_layers", "quantise_base"]
 
@@ -142,7 +142,7 @@ class GptqPass:
         first: float,
     ) -> list[QuantisedLinear]:
         hessian = walk.hessian(index, names[0], hidden, first).matrix
-        weights = [_dense(floats[name].weight) for name in names]
+        weights = [dense(floats[name].weight, torch.float32, self._base.device) for name in names]
         result = []
         for name, weight, matrix in zip(
             names, weights, quantise_gptq(weights, hessian, self._settings, self._report), strict=True
@@ -300,7 +300,9 @@ class _HeldOut:
             ("rtn", lambda weight: round_to_nearest(weight, self._settings)),
             ("nf4", lambda weight: quantise(weight, "nf4")),
         ):
-            _exchange(layer, {key: FrozenLinear(make(_dense(f.weight)), f.bias) for key, f in floats.items()})
+            device = self._walk.base.device
+            made = {key: make(dense(f.weight, torch.float32, device)) for key, f in floats.items()}
+            _exchange(layer, {key: FrozenLinear(made[key], f.bias) for key, f in floats.items()})
             self._run(name, index)
             _exchange(layer, floats)
 
@@ -363,14 +365,3 @@ def _exchange(layer: nn.Module, linears: dict[str, FrozenLinear]) -> None:
 
 def _hidden(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _dense(matrix: FrozenMatrix) -> torch.Tensor:
-    """W float32 [out_features, in_features], in memory of its own."""
-    stored = next(matrix.buffers())
-    weight = torch.empty(matrix.out_features, matrix.in_features, device=stored.device)
-    height = max(1, (1 << 20) // matrix.in_features)
-    for start in range(0, matrix.out_features, height):
-        stop = min(start + height, matrix.out_features)
-        weight[start:stop] = matrix.rows(start, stop, torch.float32)
-    return weight

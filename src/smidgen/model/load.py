@@ -14,17 +14,16 @@ from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.kernels.library import MISSING, native_library
 from smidgen.model.build import Base, build_base
-from smidgen.model.calibration import builtin_text, cut_rows, tokens_of
+from smidgen.model.calibration import calibration_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.gptq import quantise_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.tokenizer import load_tokenizer
 from smidgen.quant.gptq import GptqSettings
 
-__all__ = ["Source", "choose_storage", "load_base", "open_source"]
+__all__ = ["Source", "choose_storage", "load_base", "needs_gptq", "open_source"]
 
 DEFAULT_STORAGE = "nf4-dq"
-_GPTQ_ROWS, _GPTQ_TOKENS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Source:
     @property
     def is_quantised(self) -> bool:
         """Whether the checkpoint has packed weights that can be used as they are."""
-        stored = stored_weights(self.checkpoint)
-        return stored is not None and stored.storage != "none"
+        return _stored_as(self.checkpoint) != "none"
 
     @property
     def max_positions(self) -> int:
@@ -67,15 +65,13 @@ def choose_storage(quantize: str, checkpoint: Checkpoint) -> tuple[str, str]:
 
     Raises ModelError where `keep` has nothing to keep, or where a base that is quantised is to be quantised anew.
     """
-    weights = stored_weights(checkpoint)
-    stored = weights.storage if weights else None
+    stored = _stored_as(checkpoint)
     if stored == "none":
-        if quantize == "keep":
+        if quantize == "keep" and checkpoint.format == "gguf":
             return "none", "quantize keep: the numbers of the file are used as they are"
-        stored = None
-    if stored and quantize in ("auto", "keep", stored):
+    elif quantize in ("auto", "keep", stored):
         return stored, f"quantize {quantize}: the base's own {_kinds(stored, checkpoint)} are used as they are"
-    if stored and stored != "gguf":  # a GGUF file may be decoded and quantised anew
+    elif stored != "gguf":  # a GGUF file may be decoded and quantised anew
         raise ModelError(
             f"{checkpoint.path} is stored as {stored} already", expected=f"--quantize auto or {stored}", found=quantize
         )
@@ -119,21 +115,27 @@ def load_base(
         report(Warned(MISSING))
     dtype, why = choose_compute_dtype(compute_dtype, place)
     report(Note(why))
-    stored = stored_weights(source.checkpoint)
-    is_new = storage == "gptq" and (stored is None or stored.storage != "gptq")
+    is_new = needs_gptq(storage, source.checkpoint)
     base = build_base(
         source.checkpoint,
-        storage=storage if not is_new else stored.storage if stored else "none",
+        storage=_stored_as(source.checkpoint) if is_new else storage,
         compute_dtype=dtype,
         device=place,
         trust_remote_code=trust_remote_code,
         report=report,
     )
     if is_new:
-        length = min(_GPTQ_TOKENS, source.max_positions)
-        ids = tokens_of(builtin_text(), source.tokenizer, _GPTQ_ROWS * length)
-        text = cut_rows(
-            ids, rows=_GPTQ_ROWS, length=length, held_out=False, source="the built-in sample", report=report
-        )
+        text = calibration_on_the_way([], "", source.tokenizer, source.max_positions, report)
         quantise_base(base, text.rows, GptqSettings(), report)
     return base
+
+
+def needs_gptq(quantize: str, checkpoint: Checkpoint) -> bool:
+    """Whether 'gptq' means work to do: the base is not in that form, nor in one that choose_storage refuses."""
+    return quantize == "gptq" and _stored_as(checkpoint) in ("none", "gguf")
+
+
+def _stored_as(checkpoint: Checkpoint) -> str:
+    """How a checkpoint is stored as it is; 'none' for plain numbers."""
+    stored = stored_weights(checkpoint)
+    return "none" if stored is None else stored.storage

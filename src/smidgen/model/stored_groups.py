@@ -13,6 +13,7 @@ An AWQ layer ("gemm") has X.qweight int32 [K, N / 8] and X.qzeros int32 [G, N / 
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ _ROWS = 256  # repacked at once
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class _GroupedWeights:
+class _GroupedWeights(ABC):
     """What both formats share: which tensors make up a weight, and the checks of their sizes."""
 
     def __init__(self, checkpoint: Checkpoint, quantised: dict[str, Any], bits: int) -> None:
@@ -46,6 +47,14 @@ class _GroupedWeights:
         if part is None or f"{tensor.removesuffix(part)}.qweight" not in self._checkpoint.tensors:
             return tensor
         return f"{tensor.removesuffix(part)}.weight" if part == ".qweight" else None
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> GroupedMatrix | None:
+        module = name.removesuffix(".weight")
+        return self._matrix(module, *shape) if f"{module}.qweight" in self._checkpoint.tensors else None
+
+    @abstractmethod
+    def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
+        """The weight [outputs, inputs] of a packed layer."""
 
     def _read(self, name: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> torch.Tensor:
         """A part of a weight; dtype None: any float type."""
@@ -93,11 +102,7 @@ class GptqWeights(_GroupedWeights):
         self._is_symmetric = bool(quantised.get("sym", True))
         self._report, self._warned = report, False
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> GroupedMatrix | None:
-        module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in self._checkpoint.tensors:
-            return None
-        outputs, inputs = shape
+    def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
         size, groups = self._groups(inputs)
         words = math.ceil(inputs * self.bits / 32)
         qweight = self._read(f"{module}.qweight", torch.int32, (words, outputs))
@@ -160,11 +165,7 @@ class AwqWeights(_GroupedWeights):
             raise _refused(checkpoint, "version", "gemm", version)
         super().__init__(checkpoint, {"group_size": quantised.get("group_size", quantised.get("q_group_size", 128))}, 4)
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> GroupedMatrix | None:
-        module = name.removesuffix(".weight")
-        if f"{module}.qweight" not in self._checkpoint.tensors:
-            return None
-        outputs, inputs = shape
+    def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
         size, groups = self._groups(inputs)
         words = math.ceil(outputs / 8)
         qweight = self._read(f"{module}.qweight", torch.int32, (inputs, words))

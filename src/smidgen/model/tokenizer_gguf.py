@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["PRE_TOKENIZERS", "WordRule", "is_reading_error", "merges_of", "tokenizer_from_metadata"]
+__all__ = [
+    "BYTE",
+    "CONTROL",
+    "NORMAL",
+    "PRE_TOKENIZERS",
+    "UNKNOWN",
+    "UNUSED",
+    "USER_DEFINED",
+    "WordRule",
+    "is_reading_error",
+    "merges_of",
+    "tokenizer_from_metadata",
+]
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ def tokenizer_from_metadata(metadata: Metadata) -> "PreTrainedTokenizerFast":
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))
         raise ModelError(f"{path}: token {twice[:40]!r} is twice in the vocabulary")
-    types = metadata.numbers("tokenizer.ggml.token_type", (_NORMAL,) * len(tokens))
+    types = metadata.numbers("tokenizer.ggml.token_type", (NORMAL,) * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(f"{path}: tokenizer.ggml.token_type", expected=f"{len(tokens)} entries", found=str(len(types)))
     special = {
@@ -144,10 +156,10 @@ def _sentencepiece(
             f"{metadata.path}: tokenizer.ggml.scores", expected=f"{len(tokens)} entries", found=str(len(scores))
         )
     vocab = {token: number for number, token in enumerate(tokens)}
-    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind in (_NORMAL, _USER_DEFINED)}
-    unknown = special.get("unk", tokens[types.index(_UNKNOWN)] if _UNKNOWN in types else None)
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    unknown = special.get("unk", tokens[types.index(UNKNOWN)] if UNKNOWN in types else None)
     merges = merges_of(pieces, vocab, scores)
-    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types))
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types))
     prefix = metadata.flag("tokenizer.ggml.add_space_prefix", True)
     scheme = "first" if prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
@@ -177,9 +189,9 @@ def _add_tokens(tokenizer: "Tokenizer", tokens: list[str], types: Any, special: 
 
     named = set(special.values())
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _UNKNOWN) or token in named:
+        if kind in (CONTROL, UNKNOWN) or token in named:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
 
 

@@ -16,7 +16,7 @@ here, and the back end (backend.py) de-quantises.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -28,12 +28,13 @@ from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
 from smidgen.quant.fourbit import NestedScales, nest_scales
 
-__all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "quantise"]
+__all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "dense", "quantise"]
 
 # A panel's height and size where panels are made here, measured best over 192 to 2,048 rows: lower panels make slower
 # products, and much larger ones leave the cache. 8 MiB of float32 at most.
 PANEL_ROWS = 1024
 PANEL_WEIGHTS = 1 << 21
+_DENSE_WEIGHTS = 1 << 20  # made at once where a whole matrix is wanted
 
 
 class FrozenMatrix(nn.Module, ABC):
@@ -278,6 +279,25 @@ class StackedMatrix:
             for (rows, part), adapter in zip(self._placed, adapters, strict=True)
         ]
         return dx, grads_B
+
+
+def dense(
+    matrix: FrozenMatrix,
+    dtype: torch.dtype,
+    device: torch.device,
+    added: Callable[[int, int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """W [out_features, in_features] of `dtype`, made panel by panel in float32 and rounded once, in its own memory.
+
+    added: (start, stop) -> float32 [stop - start, in_features], which is added to those rows.
+    """
+    weight = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=device)
+    height = max(1, _DENSE_WEIGHTS // matrix.in_features)
+    for start in range(0, matrix.out_features, height):
+        stop = min(start + height, matrix.out_features)
+        panel = matrix.rows(start, stop, torch.float32)
+        weight[start:stop] = panel if added is None else panel + added(start, stop)
+    return weight
 
 
 def quantise(weight: torch.Tensor, storage: str) -> FrozenMatrix:

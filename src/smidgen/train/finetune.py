@@ -24,12 +24,11 @@ from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
-from smidgen.model.calibration import builtin_text, cut_rows, tokens_of
+from smidgen.model.calibration import calibration_on_the_way
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
 from smidgen.model.fused import is_fused
-from smidgen.model.load import Source, load_base, open_source
+from smidgen.model.load import Source, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
-from smidgen.model.stored import stored_weights
 from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
 from smidgen.quant.gptq import GptqSettings
 from smidgen.train.config import QUANTIZE, Settings
@@ -41,7 +40,6 @@ from smidgen.units import format_bytes, format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
 
-_GPTQ_ROWS, _GPTQ_TOKENS = 32, 512  # of the calibration text
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
     source = open_source(model, report)
-    if _wants_gptq(source, settings):
+    if needs_gptq(settings.quantize, source.checkpoint):
         check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
     prepared = _prepare(source, data, settings, report, out)
     record = Record(
@@ -143,7 +141,7 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     else:
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
-    if _wants_gptq(source, settings):
+    if needs_gptq(settings.quantize, source.checkpoint):
         source = _quantised(source, examples, _gptq_folder(out), settings, report)
     base = load_base(
         source,
@@ -175,12 +173,6 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     )
 
 
-def _wants_gptq(source: Source, settings: Settings) -> bool:
-    """Whether the base is to be quantised by GPTQ first; one that is quantised already load_base takes, or refuses."""
-    stored = stored_weights(source.checkpoint) if settings.quantize == "gptq" else None
-    return settings.quantize == "gptq" and (stored is None or stored.storage in ("gguf", "none"))
-
-
 def _gptq_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-gptq")
 
@@ -189,14 +181,8 @@ def _quantised(source: Source, examples: Sequence[Example], folder: Path, settin
     """The base quantised by GPTQ on the training rows into a folder beside the run, which is the run's base from then
     on: it takes minutes, and would be another one on other rows.
     """
-    length = min(_GPTQ_TOKENS, source.max_positions)
-    wanted = _GPTQ_ROWS * length
-    ids = [token for example in examples for token in example.input_ids][:wanted]
-    name = "the training rows"
-    if len(ids) < wanted // 4:
-        ids += tokens_of(builtin_text(), source.tokenizer, wanted)[: wanted - len(ids)]
-        name += " and the built-in sample"
-    text = cut_rows(ids, rows=_GPTQ_ROWS, length=length, held_out=False, source=name, report=report)
+    ids = [token for example in examples for token in example.input_ids]
+    text = calibration_on_the_way(ids, "the training rows", source.tokenizer, source.max_positions, report)
     quantise_model(
         source,
         folder,
