@@ -27,7 +27,14 @@ UNSAID: dict[str, dict[str, Any]] = {
     },
 }
 
-_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+# Where a block's float16 scales lie, and how large they are for values of about 0.02.
+_SCALES = {
+    "Q2_K": ((80, 82), 1.5e-3),
+    "Q3_K": ((108,), 5e-4),
+    "Q4_K": ((0, 2), 1e-4),
+    "Q5_K": ((0, 2), 5e-5),
+    "Q6_K": ((208,), 1.5e-5),
+}
 
 
 def random_blocks(kind: str, rows: int, width: int, seed: int) -> np.ndarray:
@@ -35,8 +42,9 @@ def random_blocks(kind: str, rows: int, width: int, seed: int) -> np.ndarray:
     block, nbytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (rows, width // block, nbytes), dtype=np.uint8)
-    for at in _SCALES[kind]:
-        scale = generator.uniform(0.2, 1, (rows, width // block, 1)).astype(np.float32) * 2e-4
+    places, largest = _SCALES[kind]
+    for at in places:
+        scale = generator.uniform(0.2, 1, (rows, width // block, 1)).astype(np.float32) * largest
         raw[:, :, at : at + 2] = scale.astype(np.float16).view(np.uint8)
     return raw.reshape(rows, -1)
 
@@ -74,7 +82,7 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, folder: Path, *, template: b
         writer.add_rope_dimension_count(int(head * rope["partial_rotary_factor"]))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    tokens += ["zq", *(f"<unused{i}>" for i in range(config.vocab_size - len(tokens) - 1))]
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

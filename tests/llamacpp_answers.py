@@ -1,8 +1,8 @@
 """llama.cpp in a process of its own (its thread pool is not PyTorch's): what it answers, as JSON on standard output.
 
 Standard input: {"model": path, "lora": path or null, "prompts": [[token ids]], "new_tokens": N, "top": N}. For each
-prompt comes a list with, for each new token until the answer ends, its id and the log-probabilities of the most likely
-tokens, [[id, logprob], ...].
+prompt comes a list with, for each new token before the one that ends the answer, its id and the log-probabilities of
+the most likely tokens, [[id, logprob], ...].
 """
 
 import importlib
@@ -37,7 +37,7 @@ def main() -> None:
                 "cache_prompt": False,
             }
         )
-        tokens = answer["choices"][0]["logprobs"]["content"]
+        tokens = (answer["choices"][0]["logprobs"] or {"content": []})["content"]
         answers.append([[t["id"], [[top["id"], top["logprob"]] for top in t["top_logprobs"]]] for t in tokens])
     json.dump(answers, answers_to)
     answers_to.close()

@@ -67,9 +67,10 @@ CHATML = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and four special ones; any text goes through it and comes back."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    """One token a byte, four special ones and "zq", since readers expect a merge; any text comes back."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "<|im_end|>", "<pad>", "<|im_start|>", "zq"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("z", "q")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

@@ -14,16 +14,22 @@ import pytest
 import torch
 
 import smidgen
+from gguf_models import UNSAID, write_gguf
+from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.data.records import read_data
 from smidgen.export.compare import without_adapters
+from tiny import VOCAB_SIZE, tiny_folder, write_rows
 
 PROMPTS, NEW_TOKENS, TOP = 20, 16, 20
+TINY_PROMPTS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1)).tolist()
 SCRIPT = Path(__file__).parents[1] / "llamacpp_answers.py"
 
 
-def _llamacpp(model: str, lora: Path | None, prompts: list[list[int]]) -> Any:
+def _llamacpp(
+    model: str, lora: Path | None, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, top: int = TOP
+) -> Any:
     asked = {
-        "model": model, "lora": lora and str(lora), "prompts": prompts, "new_tokens": NEW_TOKENS, "top": TOP,
+        "model": model, "lora": lora and str(lora), "prompts": prompts, "new_tokens": new_tokens, "top": top,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=600
@@ -88,3 +94,46 @@ def test_adapter_and_merged_model(tmp_path: Path) -> None:
         print(f"bare {bare:.4f} (at most {allowed:.3f}), with the adapter {distance:.4f}, {wrong}")
         assert distance <= 1.1 * bare
         assert not wrong
+
+
+def _relative_difference(path: Path) -> float:
+    """Of the log-probabilities that llama.cpp and smidgen read out of a tiny file, to their spread over the tokens."""
+    loaded = smidgen.load(path, quantize="keep", compute_dtype="float32")
+    different, spread, compared = 0.0, 0.0, 0
+    for prompt, answer in zip(TINY_PROMPTS, _llamacpp(str(path), None, TINY_PROMPTS, 1, VOCAB_SIZE), strict=True):
+        if not answer:  # it would end at once
+            continue
+        compared += 1
+        theirs = dict(answer[0][1])
+        tokens = sorted(theirs)
+        assert len(tokens) > VOCAB_SIZE // 2
+        ours = _log_probabilities(loaded, prompt)[-1][tokens]
+        different += float((ours - torch.tensor([theirs[token] for token in tokens])).square().sum())
+        spread += float((ours - ours.mean()).square().sum())
+    assert compared >= 2
+    return (different / spread) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_of_256_mean_the_same_numbers(kind: str, tmp_path: Path) -> None:
+    """Blocks of random bytes. llama.cpp rounds activations to 8 bits with one scale for 256: 0.7 % at each product."""
+    pytest.importorskip("xllamacpp")
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    write_gguf(tiny_folder(tmp_path / "tiny", **wide), tmp_path / "tiny.gguf", {}, default=kind)
+    difference = _relative_difference(tmp_path / "tiny.gguf")
+    print(f"{kind}: {difference:.4f}")
+    assert difference < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral"])
+def test_exports_of_every_architecture(architecture: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = tiny_folder(tmp_path / "tiny", architecture, **UNSAID.get(architecture, {}))
+    how: dict[str, Any] = {"learning_rate": 5e-3, "compute_dtype": "float32", "compare": 0, "max_time": "3s"}
+    run = smidgen.finetune(str(folder), str(write_rows(tmp_path / "rows.jsonl")), tmp_path / "run", **how)
+    smidgen.export_run(run.path, tmp_path / "merged.gguf", to="gguf", type="F16")
+    difference = _relative_difference(tmp_path / "merged.gguf")
+    print(f"{architecture}: {difference:.5f}")
+    assert difference < 0.01
