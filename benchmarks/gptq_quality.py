@@ -1,8 +1,8 @@
 """Perplexity of SmolLM2-135M as it comes and as NF4, rounded to nearest and by GPTQ. About half an hour on two cores.
 
 Text: $SMIDGEN_TEST_DATA/text/wiki.test.raw (WikiText-2, CC BY-SA): its first 64k tokens are measured in windows of 2048
-that count every token but the first, with --full all of it. GPTQ is calibrated on the text's last 32 rows of 512
-tokens, which --full then measures too. The base is the built-in GGUF file: "float32" stands for the numbers that its
+that count every token but the first, with --full all of it that is not calibrated on: GPTQ is calibrated on the text's
+last 32 rows of 512 tokens. The base is the built-in GGUF file: "float32" stands for the numbers that its
 blocks decode to, "gguf" for the blocks themselves; these two agree up to rounding, and the other forms add errors.
 --tokens makes it smaller, to try it out.
 """
@@ -35,7 +35,7 @@ FORMS = {
 }
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--full", action="store_true", help="all of the text")
+parser.add_argument("--full", action="store_true", help="all of the text that is not calibrated on")
 parser.add_argument("--tokens", type=int, default=64 * 1024, help="how much of the text is measured")
 parser.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate with")
 given = parser.parse_args()
@@ -66,7 +66,7 @@ ids = source.tokenizer(TEXT, verbose=False).input_ids
 calibration = cut_rows(
     ids[-given.rows * 512 :], rows=given.rows, length=512, held_out=False, source="the end of the text"
 ).rows
-windows = len(ids) // WINDOW if given.full else max(1, given.tokens // WINDOW)
+windows = (len(ids) - given.rows * 512) // WINDOW if given.full else max(1, given.tokens // WINDOW)
 figures: dict[str, Any] = {}
 for name in FORMS:
     measured = text_perplexity(load_form(source, name, calibration), source.tokenizer, TEXT, PROTOCOL, windows)

@@ -63,7 +63,7 @@ void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_
 }
 
 // As many rows as make about 32 KiB of floats: small enough to share out, large enough to be worth it.
-int64_t rows_per_task(int64_t width) { return width > 0 ? 8192 / width + 1 : 1; }
+int64_t rows_per_task(int64_t width) { return width > 0 ? (8192 + width - 1) / width : 1; }
 
 // Rows of W that make one task of a small product: a multiple of the 8 that are multiplied together.
 int64_t product_rows(int64_t width) { return width > 0 ? (16384 / width + 8) / 8 * 8 : 8; }
@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 4; }  // raised with every change of a signature below
+API int smidgen_interface() { return 5; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -198,23 +198,6 @@ API void smidgen_attention_decode(const float* q, const float* k, const float* v
 }
 
 // ---- packed weights
-
-// `first` and `last` count weights of the flat matrix; `packed` and the scales are those of the whole matrix.
-API void smidgen_dequantise_4bit(const uint8_t* packed, const float* code, const void* absmax, const float* map,
-                                 const float* outer, const float* offset, int64_t blocksize, int64_t first, int64_t last,
-                                 void* out, int type) {
-    if (first >= last) return;
-    const int64_t task = blocksize > 16384 ? blocksize : 16384;
-    const int64_t origin = first / task * task;
-    const FourBit matrix{packed, code, absmax, map, outer, offset, blocksize};
-    run(kernels->dequantise_4bit, {matrix, first, last, origin, task, out, Type(type)},
-        (last - origin + task - 1) / task, 1);
-}
-
-API void smidgen_dequantise_int8(const int8_t* codes, const float* scale, int64_t rows, int64_t width, void* out,
-                                 int type) {
-    run(kernels->dequantise_int8, {codes, scale, width, out, Type(type)}, rows, rows_per_task(width));
-}
 
 API void smidgen_quantise_4bit(const void* weight, const float* midpoints, const int32_t* codes, uint8_t* packed,
                                float* absmax, int64_t count, int64_t blocksize, int type) {

@@ -248,31 +248,26 @@ inline void dequantise_blocks(const FourBit& m, const Table& table, int64_t firs
     }
 }
 
-void dequantise_4bit(const Dequantise4bit& a, int64_t begin, int64_t end) {
-    by_type(a.type, [&](auto* tag) {
-        using T = Pointee<decltype(tag)>;
-        const FourBit& m = a.matrix;
-        const Table table(m.code);
-        int64_t i = a.origin + begin * a.task > a.first ? a.origin + begin * a.task : a.first;
-        const int64_t stop = a.origin + end * a.task < a.last ? a.origin + end * a.task : a.last;
-        T* out = (T*)a.out + (i - a.first);
-        while (i < stop) {
-            const int64_t block = i / m.blocksize, block_end = (block + 1) * m.blocksize;
-            int64_t next = block_end < stop ? block_end : stop;
-            if (m.blocksize % kCodes == 0 && next - i == m.blocksize) {
-                const int64_t last = stop / m.blocksize;
-                next = last * m.blocksize;
-                if (m.blocksize == 64)
-                    dequantise_blocks<T, true>(m, table, block, last, out);
-                else
-                    dequantise_blocks<T, false>(m, table, block, last, out);
-            } else {
-                dequantise_some(m, i, next, block_scale(m, block), out);
-            }
-            out += next - i;
-            i = next;
+// Weights [i, stop) of the flat matrix into out, of type T.
+template <class T>
+inline void dequantise_4bit(const FourBit& m, int64_t i, int64_t stop, T* out) {
+    const Table table(m.code);
+    while (i < stop) {
+        const int64_t block = i / m.blocksize, block_end = (block + 1) * m.blocksize;
+        int64_t next = block_end < stop ? block_end : stop;
+        if (m.blocksize % kCodes == 0 && next - i == m.blocksize) {
+            const int64_t last = stop / m.blocksize;
+            next = last * m.blocksize;
+            if (m.blocksize == 64)
+                dequantise_blocks<T, true>(m, table, block, last, out);
+            else
+                dequantise_blocks<T, false>(m, table, block, last, out);
+        } else {
+            dequantise_some(m, i, next, block_scale(m, block), out);
         }
-    });
+        out += next - i;
+        i = next;
+    }
 }
 
 }  // namespace

@@ -19,18 +19,15 @@ inline Vec load(const int8_t* p) {
 }
 inline float load_one(const int8_t* p) { return (float)*p; }
 
-void dequantise_int8(const DequantiseInt8& a, int64_t begin, int64_t end) {
-    by_type(a.type, [&](auto* tag) {
-        using T = Pointee<decltype(tag)>;
-        const int64_t whole = a.width / kWidth * kWidth;
-        for (int64_t row = begin; row < end; row++) {
-            const int8_t* codes = a.codes + row * a.width;
-            T* out = (T*)a.out + row * a.width;
-            const float scale = a.scale[row] / 127.0f;
-            for (int64_t i = 0; i < whole; i += kWidth) store(out + i, load(codes + i) * scale);
-            for (int64_t i = whole; i < a.width; i++) store_one(out + i, (float)codes[i] * scale);
-        }
-    });
+// codes [rows, width] * scale [rows] / 127 into out [rows, width], of type T.
+template <class T>
+inline void dequantise_int8(const int8_t* codes, const float* scales, int64_t rows, int64_t width, T* out) {
+    const int64_t whole = width / kWidth * kWidth;
+    for (int64_t row = 0; row < rows; row++, codes += width, out += width) {
+        const float scale = scales[row] / 127.0f;
+        for (int64_t i = 0; i < whole; i += kWidth) store(out + i, load(codes + i) * scale);
+        for (int64_t i = whole; i < width; i++) store_one(out + i, (float)codes[i] * scale);
+    }
 }
 
 void quantise_int8(const QuantiseInt8& a, int64_t begin, int64_t end) {

@@ -156,25 +156,7 @@ struct FourBit {
     int64_t blocksize;
 };
 
-// out [last - first] = weights [first, last) of the flat matrix. A task is what lies of them in one stretch of `task`
-// weights; the stretches begin at `origin` <= first. Both are multiples of the blocksize.
-struct Dequantise4bit {
-    FourBit matrix;
-    int64_t first, last, origin, task;
-    void* out;
-    Type type;
-};
-
-// out [rows, width] = codes [rows, width] * scale [rows] / 127. Tasks: rows.
-struct DequantiseInt8 {
-    const int8_t* codes;
-    const float* scale;
-    int64_t width;
-    void* out;
-    Type type;
-};
-
-// The opposite: weight [count] -> packed [ceil(count / 2)], absmax [ceil(count / blocksize)]. A weight divided by its
+// Weight [count] -> packed [ceil(count / 2)], absmax [ceil(count / blocksize)]. A weight divided by its
 // block's largest magnitude gets the code of its rank, which is the number of midpoints that it is above; a NaN is above
 // all of them. A task is one stretch of `task` weights, a multiple of the blocksize.
 struct Quantise4bit {
@@ -271,8 +253,6 @@ struct PanelProduct {
     X(AttentionBackward, attention_backward) \
     X(AttentionReduce, attention_reduce)   \
     X(AttentionDecode, attention_decode)   \
-    X(Dequantise4bit, dequantise_4bit)     \
-    X(DequantiseInt8, dequantise_int8)     \
     X(Quantise4bit, quantise_4bit)         \
     X(QuantiseInt8, quantise_int8)         \
     X(Dequantise, dequantise)              \

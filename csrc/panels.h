@@ -8,35 +8,30 @@ namespace {
 
 using namespace smidgen;
 
-// Rows [first, last) of W [n, k] into out, float32.
-inline void decode(const Weights& w, int64_t k, int64_t first, int64_t last, float* out) {
-    if (w.form == Weights::kFourBit) {
-        // One task from the start of the first row's block on.
-        const int64_t origin = first * k / w.four_bit.blocksize * w.four_bit.blocksize;
-        const int64_t task = (last * k - origin + w.four_bit.blocksize) / w.four_bit.blocksize * w.four_bit.blocksize;
-        dequantise_4bit({w.four_bit, first * k, last * k, origin, task, out, kFloat32}, 0, 1);
-    } else if (w.form == Weights::kInt8) {
-        dequantise_int8({(const int8_t*)w.values + first * k, (const float*)w.scale + first, k, out, kFloat32}, 0,
-                        last - first);
-    } else if (w.form != Weights::kDense) {
-        for (int64_t row = first; row < last; row++, out += k) decode_part(w, row, 0, k, out);
-    } else {
-        by_weight_type(Type(w.type), [&](auto* tag) {
-            numbers<Pointee<decltype(tag)>>(w.values, first * k, (last - first) * k, out);
-        });
+// Rows [first, last) of W [n, k] into out. Forms that write float32 alone take a row at a time to another type.
+template <class T>
+inline void decode(const Weights& w, int64_t k, int64_t first, int64_t last, T* out) {
+    if (w.form == Weights::kFourBit) return dequantise_4bit(w.four_bit, first * k, last * k, out);
+    if (w.form == Weights::kInt8)
+        return dequantise_int8((const int8_t*)w.values + first * k, (const float*)w.scale + first, last - first, k, out);
+    float* numbers_of_row = sizeof(T) == sizeof(float) ? nullptr : worker_scratch(1, k);
+    for (int64_t row = first; row < last; row++, out += k) {
+        float* to = numbers_of_row ? numbers_of_row : (float*)out;
+        if (w.form == Weights::kDense)
+            by_weight_type(Type(w.type), [&](auto* tag) { numbers<Pointee<decltype(tag)>>(w.values, row * k, k, to); });
+        else
+            decode_part(w, row, 0, k, to);
+        if (!numbers_of_row) continue;
+        int64_t j = 0;
+        for (; j + kWidth <= k; j += kWidth) store(out + j, load(to + j));
+        for (; j < k; j++) store_one(out + j, to[j]);
     }
 }
 
 void dequantise(const Dequantise& a, int64_t begin, int64_t end) {
-    if (a.out_type == kFloat32) return decode(a.weights, a.k, a.first + begin, a.first + end, (float*)a.out + begin * a.k);
-    float* row = worker_scratch(1, a.k);
-    for (int64_t i = begin; i < end; i++) {
-        decode(a.weights, a.k, a.first + i, a.first + i + 1, row);
-        auto* out = (Bfloat16*)a.out + i * a.k;
-        int64_t j = 0;
-        for (; j + kWidth <= a.k; j += kWidth) store(out + j, load(row + j));
-        for (; j < a.k; j++) store_one(out + j, row[j]);
-    }
+    by_type(a.out_type, [&](auto* tag) {
+        decode(a.weights, a.k, a.first + begin, a.first + end, (Pointee<decltype(tag)>*)a.out + begin * a.k);
+    });
 }
 
 void panel_product(const PanelProduct& a, int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ from stories import stories_gguf
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_STORAGES", ("nf4-dq",))
-    result = bench_kernels(KernelSettings(repeats=2, size=128, rows=(1, 8)))
+    result = bench_kernels(KernelSettings(repeats=2, size=256, rows=(1, 8)))
     cases = {case["case"]: case for case in result["cases"]}
     assert {case["threads"] for case in result["cases"]} == {1}
     assert "dequantise nf4-dq float32" in cases
@@ -22,9 +22,12 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cases["product M=8"]["smidgen"]["repeats"]) == 2
     assert cases["product M=8"]["smidgen"]["gflops"] > 0
     assert cases["gradient M=8"]["speedup_over_dense"] > 0
+    ours_alone = {f"{what} {form}" for what in ("dequantise", "product") for form in ("gptq-4 g128", "Q4_K", "Q8_0")}
+    assert all(any(name.startswith(start) for name in cases) for start in ours_alone)
     if find_spec("bitsandbytes"):
-        assert all("speedup_over_bitsandbytes" in case for case in result["cases"]), result["cases"]
-    assert result["quantise_memory"][0]["smidgen"]["tensor_bytes"] == 2 * 128 * 128 * 4
+        for name in ("dequantise nf4-dq float32", "quantise int8 float32", "product M=8", "gradient M=8"):
+            assert "speedup_over_bitsandbytes" in cases[name], cases[name]
+    assert result["quantise_memory"][0]["smidgen"]["tensor_bytes"] == 2 * 256 * 256 * 4
     json.dumps(result)
 
 

@@ -60,8 +60,9 @@ def test_any_range_of_4_bit_weights_decodes_to_the_twins_bits(isa: str, data: st
     assert torch.equal(values, expected)
     if dtype in library.TYPES:  # float16 is float32, cast
         out = torch.full((shift + count + 1,), 7.0, dtype=dtype)
-        parts = backend._parts(packed, scales, quant_type)
-        kernels.dequantise_4bit(parts, blocksize, first, out[shift : shift + count])
+        weights = backend.weights_4bit(packed, scales, quant_type, blocksize)
+        assert weights is not None
+        kernels.dequantise(weights, first, out[shift : shift + count].view(-1, 1))
         assert torch.equal(out[shift : shift + count], expected)
         assert (out[:shift] == 7).all() and out[-1] == 7, "written beside its place"
 

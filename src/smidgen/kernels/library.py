@@ -20,7 +20,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 4
+_INTERFACE = 5
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -42,8 +42,6 @@ _SIGNATURES = {
     "smidgen_attention": "ppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
     "smidgen_attention_decode": "pppppppiiiiiiiif",
-    "smidgen_dequantise_4bit": "ppppppiiipt",
-    "smidgen_dequantise_int8": "ppiipt",
     "smidgen_quantise_4bit": "pppppiit",
     "smidgen_quantise_int8": "pppiit",
     "smidgen_dequantise": "piiipt",

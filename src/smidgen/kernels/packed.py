@@ -19,8 +19,6 @@ __all__ = [
     "FourBitParts",
     "Weights",
     "dequantise",
-    "dequantise_4bit",
-    "dequantise_int8",
     "panel_product",
     "panel_product_t",
     "product",
@@ -47,20 +45,6 @@ FourBitParts: TypeAlias = tuple[
 
 def _addresses(parts: FourBitParts) -> list[Any]:
     return [None if part is None else part.data_ptr() for part in parts]
-
-
-def dequantise_4bit(parts: FourBitParts, blocksize: int, first: int, out: torch.Tensor) -> None:
-    """Weights first .. first + n of the flat matrix into out [n], float32 or bfloat16. blocksize: a power of two."""
-    native_library().smidgen_dequantise_4bit(
-        *_addresses(parts), blocksize, first, first + out.numel(), out.data_ptr(), TYPES[out.dtype]
-    )
-
-
-def dequantise_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """codes int8 [N, K] * (scale float32 [N] / 127) into out [N, K], float32 or bfloat16."""
-    native_library().smidgen_dequantise_int8(
-        codes.data_ptr(), scale.data_ptr(), codes.shape[0], codes.shape[1], out.data_ptr(), TYPES[out.dtype]
-    )
 
 
 def quantise_4bit(
@@ -137,7 +121,10 @@ def weights_groups(
 
 
 def dequantise(weights: Weights, start: int, out: torch.Tensor) -> None:
-    """Rows start .. start + len(out) of W [N, K] into out [rows, K], float32 or bfloat16."""
+    """Rows start .. start + len(out) of W [N, K] into out [rows, K], float32 or bfloat16.
+
+    A 4-bit W is flat, so that rows of any length may be asked for.
+    """
     native_library().smidgen_dequantise(
         ctypes.byref(weights), out.shape[1], start, start + out.shape[0], out.data_ptr(), TYPES[out.dtype]
     )

@@ -81,7 +81,8 @@ def dequantise_4bit(
     name = backend_name(packed.device)
     if name == "native":
         values = scratch("panel", (count,), dtype if dtype in TYPES else torch.float32, packed.device)
-        kernels.dequantise_4bit(_parts(packed, scales, quant_type), blocksize, first, values)
+        weights = kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize)
+        kernels.dequantise(weights, first, values.view(-1, 1))
         return _as_asked(values, dtype)
     # Where a range begins or ends within a block, whole blocks are decoded and cut.
     last = first + count
@@ -115,7 +116,7 @@ def _parts(packed: torch.Tensor, scales: torch.Tensor | NestedScales, quant_type
 def dequantise_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """codes int8 [N, K], scale float32 [N] -> out [N, K] = codes * (scale / 127), computed in float32, rounded once."""
     if out.dtype in TYPES and backend_name(codes.device) == "native":
-        kernels.dequantise_int8(codes, scale, out)
+        kernels.dequantise(kernels.weights_int8(codes, scale), 0, out)
         return out
     if out.dtype == torch.float32:
         return out.copy_(codes).mul_(scale[:, None] / 127)

@@ -1,4 +1,7 @@
-"""Our kernels as a benchmark's worker, and plain torch.mm of the same sizes. Weights are random normal."""
+"""Our kernels as a benchmark's worker, and plain torch.mm of the same sizes.
+
+Weights are random normal; those in a GGUF file's blocks are blocks of random bits with scales of a like size.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +10,19 @@ import torch
 
 from smidgen.bench.workers.kernels_common import Kernels, extra_memory
 from smidgen.bench.workers.serving import serve, versions
+from smidgen.checkpoint.gguf_header import BLOCK_TYPES
+from smidgen.kernels.packed import dequantise
+from smidgen.quant.blocks import BlockMatrix
+from smidgen.quant.gptq import GptqSettings, round_to_nearest
 from smidgen.quant.matrix import FrozenMatrix, quantise
 
 __all__ = ["KernelWorker"]
 
 _PANEL_BYTES = 1 << 20  # of a panel that is de-quantised at once: it stays in a core's cache
+_BLOCK_SCALES = {  # where the float16 scales of a block lie
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}  # fmt: skip
 
 
 class KernelWorker:
@@ -36,6 +47,10 @@ class KernelWorker:
             functions[f"dense product M={count}"] = lambda x=x: torch.mm(x, weight.t())
         functions[f"gradient M={rows[-1]}"] = lambda x=x: packed.matmul_t(x)
         functions[f"dense gradient M={rows[-1]}"] = lambda x=x: torch.mm(x, weight)
+        one = torch.randn(1, size, generator=generator)
+        for name, matrix in _other_forms(weight, generator).items():
+            functions[f"dequantise {name} float32"] = lambda matrix=matrix: _all_panels(matrix, torch.float32)
+            functions[f"product {name} M=1"] = lambda matrix=matrix: matrix.matmul(one)
         self.kernels = Kernels(functions)
         return {"cases": list(functions), "threads": torch.get_num_threads(), "versions": versions("smidgen", "torch")}
 
@@ -50,11 +65,32 @@ class KernelWorker:
         return {"extra_bytes": extra_memory(lambda: quantise(weight, storage)), "tensor_bytes": weight.nbytes}
 
 
+def _other_forms(weight: torch.Tensor, generator: torch.Generator) -> dict[str, FrozenMatrix]:
+    """The other stored forms, by the names that the cases have."""
+    forms: dict[str, FrozenMatrix] = {
+        "int8": quantise(weight, "int8"),
+        "gptq-4 g128": round_to_nearest(weight, GptqSettings()),
+    }
+    sizes = {name: (elements, nbytes) for name, elements, nbytes in BLOCK_TYPES.values()}
+    for name, places in _BLOCK_SCALES.items():
+        elements, nbytes = sizes[name]
+        shape = (weight.shape[0], weight.shape[1] // elements, nbytes)
+        blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        for place in places:
+            scales = torch.rand(*shape[:2], 1, generator=generator).mul_(1e-3).half()
+            blocks[..., place : place + 2] = scales.view(torch.uint8)
+        forms[name] = BlockMatrix(blocks.flatten(1), name)
+    return forms
+
+
 def _all_panels(matrix: FrozenMatrix, dtype: torch.dtype) -> None:
     """Every row once, in panels that fit the cache, as a product of many rows needs them."""
     height = max(1, _PANEL_BYTES // (matrix.in_features * dtype.itemsize))
+    weights = matrix._weights()
+    assert weights is not None, "the native kernels are installed"
+    panel = torch.empty(height, matrix.in_features, dtype=dtype)
     for start in range(0, matrix.out_features, height):
-        matrix.rows(start, min(start + height, matrix.out_features), dtype)
+        dequantise(weights, start, panel[: matrix.out_features - start])
 
 
 if __name__ == "__main__":
