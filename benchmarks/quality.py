@@ -1,9 +1,9 @@
 """How good fine-tuning gets on each stored form of one model: held-out loss on SNIPS and WikiSQL, mean over seeds.
 
 Forms: the model's own numbers in float32, NF4 double quantised, int8, GPTQ in 4 bits, and the blocks of its GGUF file
-in place. Data: $SMIDGEN_TEST_DATA/sft/{snips,wikisql}_{train,valid}.jsonl. All compute in float32; GPTQ is done once,
-with its built-in text. Hours on two cores with all seeds; every run is kept as soon as it is done, and a second start
-goes on with what is missing.
+in place. Data: $SMIDGEN_TEST_DATA/sft/{snips,wikisql}_{train,valid}.jsonl. All compute in float32. GPTQ is done once
+for each data set, on its training rows, as `finetune --quantize gptq` does it. Hours on two cores with all seeds; every
+run is kept as soon as it is done, and a second start goes on with what is missing.
 """
 
 import argparse
@@ -53,9 +53,11 @@ with tempfile.TemporaryDirectory() as name:
                     continue
                 base = ["smollm2-135m", data, "--quantize", quantize]
                 if quantize == "gptq":
-                    if not (folder / "gptq").exists():
-                        run_json(["quantize", "smollm2-135m", "--to", "gptq", "--out", "gptq"], folder)
-                    base = ["gptq", data]
+                    packed = f"{data}-gptq"
+                    if not (folder / packed).exists():
+                        how = ["--calibration", f"{data}/train.jsonl", "--no-perplexity"]
+                        run_json(["quantize", "smollm2-135m", "--to", "gptq", "--out", packed, *how], folder)
+                    base = [packed, data]
                 words = ["finetune", *base, "--out", f"{data}-{quantize}-{seed}", "--seed", str(seed), *SETTINGS]
                 summary = run_json(words, folder)
                 figures = {key: summary[key] for key in ("loss_before", "loss_after")}

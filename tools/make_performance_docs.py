@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md, and those of README.md, from benchmarks/results/*.json.
+"""Writes the tables of docs/performance.md, docs/quality.md and README.md from benchmarks/results/*.json.
 
-Only what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced. README.md gets its table only where it has
-the markers of `performance`. A test compares the pages with what this makes.
+Only what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced, in whichever page has these markers. A test
+compares the pages with what this makes.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from smidgen.bench.figures import format_rate
 
 ROOT = Path(__file__).parents[1]
-PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 Result = dict[str, Any]
 
@@ -139,6 +139,32 @@ def snips_table(result: Result) -> str:
     return _with_place(text, {**result, "versions": result["trl_best"][0]["versions"]})
 
 
+def perplexity_table(result: Result) -> str:
+    """A line for each stored form."""
+    exact = result["forms"]["float32"]["loss"]
+    rows = [
+        [name, f"{form['perplexity']:.2f}", f"{form['loss']:.4f}", f"{form['loss'] - exact:+.4f}"]
+        for name, form in result["forms"].items()
+    ]
+    tokens = result["forms"]["float32"]["tokens"]
+    titles = ["stored as", f"perplexity over {tokens:,} tokens", "loss", "loss against float32"]
+    return _with_place(table(titles, rows), result)
+
+
+def quality_table(result: Result) -> str:
+    """A line for each data set and stored form: mean and spread over the seeds, and how far from float32's mean."""
+    rows = []
+    for data, forms in result["table"].items():
+        exact = forms["float32"]["mean"]
+        for name, form in forms.items():
+            more = "-" if name == "float32" else f"{form['mean'] / exact - 1:+.1%}"
+            before = next(run["loss_before"] for run in result["runs"] if (run["data"], run["form"]) == (data, name))
+            after = f"{form['mean']:.4f} ± {form['spread']:.4f}"
+            rows.append([data, name, f"{before:.3f}", after, str(form["seeds"]), more])
+    titles = ["data", "base stored as", "held-out loss before", "after", "seeds", "against float32"]
+    return _with_place(table(titles, rows), result)
+
+
 def readme_table(results: dict[str, Result]) -> str:
     """The short version: one line for each claim, under AVX2 where that was measured: it is what most machines have."""
     results = {name: results.get(f"{name}-avx2", result) for name, result in _by_name(results).items()}
@@ -173,6 +199,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "decode": ("decode.py", decode_table),
     "load": ("load.py", load_table),
     "snips_trl": ("snips_trl.py", snips_table),
+    "gptq_quality": ("gptq_quality.py", perplexity_table),
+    "quality": ("quality.py", quality_table),
 }
 
 
@@ -196,7 +224,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 def make() -> dict[Path, str]:
     """Page -> its whole text."""
     made = sections(read_results())
-    return {page: fill(page.read_text(encoding="utf-8"), made) for page in (PAGE, README)}
+    return {page: fill(page.read_text(encoding="utf-8"), made) for page in PAGES}
 
 
 def _with_place(text: str, result: Result) -> str:

@@ -183,6 +183,8 @@ def _quantised(source: Source, examples: Sequence[Example], folder: Path, settin
     """
     ids = [token for example in examples for token in example.input_ids]
     text = calibration_on_the_way(ids, "the training rows", source.tokenizer, source.max_positions, report)
+    if settings.device not in ("auto", "cpu"):
+        report(Note(f"GPTQ runs on the CPU; {settings.device} trains on what it makes"))
     quantise_model(
         source,
         folder,
