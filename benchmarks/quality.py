@@ -55,7 +55,7 @@ with tempfile.TemporaryDirectory() as name:
                 if quantize == "gptq":
                     packed = f"{data}-gptq"
                     if not (folder / packed).exists():
-                        how = ["--calibration", f"{data}/train.jsonl", "--no-perplexity"]
+                        how = ["--calibration", f"{data}/train.jsonl", "--act-order", "--no-perplexity"]
                         run_json(["quantize", "smollm2-135m", "--to", "gptq", "--out", packed, *how], folder)
                     base = [packed, data]
                 words = ["finetune", *base, "--out", f"{data}-{quantize}-{seed}", "--seed", str(seed), *SETTINGS]

@@ -65,8 +65,8 @@ inline uint32_t word_at(const uint8_t* p) {
 // What becomes of decoded weights: codes times a scale, with an offset added or not, eight from weight `i` of a block on.
 struct Writer {
     float* out;
-    void scaled(int i, Eight code, float scale) { put(out + i, code * scale); }
-    void shifted(int i, Eight code, float scale, float offset) { put(out + i, code * scale + offset); }
+    void scaled(int64_t i, Eight code, float scale) { put(out + i, code * scale); }
+    void shifted(int64_t i, Eight code, float scale, float offset) { put(out + i, code * scale + offset); }
 };
 
 // ---- blocks of 32: bytes hold weight j in the low and weight j + 16 in the high four bits
@@ -134,20 +134,34 @@ struct Q8_0 {
     }
 };
 
-// ---- blocks of 256 with scales of their own for every 16 or 32 weights
+// ---- blocks of 256 with scales of their own for every 16 or 32 weights, which are all made floats first. A byte has parts
+// of several weights that lie 32 apart; it is loaded once for all of them.
+
+// out [8] = the eight bytes at p, or of two words, times a factor.
+inline void times(EightInt numbers, float factor, float* out) { put(out, floats(numbers) * factor); }
+inline EightInt eight(uint32_t first, uint32_t second) {
+    const uint32_t words[2] = {first, second};
+    return eight((const uint8_t*)words);
+}
 
 struct Q2_K {
     static constexpr int kElements = 256, kBytes = 84;
     template <class Sink>
     static void each(const uint8_t* p, Sink& sink) {
-        const uint8_t *scales = p, *codes = p + 16;
         const float d = half_at(p + 80), dmin = half_at(p + 82);
-        for (int i = 0; i < 256; i += 16) {
-            const float scale = d * (float)(scales[i / 16] & 15), least = dmin * (float)(scales[i / 16] >> 4);
-            const uint8_t* from = codes + i / 128 * 32 + i % 32;
-            const int shift = i % 128 / 32 * 2;
-            for (int j = 0; j < 16; j += 8) sink.shifted(i + j, floats(eight(from + j) >> shift & 3), scale, -least);
+        float scale[16], least[16];
+        for (int n = 0; n < 16; n += 8) {
+            times(eight(p + n) & 15, d, scale + n);
+            times(eight(p + n) >> 4, -dmin, least + n);
         }
+        for (int start = 0; start < 256; start += 128)
+            for (int j = 0; j < 32; j += 8) {
+                const EightInt codes = eight(p + 16 + start / 4 + j);
+                for (int part = 0; part < 4; part++) {
+                    const int i = start + part * 32 + j;
+                    sink.shifted(i, floats(codes >> 2 * part & 3), scale[i / 16], least[i / 16]);
+                }
+            }
     }
 };
 
@@ -155,41 +169,42 @@ struct Q3_K {
     static constexpr int kElements = 256, kBytes = 110;
     template <class Sink>
     static void each(const uint8_t* p, Sink& sink) {
-        const uint8_t *high = p, *codes = p + 32, *scales = p + 96;
         const float d = half_at(p + 108);
-        for (int i = 0; i < 256; i += 16) {
-            const int n = i / 16;
-            const int low = n < 8 ? scales[n] & 15 : scales[n - 8] >> 4;
-            const float scale = d * (float)((low | (scales[8 + n % 4] >> n / 4 * 2 & 3) << 4) - 32);
-            const uint8_t* from = codes + i / 128 * 32 + i % 32;
-            const int shift = i % 128 / 32 * 2, bit = i / 32;
-            for (int j = 0; j < 16; j += 8) {
-                const EightInt below = ((eight(high + i % 32 + j) >> bit & 1) ^ 1) << 2;  // a missing bit takes 4 away
-                sink.scaled(i + j, floats((eight(from + j) >> shift & 3) - below), scale);
+        const uint32_t a = word_at(p + 96), b = word_at(p + 100), high = word_at(p + 104);
+        const uint32_t four = 0x0f0f0f0f, two = 0x03030303;
+        float scale[16];
+        times(eight((a & four) | (high & two) << 4, (b & four) | (high >> 2 & two) << 4) - 32, d, scale);
+        times(eight((a >> 4 & four) | (high >> 4 & two) << 4, (b >> 4 & four) | (high >> 6 & two) << 4) - 32, d, scale + 8);
+        for (int start = 0; start < 256; start += 128)
+            for (int j = 0; j < 32; j += 8) {
+                const EightInt codes = eight(p + 32 + start / 4 + j), missing = ~eight(p + j);
+                for (int part = 0; part < 4; part++) {
+                    const int i = start + part * 32 + j;  // a missing bit takes 4 away
+                    sink.scaled(i, floats((codes >> 2 * part & 3) - (missing >> i / 32 & 1) * 4), scale[i / 16]);
+                }
             }
-        }
     }
 };
 
-// The 6-bit scale and minimum number n of Q4_K and Q5_K.
-inline void scale_and_least(const uint8_t* s, int n, float& scale, float& least) {
-    const int a = n < 4 ? s[n] & 63 : (s[n + 4] & 15) | s[n - 4] >> 6 << 4;
-    const int b = n < 4 ? s[n + 4] & 63 : s[n + 4] >> 4 | s[n] >> 6 << 4;
-    scale *= (float)a;
-    least *= (float)b;
+// The 6-bit scales and minima of Q4_K and Q5_K, times their factors: 8 of each.
+inline void scales_and_minima(const uint8_t* p, float d, float dmin, float* scale, float* least) {
+    const uint32_t a = word_at(p), b = word_at(p + 4), c = word_at(p + 8), six = 0x3f3f3f3f, four = 0x0f0f0f0f;
+    times(eight(a & six, (c & four) | (a >> 6 & 0x03030303) << 4), d, scale);
+    times(eight(b & six, (c >> 4 & four) | (b >> 6 & 0x03030303) << 4), -dmin, least);
 }
 
 struct Q4_K {
     static constexpr int kElements = 256, kBytes = 144;
     template <class Sink>
     static void each(const uint8_t* p, Sink& sink) {
-        for (int n = 0; n < 8; n++) {
-            float scale = half_at(p), least = half_at(p + 2);
-            scale_and_least(p + 4, n, scale, least);
-            const uint8_t* from = p + 16 + n / 2 * 32;
-            for (int j = 0; j < 32; j += 8)
-                sink.shifted(n * 32 + j, floats(eight(from + j) >> n % 2 * 4 & 15), scale, -least);
-        }
+        float scale[8], least[8];
+        scales_and_minima(p + 4, half_at(p), half_at(p + 2), scale, least);
+        for (int n = 0; n < 8; n += 2)
+            for (int j = 0; j < 32; j += 8) {
+                const EightInt codes = eight(p + 16 + n * 16 + j);
+                sink.shifted(n * 32 + j, floats(codes & 15), scale[n], least[n]);
+                sink.shifted(n * 32 + 32 + j, floats(codes >> 4), scale[n + 1], least[n + 1]);
+            }
     }
 };
 
@@ -197,15 +212,14 @@ struct Q5_K {
     static constexpr int kElements = 256, kBytes = 176;
     template <class Sink>
     static void each(const uint8_t* p, Sink& sink) {
-        for (int n = 0; n < 8; n++) {
-            float scale = half_at(p), least = half_at(p + 2);
-            scale_and_least(p + 4, n, scale, least);
-            const uint8_t *high = p + 16, *from = p + 48 + n / 2 * 32;
+        float scale[8], least[8];
+        scales_and_minima(p + 4, half_at(p), half_at(p + 2), scale, least);
+        for (int n = 0; n < 8; n += 2)
             for (int j = 0; j < 32; j += 8) {
-                const EightInt code = (eight(from + j) >> n % 2 * 4 & 15) | (eight(high + j) >> n & 1) << 4;
-                sink.shifted(n * 32 + j, floats(code), scale, -least);
+                const EightInt codes = eight(p + 48 + n * 16 + j), high = eight(p + 16 + j) >> n;
+                sink.shifted(n * 32 + j, floats((codes & 15) | (high & 1) << 4), scale[n], least[n]);
+                sink.shifted(n * 32 + 32 + j, floats(codes >> 4 | (high & 2) << 3), scale[n + 1], least[n + 1]);
             }
-        }
     }
 };
 
@@ -213,18 +227,19 @@ struct Q6_K {
     static constexpr int kElements = 256, kBytes = 210;
     template <class Sink>
     static void each(const uint8_t* p, Sink& sink) {
-        const uint8_t *low = p, *high = p + 128, *scales = p + 192;
         const float d = half_at(p + 208);
-        for (int i = 0; i < 256; i += 16) {
-            const int half = i / 128, quarter = i % 128 / 32, l = i % 32;
-            const float scale = d * (float)(int8_t)scales[i / 16];
-            const uint8_t* from = low + half * 64 + quarter % 2 * 32 + l;
-            for (int j = 0; j < 16; j += 8) {
-                const EightInt code = (eight(from + j) >> quarter / 2 * 4 & 15) |
-                                      (eight(high + half * 32 + l + j) >> quarter * 2 & 3) << 4;
-                sink.scaled(i + j, floats(code - 32), scale);
+        float scale[16];
+        for (int n = 0; n < 16; n += 8) times(eight_signed(p + 192 + n), d, scale + n);
+        for (int start = 0; start < 256; start += 128)
+            for (int j = 0; j < 32; j += 8) {
+                const EightInt even = eight(p + start / 2 + j), odd = eight(p + start / 2 + 32 + j);
+                const EightInt high = eight(p + 128 + start / 4 + j);
+                const EightInt low[4] = {even & 15, odd & 15, even >> 4, odd >> 4};
+                for (int part = 0; part < 4; part++) {
+                    const int i = start + part * 32 + j;
+                    sink.scaled(i, floats((low[part] | (high >> 2 * part & 3) << 4) - 32), scale[i / 16]);
+                }
             }
-        }
     }
 };
 
@@ -294,15 +309,26 @@ inline void unpack(const uint8_t* row, int64_t k, int64_t count, float* out) {
     }
 }
 
+template <int kBits>
+struct Bits {
+    static constexpr int value = kBits;
+};
+
+// Calls fn with the number of bits as a constant.
+template <class Fn>
+inline void by_bits(int64_t bits, Fn fn) {
+    switch (bits) {
+        case 2: fn(Bits<2>{}); break;
+        case 3: fn(Bits<3>{}); break;
+        case 4: fn(Bits<4>{}); break;
+        case 8: fn(Bits<8>{}); break;
+    }
+}
+
 // Weights k .. k + count of a row, k a multiple of 8: (code - zero) * scale, with scale and zero of the weight's group.
 inline void decode_groups(const Weights& w, int64_t row, int64_t k, int64_t count, float* out) {
     const uint8_t* packed = (const uint8_t*)w.values + row * w.row_bytes;
-    switch (w.type) {
-        case 2: unpack<2>(packed, k, count, out); break;
-        case 3: unpack<3>(packed, k, count, out); break;
-        case 4: unpack<4>(packed, k, count, out); break;
-        case 8: unpack<8>(packed, k, count, out); break;
-    }
+    by_bits(w.type, [&](auto bits) { unpack<decltype(bits)::value>(packed, k, count, out); });
     int64_t group = 0;
     for (int64_t above = w.groups - 1; group < above;) {  // the first group that ends after k
         const int64_t middle = (group + above) / 2;

@@ -156,6 +156,35 @@ inline void tile_of(int64_t rows, const float* w, const float* x, int64_t x_stri
     tile<T>(w, x, x_stride, count, sums);
 }
 
+// Sums of M rows of x times decoded weights, eight from weight `i` after x on: a sink for the forms of blocks.h.
+template <int M>
+struct Dot {
+    static constexpr int kChains = M > 2 ? 1 : 2;
+    const float* x;
+    int64_t x_stride;
+    Eight parts[M][kChains]{};
+
+    void add(int64_t i, Eight weights) {
+        for (int m = 0; m < M; m++) {
+            Eight& sum = parts[m][i / 8 % kChains];
+            sum = fma_eight(weights, eight_floats(x + m * x_stride + i), sum);
+        }
+    }
+    void scaled(int64_t i, Eight code, float scale) { add(i, code * scale); }
+    void shifted(int64_t i, Eight code, float scale, float offset) {
+        add(i, fma_eight(code, Eight{} + scale, Eight{} + offset));
+    }
+    void sums(Vec* out) const {
+        for (int m = 0; m < M; m++) {
+            const Eight sum = parts[m][0] + (kChains > 1 ? parts[m][kChains - 1] : Eight{});
+            float numbers[kWidth > 8 ? kWidth : 8] = {};
+            put(numbers, sum);
+            out[m] = load(numbers);
+            for (int i = kWidth; i < 8; i += kWidth) out[m] += load(numbers + i);
+        }
+    }
+};
+
 // A W in the blocks of a GGUF file: a block is multiplied in registers as it is decoded.
 template <class Form>
 struct BlockRows {
@@ -166,40 +195,52 @@ struct BlockRows {
     const uint8_t* bytes(int64_t row) const { return (const uint8_t*)w.values + stored_row(w, row) * w.row_bytes; }
 
     template <int M>
-    struct Dot {
-        static constexpr int kChains = M > 2 ? 1 : 2;
-        const float* x;
-        int64_t x_stride;
-        Eight parts[M][kChains]{};
-
-        void add(int i, Eight weights) {
-            for (int m = 0; m < M; m++) {
-                Eight& sum = parts[m][i / 8 % kChains];
-                sum = fma_eight(weights, eight_floats(x + m * x_stride + i), sum);
-            }
-        }
-        void scaled(int i, Eight code, float scale) { add(i, code * scale); }
-        void shifted(int i, Eight code, float scale, float offset) {
-            add(i, fma_eight(code, Eight{} + scale, Eight{} + offset));
-        }
-    };
-
-    template <int M>
     void dot(int64_t row, const float* x, int64_t x_stride, Vec* sums) const {
         const uint8_t* p = bytes(row);
         Dot<M> dot{x, x_stride};
         for (int64_t k = 0; k < width; k += Form::kElements, p += Form::kBytes, dot.x += Form::kElements) Form::each(p, dot);
-        for (int m = 0; m < M; m++) {
-            const Eight sum = dot.parts[m][0] + (Dot<M>::kChains > 1 ? dot.parts[m][Dot<M>::kChains - 1] : Eight{});
-            float numbers[kWidth > 8 ? kWidth : 8] = {};
-            put(numbers, sum);
-            sums[m] = load(numbers);
-            for (int i = kWidth; i < 8; i += kWidth) sums[m] += load(numbers + i);
-        }
+        dot.sums(sums);
     }
 
     void strip(int64_t row, int64_t k, int64_t count, float* out) const { write_blocks<Form>(bytes(row), k, count, out); }
 };
+
+// Weights k .. k + count of a row, and zeros up to a whole vector.
+inline void padded_strip(const Weights& w, int64_t row, int64_t k, int64_t count, float* out) {
+    decode_part(w, row, k, count, out);
+    for (; count % kWidth; count++) out[count] = 0;
+}
+
+// A W of integers in groups of whole eights, in registers too.
+template <int kBits>
+struct GroupRows {
+    static constexpr int kMost = 4;
+    const Weights& w;
+    int64_t width;
+
+    template <int M>
+    void dot(int64_t row, const float* x, int64_t x_stride, Vec* sums) const {
+        const uint8_t *p = (const uint8_t*)w.values + row * w.row_bytes, *zeros = w.zeros + row * w.groups;
+        Dot<M> dot{x, x_stride};
+        by_weight_type(Type(w.scale_type), [&](auto* tag) {
+            const auto* scales = (const Pointee<decltype(tag)>*)w.scale + row * w.groups;
+            int64_t k = 0;
+            for (int64_t group = 0; group < w.groups; group++) {
+                const float scale = load_one(scales + group), zero = (float)zeros[group];
+                for (; k < w.ends[group]; k += 8, p += kBits) dot.scaled(k, floats(codes<kBits>(p)) - zero, scale);
+            }
+        });
+        dot.sums(sums);
+    }
+
+    void strip(int64_t row, int64_t k, int64_t count, float* out) const { padded_strip(w, row, k, count, out); }
+};
+
+inline bool groups_are_eights(const Weights& w) {
+    for (int64_t group = 0; group < w.groups; group++)
+        if (w.ends[group] % 8) return false;
+    return true;
+}
 
 // A W of which parts of rows are decoded into memory first.
 struct DecodedRows {
@@ -229,10 +270,7 @@ struct DecodedRows {
         for (int m = 0; m < M; m++) sums[m] = parts[m][0] + parts[m][1];
     }
 
-    void strip(int64_t row, int64_t k, int64_t count, float* out) const {
-        decode_part(w, row, k, count, out);
-        for (; count % kWidth; count++) out[count] = 0;
-    }
+    void strip(int64_t row, int64_t k, int64_t count, float* out) const { padded_strip(w, row, k, count, out); }
 };
 
 template <class Rows>
@@ -283,6 +321,8 @@ void product(const Product& a, int64_t begin, int64_t end) {
     if (w.form == Weights::kBlocks &&
         by_block_form(w.type, [&](auto form) { product_of(BlockRows<decltype(form)>{w, a.width}, a, begin, end); }))
         return;
+    if (w.form == Weights::kGroups && groups_are_eights(w))
+        return by_bits(w.type, [&](auto bits) { product_of(GroupRows<decltype(bits)::value>{w, a.width}, a, begin, end); });
     if (w.form != Weights::kDense) return product_of(DecodedRows{w, a.width}, a, begin, end);
     by_weight_type(Type(w.type), [&](auto* tag) {
         using T = Pointee<decltype(tag)>;

@@ -38,6 +38,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "train_on_prompt": False,
     "eval_interval": 0,
     "save_interval": 100,
+    "keep_checkpoints": 2,
     "compare": 0,
     "log_to": "file",
 }

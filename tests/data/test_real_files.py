@@ -19,6 +19,8 @@ FILES = [
     ("chat/instruction-data_raschka.json", "alpaca", 1100),
     ("chat/fastchat_dummy_conversation.json", "sharegpt", 500),
     ("chat/glaive_toolcall_en_demo.json", "sharegpt", 300),
+    ("chat/instruction-data-with-preference_raschka.json", "preference", 1100),
+    ("chat/oasst_en_100_tree.jsonl", "oasst", 100),
     ("chat/dolly_hhrlhf_train_small.jsonl", "prompt/response", 1000),
     ("text/c4_demo.jsonl", "text", 300),
 ]

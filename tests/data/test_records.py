@@ -51,6 +51,15 @@ def write(path: Path, *records: Any) -> str:
         ),
         ({"conversations": USER_AND_ANSWER}, "sharegpt", USER_AND_ANSWER),
         ({"text": "Once upon a time"}, "text", []),
+        ({"prompt": "hi", "chosen": "bye", "rejected": "no"}, "preference", USER_AND_ANSWER),
+        ({"prompt": USER_AND_ANSWER[:1], "chosen": USER_AND_ANSWER[1:], "rejected": []}, "preference", USER_AND_ANSWER),
+        ({"prompt": "hi", "chosen": USER_AND_ANSWER, "rejected": USER_AND_ANSWER}, "preference", USER_AND_ANSWER),
+        ({"chosen": USER_AND_ANSWER, "rejected": USER_AND_ANSWER}, "preference", USER_AND_ANSWER),
+        (
+            {"instruction": "hi", "input": "", "output": "no", "chosen": "bye", "rejected": "no"},
+            "preference",
+            USER_AND_ANSWER,
+        ),
     ],
 )
 def test_a_layout_is_told_by_its_columns(tmp_path: Path, record: Any, layout: str, messages: Any) -> None:
@@ -61,6 +70,37 @@ def test_a_layout_is_told_by_its_columns(tmp_path: Path, record: Any, layout: st
     assert data.train[0].text == record.get("text")
     assert data.train[0].where == "a.jsonl:1"
     assert f"layout {layout}" in events[0].text
+
+
+def test_the_best_ranked_path_of_a_tree_is_taken_up_to_its_last_answer(tmp_path: Path) -> None:
+    def said(text: str, role: str, *replies: Any, **more: Any) -> Any:
+        return {"text": text, "role": role, "replies": list(replies), **more}
+
+    tree = said(
+        "hi",
+        "prompter",
+        said("no rank", "assistant"),
+        said("second", "assistant", said("why?", "prompter"), rank=1),
+        said("best but deleted", "assistant", rank=0, deleted=True),
+        said("bye", "assistant", said("and?", "prompter", rank=None), rank=0),
+    )
+    data = read_data(write(tmp_path / "a.jsonl", {"message_tree_id": "x", "tree_state": "ready", "prompt": tree}))
+    assert data.layout == "oasst"
+    assert list(data.train[0].messages) == USER_AND_ANSWER
+    for broken, says in (
+        (said("hi", "prompter"), "a.jsonl:1 has no answer"),
+        (said("hi", "prompter", "bye"), "a.jsonl:1, message 2: wrong type"),
+        ({"text": "hi", "role": "prompter", "replies": {}}, None),
+        ({"text": "hi", "role": "prompter", "replies": "bye"}, "message 1, replies: wrong type"),
+    ):
+        spec = write(tmp_path / "a.jsonl", {"message_tree_id": "x", "prompt": broken})
+        with pytest.raises(DataError, match=says or "has no answer"):
+            read_data(spec)
+
+
+def test_a_preference_without_its_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"column chosen: nothing says what it answers.*expected a column prompt"):
+        read_data(write(tmp_path / "a.jsonl", {"chosen": "bye", "rejected": "no"}))
 
 
 def test_calls_and_tools_come_out_in_one_form(tmp_path: Path) -> None:

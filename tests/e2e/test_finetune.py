@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) 
     assert set(summary) == {
         "run", "base_format", "loss_before", "loss_after", "exact_match_before", "exact_match_after",
         "valid_json_before", "valid_json_after", "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes",
-        "trainable_parameters",
+        "trainable_parameters", "stopped",
     }  # fmt: skip
     assert summary["base_format"] == "nf4-dq"
     assert summary["loss_after"] < summary["loss_before"] - 0.3
@@ -126,7 +126,7 @@ def test_a_resume_that_leaves_a_piece_out_would_be_caught(
         torch.manual_seed(99)
         tensors["rng"] = torch.get_rng_state()
     save_file(tensors, state)
-    monkeypatch.setattr("smidgen.train.state._is_whole", lambda folder: True)
+    monkeypatch.setattr("smidgen.train.state.is_whole", lambda folder: True)
     assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) != adapter_bytes(whole.path)
 
 
@@ -211,7 +211,40 @@ def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, t
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", save_interval=2, **QUICK)
     for checkpoint in (run.path / "checkpoints").iterdir():
         assert smidgen.load(checkpoint).generate("say red 0", max_new_tokens=4).new_tokens <= 4
-    assert {c.name for c in (run.path / "checkpoints").iterdir()} >= {"step-2", "step-4"}
+    assert {c.name for c in (run.path / "checkpoints").iterdir()} == {"step-4", "step-6"}
+
+
+def _checkpoints(run: Path) -> set[str]:
+    return {folder.name for folder in (run / "checkpoints").iterdir()}
+
+
+def test_checkpoints_are_pruned_only_for_newer_ones_that_read_as_written(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = QUICK | {"save_interval": 1, "max_steps": 4}
+    smidgen.finetune(str(model), str(rows), tmp_path / "all", keep_checkpoints=0, **how)
+    assert _checkpoints(tmp_path / "all") == {f"step-{step}" for step in range(1, 5)}
+    smidgen.finetune(str(model), str(rows), tmp_path / "one", keep_checkpoints=1, **how)
+    assert _checkpoints(tmp_path / "one") == {"step-4"}
+    from smidgen.train import run, state
+
+    monkeypatch.setattr(run, "is_whole", lambda folder: folder.name != "step-3" and state.is_whole(folder))
+    with pytest.raises(RunError, match=r"step-3 reads otherwise than it was written.*older ones stay"):
+        smidgen.finetune(str(model), str(rows), tmp_path / "bad", keep_checkpoints=1, **how)
+    assert _checkpoints(tmp_path / "bad") == {"step-2", "step-3"}
+
+
+def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path: Path) -> None:
+    how = QUICK | {"save_interval": 1, "max_steps": 4, "keep_checkpoints": 0}
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(3), **how)
+    file = tmp_path / "run" / "checkpoints" / "step-3" / "state.json"
+    whole = file.read_bytes()
+    file.write_bytes(b"{}")
+    (file.parent.parent / ".tmp-step-9-x").mkdir()  # what a kill in the middle of a save leaves
+    smidgen.resume(tmp_path / "run")
+    assert json.loads(file.read_bytes())["step"] == json.loads(whole)["step"] == 3
+    assert ".tmp-step-9-x" not in _checkpoints(tmp_path / "run")
 
 
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
@@ -239,7 +272,11 @@ def test_each_setting_changes_the_result(name: str, plain: bytes, model: Path, r
 def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=50, **QUICK)
     assert run.summary["steps"] == 1
-    assert adapter_bytes(run.path)
+    assert run.summary["stopped"] == "max_time"
+    first = adapter_bytes(run.path)
+    again = smidgen.resume(run.path)  # for as long once more
+    assert again.summary["steps"] == 2
+    assert adapter_bytes(run.path) != first
 
 
 @pytest.mark.parametrize(

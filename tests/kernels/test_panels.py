@@ -34,7 +34,7 @@ def _matrix(form: str, shape: tuple[int, int], blocksize: int) -> FrozenMatrix:
     blocksize=st.sampled_from([32, 64, 256, 4096]),
     rows=st.integers(17, 300),
     n=st.integers(1, 220),
-    k=st.integers(1, 150),
+    k=st.one_of(st.integers(1, 150), st.sampled_from([1023, 1024, 1100, 1601])),  # long rows go in slices
     apart=st.integers(0, 5),
     accumulate=st.booleans(),
     rank=st.sampled_from([0, 1, 3, 16]),
@@ -51,8 +51,8 @@ def test_products_of_many_rows(
     adapter = LowRank(A, B, 0.5, low, torch.full((rows, rank + apart), torch.nan)[:, apart:]) if rank else None
     matrix.write_product(x, y, adapter)
     grad_B = matrix.write_product_t(g, dx, adapter, accumulate=accumulate)
-    # float32 sums of up to 220 terms: a few roundings of the sum of magnitudes
-    exact, tolerance = 0.5 * low.double() @ B.double().t(), {"rtol": 1e-5, "atol": 1e-4}
+    # float32 sums of up to 1,600 terms: a few roundings of the sum of magnitudes
+    exact, tolerance = 0.5 * low.double() @ B.double().t(), {"rtol": 1e-5, "atol": 1e-4 if k < 200 else 1e-3}
     torch.testing.assert_close(y.double(), x.double() @ dense.t() + exact, **tolerance)
     adapted = dense + 0.5 * B.double() @ A.double()
     torch.testing.assert_close(dx.double(), g.double() @ adapted + 2.0 * accumulate, **tolerance)

@@ -4,6 +4,9 @@
     sharegpt           {"conversations": [{"from", "value"}, ...]}, "system" and "tools" beside it
     alpaca             {"instruction", "output"}, "input" and "system" beside it
     dolly              {"instruction", "response"}, "context" beside it
+    oasst              {"message_tree_id", "prompt"}: a tree of messages, of which the best ranked path is taken
+    preference         {"chosen", "rejected"}: the chosen answer, after "prompt", or "instruction" and "input"; or two
+                       whole conversations
     prompt/completion  {"prompt", "completion"}: two texts or two lists of messages
     prompt/response    {"prompt", "response"}
     text               {"text"}: no turns; every token is trained
@@ -29,6 +32,7 @@ _ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
+    "prompter": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
@@ -141,9 +145,64 @@ def _from_prompt(answer: str) -> Callable[[Columns, str], list[Message]]:
     return messages_of
 
 
+def _from_tree(record: Columns, where: str) -> list[Message]:
+    """The path on which every message is the best ranked reply to the one before, up to the last answer.
+
+    Trees are those of Open Assistant (arXiv 2304.07327), these paths what QLoRA's Guanaco learned (arXiv 2305.14314).
+    """
+    path: list[Message] = []
+    node: object = record["prompt"]
+    while node is not None:
+        place = f"{where}, message {len(path) + 1}"
+        if not isinstance(node, dict) or not isinstance(node.get("text"), str):
+            expected = '{"text": ..., "role": ..., "replies": [...]}'
+            raise DataError(f"{place}: wrong type", expected=expected, found=describe(node))
+        path.append(_turn({"role": node.get("role"), "content": node["text"]}, place))
+        replies = node.get("replies") or []
+        if not isinstance(replies, list):
+            raise DataError(f"{place}, replies: wrong type", expected="a list of messages", found=describe(replies))
+        kept = [reply for reply in replies if not (isinstance(reply, dict) and reply.get("deleted"))]
+        node = min(kept, key=_rank, default=None)
+    while path and path[-1]["role"] != "assistant":
+        path.pop()
+    return path
+
+
+def _rank(reply: object) -> float:
+    """Of a message among its siblings: 0 is the best, and those without a rank come last."""
+    rank = reply.get("rank") if isinstance(reply, dict) else None
+    return rank if isinstance(rank, int | float) else float("inf")
+
+
+def _from_preference(record: Columns, where: str) -> list[Message]:
+    chosen = record["chosen"]
+    if isinstance(record.get("prompt"), list):
+        asked = _turns(record["prompt"], "prompt", where)
+    elif "instruction" in record:
+        asked = _from_instruction("input", "chosen")(record, where)[:-1]
+    elif (prompt := _text(record, "prompt", where)).strip():
+        asked = [*_system(record, where), _message("user", prompt)]
+    else:
+        asked = []
+    if isinstance(chosen, str) and asked:
+        return [*asked, _message("assistant", chosen)]
+    if not isinstance(chosen, list):
+        raise DataError(
+            f"{where}, column chosen: nothing says what it answers", expected="a column prompt, or a list of messages",
+            found=describe(chosen),
+        )  # fmt: skip
+    answer = _turns(chosen, "chosen", where)
+    # a conversation may be whole in `chosen`, and its prompt beside it once more
+    return answer if answer and answer[0]["role"] != "assistant" else asked + answer
+
+
 LAYOUTS = (
     Layout("messages", ("messages",), ("tools",), _from_turns("messages")),
     Layout("sharegpt", ("conversations",), ("system", "tools"), _from_turns("conversations")),
+    Layout("oasst", ("message_tree_id", "prompt"), ("tree_state",), _from_tree),
+    Layout(
+        "preference", ("chosen", "rejected"), ("prompt", "instruction", "input", "output", "system"), _from_preference
+    ),
     Layout("alpaca", ("instruction", "output"), ("input", "system"), _from_instruction("input", "output")),
     Layout("dolly", ("instruction", "response"), ("context",), _from_instruction("context", "response")),
     Layout("prompt/completion", ("prompt", "completion"), ("tools",), _from_prompt("completion")),

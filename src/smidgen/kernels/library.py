@@ -20,7 +20,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 5
+_INTERFACE = 6
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -38,7 +38,7 @@ _SIGNATURES = {
     "smidgen_swiglu": "ppiit",
     "smidgen_swiglu_backward": "ppppiit",
     "smidgen_cross_entropy": "pppiitt",
-    "smidgen_panel_product": "pppp" + "iiiiiii" + "tt",
+    "smidgen_panel_product": "pppp" + "iiiiiiii" + "tt",
     "smidgen_attention": "ppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
     "smidgen_attention_decode": "pppppppiiiiiiiif",

@@ -14,12 +14,11 @@ from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.kernels.library import MISSING, native_library
 from smidgen.model.build import Base, build_base
-from smidgen.model.calibration import calibration_on_the_way
+from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.gptq import quantise_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.tokenizer import load_tokenizer
-from smidgen.quant.gptq import GptqSettings
 
 __all__ = ["Source", "choose_storage", "load_base", "needs_gptq", "open_source"]
 
@@ -126,7 +125,7 @@ def load_base(
     )
     if is_new:
         text = calibration_on_the_way([], "", source.tokenizer, source.max_positions, report)
-        quantise_base(base, text.rows, GptqSettings(), report)
+        quantise_base(base, text.rows, GPTQ_ON_THE_WAY, report)
     return base
 
 

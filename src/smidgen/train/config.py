@@ -89,8 +89,9 @@ class Settings:
     epochs: float = _setting(1.0, "Training", "Passes over the training rows.")
     max_steps: int | None = _setting(None, "Training", "Stop after this many optimizer steps.", metavar="N")
     max_time: str | None = _setting(
-        None, "Training", "Stop after this long, e.g. 90s, 15m, 1h30m; the adapter is saved.", metavar="TIME"
-    )
+        None, "Training", "Stop after this long, e.g. 90s, 15m, 1h30m; the adapter is saved, and --resume goes"
+        " on for as long again.", metavar="TIME"
+    )  # fmt: skip
     micro_batch: int = _setting(4, "Training", "Rows computed at once; sets the memory of activations.")
     accumulation: int = _setting(1, "Training", "Micro-batches summed into one optimizer step.")
     seed: int = _setting(0, "Training", "Seed of the adapters, the order of rows and dropout.")
@@ -108,6 +109,10 @@ class Settings:
 
     eval_interval: int = _setting(0, "Records", "Held-out loss every N steps; 0: before and after only.", metavar="N")
     save_interval: int = _setting(100, "Records", "Checkpoint every N steps; 0: only at the end.", metavar="N")
+    keep_checkpoints: int = _setting(
+        2, "Records", "The newest N checkpoints stay; older ones go when a newer one has been verified. 0: all stay.",
+        metavar="N",
+    )  # fmt: skip
     compare: int = _setting(
         0, "Records", "Answer N held-out rows before and after and compare them with the data's answers.", metavar="N"
     )
@@ -169,7 +174,7 @@ def _wrong_values(s: Settings) -> list[str]:
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")
-    for name in ("eval_interval", "save_interval", "compare"):
+    for name in ("eval_interval", "save_interval", "keep_checkpoints", "compare"):
         need(getattr(s, name) >= 0, name, "0 or more")
     if s.max_time is not None:
         try:

@@ -24,13 +24,12 @@ from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
-from smidgen.model.calibration import calibration_on_the_way
+from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
 from smidgen.model.fused import is_fused
 from smidgen.model.load import Source, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
 from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
-from smidgen.quant.gptq import GptqSettings
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
@@ -39,7 +38,6 @@ from smidgen.train.state import Cursor, latest_checkpoint, load_state
 from smidgen.units import format_bytes, format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
-
 
 
 @dataclass(frozen=True)
@@ -92,15 +90,16 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
 
 
 def resume(run: Path, report: Report = silent) -> Run:
-    """Go on from the newest whole checkpoint; a finished run is returned as it is.
+    """Go on from the newest whole checkpoint; a finished run is returned as it is, one that `max_time` stopped goes on.
 
     Raises RunError where base or data have changed.
     """
     started = time.perf_counter()
     folder, settings, model, data = RunFolder.open(run)
-    if (run / "summary.json").is_file():
+    summary = _read_summary(run)
+    if summary is not None and not summary.get("stopped"):
         report(Note(f"{run} is finished: nothing to do"))
-        return Run(run, json.loads((run / "summary.json").read_text(encoding="utf-8")))
+        return Run(run, summary)
     checkpoint = latest_checkpoint(run)
     step = checkpoint.name.removeprefix("step-") if checkpoint else None
     report(Note(f"resuming {run} from step {step}" if step else f"{run} has no checkpoint yet: starting anew"))
@@ -120,6 +119,11 @@ def resume(run: Path, report: Report = silent) -> Run:
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, settings, checkpoint, started, report)
+
+
+def _read_summary(run: Path) -> dict[str, Any] | None:
+    file = run / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _absolute(data: str) -> str:
@@ -189,7 +193,7 @@ def _quantised(source: Source, examples: Sequence[Example], folder: Path, settin
         source,
         folder,
         "gptq",
-        settings=GptqSettings(),
+        settings=GPTQ_ON_THE_WAY,
         calibration=text,
         trust_remote_code=settings.trust_remote_code,
         report=report,
@@ -284,20 +288,22 @@ def _train(
             prepared.train,
             settings,
             cursor,
-            save=lambda at: _save(folder, prepared, optimizer, at),
+            save=lambda at: _save(folder, prepared, optimizer, at, settings),
             evaluate=evaluate,
             record=folder.log,
             report=report,
         )
-        _save(folder, prepared, optimizer, cursor)
+        _save(folder, prepared, optimizer, cursor, settings)
         if outcome.stopped == "interrupted":
             raise KeyboardInterrupt
         if outcome.stopped:
             total = Schedule(len(prepared.train), settings).total_steps
-            report(Note(f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"))
+            done = f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"
+            report(Note(f"{done}; smidgen finetune --resume {folder.path} goes on"))
         evaluate(cursor)
         after_answers = _answer(prepared, "after", folder, cursor, report)
-    summary = _summary(prepared, folder, cursor) | {"wall_s": round(time.perf_counter() - started, 1)}
+    wall_s = round(time.perf_counter() - started, 1)
+    summary = _summary(prepared, folder, cursor) | {"stopped": outcome.stopped or None, "wall_s": wall_s}
     folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)
     return Run(folder.path, summary)
 
@@ -333,8 +339,17 @@ def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch
     return load_state(checkpoint, adapters, optimizer)
 
 
-def _save(folder: RunFolder, prepared: _Prepared, optimizer: torch.optim.Optimizer, cursor: Cursor) -> None:
-    folder.save_checkpoint(prepared.base, prepared.adapters, optimizer, cursor, prepared.source.tokenizer)
+def _save(
+    folder: RunFolder, prepared: _Prepared, optimizer: torch.optim.Optimizer, cursor: Cursor, settings: Settings
+) -> None:
+    folder.save_checkpoint(
+        prepared.base,
+        prepared.adapters,
+        optimizer,
+        cursor,
+        prepared.source.tokenizer,
+        settings.keep_checkpoints,
+    )
 
 
 def _answer(prepared: _Prepared, when: str, folder: RunFolder, cursor: Cursor, report: Report) -> Answers | None:

@@ -81,7 +81,8 @@ def train(
 ) -> Outcome:
     """Run the steps from `cursor` on. `save` and `evaluate` are called at their intervals, `record` after every step.
 
-    The first Ctrl-C ends the loop after the step in progress; a second one at once.
+    max_time counts from here on, also where a run is resumed. The first Ctrl-C ends the loop after the step in
+    progress; a second one at once.
     """
     schedule = Schedule(len(examples), settings)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -119,7 +120,7 @@ def train(
                 grad_norm=result.grad_norm,
                 tokens=cursor.tokens,
                 tokens_per_s=(cursor.tokens - first.tokens) / elapsed_s,
-                remaining_s=min(left_s, limit_s - cursor.train_s),
+                remaining_s=min(left_s, limit_s - elapsed_s),
                 rss_bytes=current_rss_bytes(),
             )
             record(
@@ -136,7 +137,7 @@ def train(
             report(step)
             if interrupted.is_set():
                 return Outcome(cursor, "interrupted")
-            if cursor.train_s >= limit_s and cursor.step < total:
+            if elapsed_s >= limit_s and cursor.step < total:
                 return Outcome(cursor, "max_time")
             if _due(cursor.step, settings.eval_interval, total):
                 evaluate(cursor)

@@ -12,6 +12,7 @@ It is made before the first step and never overwritten.
 """
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ from smidgen.export.files import new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
-from smidgen.train.state import Cursor, save_state, write_manifest
+from smidgen.train.state import Cursor, is_whole, prune_checkpoints, save_state, write_manifest
 
 __all__ = ["RECORD", "Record", "RunFolder", "read_record"]
 
@@ -124,17 +125,24 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         cursor: Cursor,
         tokenizer: Any,
+        keep: int,
     ) -> Path:
-        """checkpoints/step-N, whole or not at all; nothing is done if it is there."""
+        """checkpoints/step-N, whole or not at all; nothing is done if a whole one is there. It is read again, and only
+        then are all but the newest `keep` removed. Raises RunError if it reads otherwise than it was written.
+        """
         folder = self.path / "checkpoints" / f"step-{cursor.step}"
-        if folder.exists():
+        if is_whole(folder):
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which `resume` has passed over
         with new_folder(folder) as staging:
             save_adapter(staging, base, adapters, self.record.peft_base)
             save_state(staging, cursor, adapters, optimizer)
             tokenizer.save_pretrained(staging)
             (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
             write_manifest(staging)
+        if not is_whole(folder):
+            raise RunError(f"{folder} reads otherwise than it was written", cure="look after the disk; older ones stay")
+        prune_checkpoints(self.path, keep)
         return folder
 
     def save_result(

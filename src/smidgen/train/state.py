@@ -12,6 +12,7 @@ The order of rows is a function of seed and epoch, so step and seed are the whol
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from smidgen.errors import RunError
 from smidgen.lora.linear import LoraLinear
 
-__all__ = ["Cursor", "latest_checkpoint", "load_state", "save_state", "write_manifest"]
+__all__ = ["Cursor", "is_whole", "latest_checkpoint", "load_state", "prune_checkpoints", "save_state", "write_manifest"]
 
 _MANIFEST = "manifest.json"
 
@@ -84,15 +85,33 @@ def write_manifest(folder: Path) -> None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the highest step whose every file is as its manifest says; None if there is none."""
+    return next((path for path in _newest_first(run) if is_whole(path)), None)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` of the highest steps; 0: none is removed.
+
+    To be called when the newest one has been verified. One that is removed loses its name first, so that it is whole as
+    long as it has one. Remains of saves that were interrupted go too.
+    """
+    for folder in _newest_first(run)[keep:] if keep else []:
+        folder.rename(folder.with_name(f".tmp-{folder.name}"))
+    for remains in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """The checkpoints by their step, never by their time."""
     found = [
         (int(m.group(1)), path)
         for path in (run / "checkpoints").glob("step-*")
         if (m := re.fullmatch(r"step-(\d+)", path.name))
     ]
-    return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether every file is as the manifest says."""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
         return all(
