@@ -84,6 +84,18 @@ def test_without_results_the_page_says_what_to_run(tool: ModuleType) -> None:
 
 
 def test_the_page_names_every_peer(tool: ModuleType) -> None:
-    text = tool.PAGE.read_text(encoding="utf-8")
+    text = tool.PAGES[0].read_text(encoding="utf-8")
     for name in STEP_PEERS:
         assert f"`{name}`" in text
+
+
+def test_the_tables_of_quality(tool: ModuleType) -> None:
+    forms = {"float32": {"perplexity": 20.0, "loss": 3.0, "tokens": 1024}, "nf4": {"perplexity": 25.0, "loss": 3.25}}
+    lines = tool.perplexity_table({"forms": forms, **WHERE}).splitlines()
+    assert lines[0].startswith("| stored as | perplexity over 1,024 tokens |")
+    assert lines[3] == "| nf4 | 25.00 | 3.2500 | +0.2500 |"
+    means = {"float32": {"mean": 0.5, "spread": 0.01, "seeds": 5}, "nf4": {"mean": 0.51, "spread": 0.02, "seeds": 4}}
+    runs = [{"data": "snips", "form": form, "loss_before": 2.5} for form in means]
+    lines = tool.quality_table({"table": {"snips": means}, "runs": runs, **WHERE}).splitlines()
+    assert lines[2] == "| snips | float32 | 2.500 | 0.5000 ± 0.0100 | 5 | - |"
+    assert lines[3] == "| snips | nf4 | 2.500 | 0.5100 ± 0.0200 | 4 | +2.0% |"
