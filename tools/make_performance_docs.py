@@ -152,12 +152,16 @@ def perplexity_table(result: Result) -> str:
 
 
 def quality_table(result: Result) -> str:
-    """A line for each data set and stored form: mean and spread over the seeds, and how far from float32's mean."""
+    """A line for each data set and stored form: mean and spread over the seeds, and how far from float32's mean over the
+    same seeds.
+    """
     rows = []
     for data, forms in result["table"].items():
-        exact = forms["float32"]["mean"]
+        after_of = {(run["form"], run["seed"]): run["loss_after"] for run in result["runs"] if run["data"] == data}
         for name, form in forms.items():
-            more = "-" if name == "float32" else f"{form['mean'] / exact - 1:+.1%}"
+            seeds = [seed for other, seed in after_of if other == name and ("float32", seed) in after_of]
+            ratio = sum(after_of[name, seed] for seed in seeds) / sum(after_of["float32", seed] for seed in seeds)
+            more = "-" if name == "float32" else f"{ratio - 1:+.1%}"
             before = next(run["loss_before"] for run in result["runs"] if (run["data"], run["form"]) == (data, name))
             after = f"{form['mean']:.4f} ± {form['spread']:.4f}"
             rows.append([data, name, f"{before:.3f}", after, str(form["seeds"]), more])

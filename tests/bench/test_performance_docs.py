@@ -94,8 +94,11 @@ def test_the_tables_of_quality(tool: ModuleType) -> None:
     lines = tool.perplexity_table({"forms": forms, **WHERE}).splitlines()
     assert lines[0].startswith("| stored as | perplexity over 1,024 tokens |")
     assert lines[3] == "| nf4 | 25.00 | 3.2500 | +0.2500 |"
-    means = {"float32": {"mean": 0.5, "spread": 0.01, "seeds": 5}, "nf4": {"mean": 0.51, "spread": 0.02, "seeds": 4}}
-    runs = [{"data": "snips", "form": form, "loss_before": 2.5} for form in means]
+    means = {"float32": {"mean": 0.5, "spread": 0.1, "seeds": 2}, "nf4": {"mean": 0.408, "spread": 0.0, "seeds": 1}}
+    runs = [
+        {"data": "snips", "form": form, "seed": seed, "loss_before": 2.5, "loss_after": after}
+        for form, seed, after in (("float32", 0, 0.4), ("float32", 1, 0.6), ("nf4", 0, 0.408))
+    ]
     lines = tool.quality_table({"table": {"snips": means}, "runs": runs, **WHERE}).splitlines()
-    assert lines[2] == "| snips | float32 | 2.500 | 0.5000 ± 0.0100 | 5 | - |"
-    assert lines[3] == "| snips | nf4 | 2.500 | 0.5100 ± 0.0200 | 4 | +2.0% |"
+    assert lines[2] == "| snips | float32 | 2.500 | 0.5000 ± 0.1000 | 2 | - |"
+    assert lines[3] == "| snips | nf4 | 2.500 | 0.4080 ± 0.0000 | 1 | +2.0% |", "against the same seeds"
