@@ -152,9 +152,7 @@ def perplexity_table(result: Result) -> str:
 
 
 def quality_table(result: Result) -> str:
-    """A line for each data set and stored form: mean and spread over the seeds, and how far from float32's mean over the
-    same seeds.
-    """
+    """A line for each data set and stored form: mean and spread over seeds, and how far from float32 over the same."""
     rows = []
     for data, forms in result["table"].items():
         after_of = {(run["form"], run["seed"]): run["loss_after"] for run in result["runs"] if run["data"] == data}
