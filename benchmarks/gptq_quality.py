@@ -55,9 +55,8 @@ def load_form(source: Source, name: str, calibration: torch.Tensor) -> Any:
         for linear_name, linear in base.linears.items():
             if linear_name != base.head_name:
                 weight = linear.weight.rows(0, linear.out_features, torch.float32).clone()
-                parent, _, last = linear_name.rpartition(".")
                 nearest = FrozenLinear(round_to_nearest(weight, settings), linear.bias)
-                setattr(base.model.get_submodule(parent), last, nearest)
+                base.model.set_submodule(linear_name, nearest)
     return base
 
 

@@ -220,6 +220,8 @@ def test_finetune_quantises_on_the_way(tmp_path: Path) -> None:
     assert run.summary["base_format"] == "gptq"
     assert run.summary["loss_after"] < run.summary["loss_before"] - 0.3
     assert any("from the training rows" in event.text for event in said if isinstance(event, Note))
+    packed = json.loads((tmp_path / "run-gptq" / "config.json").read_text())["quantization_config"]
+    assert packed["desc_act"], "in act order"
     loaded = smidgen.load(run.path)
     assert loaded.base.storage == "gptq" and loaded.base.checkpoint.path.name == "run-gptq"
     assert smidgen.merge(run.path, tmp_path / "merged", dtype="float32")["max_logit_difference"] < 1e-3

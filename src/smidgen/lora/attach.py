@@ -20,10 +20,9 @@ def attach_lora(
     generator = torch.Generator().manual_seed(seed)
     attached: dict[str, LoraLinear] = {}
     for name in names:
-        parent, _, last = name.rpartition(".")
         layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
         layer.initialise(generator)
-        setattr(model.get_submodule(parent), last, layer)
+        model.set_submodule(name, layer)
         attached[name] = layer
     return attached
 

@@ -223,27 +223,22 @@ def _fill(
         if module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            _exchange(model, name, _frozen_linear(module, name, weights, storage, dtype, is_kept=is_kept).to(device))
+            model.set_submodule(name, _frozen_linear(module, name, weights, storage, dtype, is_kept=is_kept).to(device))
             weights.checkpoint.release()
         elif is_experts(module):
-            _exchange(model, name, _packed_experts(module, name, weights, "none" if is_kept else storage).to(device))
+            model.set_submodule(name, _packed_experts(module, name, weights, "none" if is_kept else storage).to(device))
             weights.checkpoint.release()
         elif isinstance(module, nn.Embedding) and isinstance(matrix := weights.packed(f"{name}.weight"), BlockMatrix):
             scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma 3
-            _exchange(model, name, FrozenEmbedding(matrix.to(device), dtype, scale))
+            model.set_submodule(name, FrozenEmbedding(matrix.to(device), dtype, scale))
         else:
             _fill_module(module, name, weights, dtype, device)
-    _exchange(model, head_name, _frozen_head(model, head_name, weights, dtype).to(device))
+    model.set_submodule(head_name, _frozen_head(model, head_name, weights, dtype).to(device))
     for buffer_name, buffer in list(model.named_buffers()):
         if buffer.device != device:
             parent, _, last = buffer_name.rpartition(".")
             model.get_submodule(parent)._buffers[last] = buffer.to(device)
     report(Progress(what, len(modules), len(modules)))
-
-
-def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def _frozen_linear(

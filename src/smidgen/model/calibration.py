@@ -16,7 +16,7 @@ _HELD_OUT_EVERY, _HELD_OUT_MOST = 8, 8
 _ROWS_OF_SMALL_TEXT = 8  # a text of less than two rows is cut into about so many shorter ones
 _LEAST_TOKENS = 64
 # Where a base is quantised on the way to something else.
-GPTQ_ON_THE_WAY = GptqSettings(act_order=True)  # better (docs/quality.md), and no slower in our own products
+GPTQ_ON_THE_WAY = GptqSettings(act_order=True)  # better (docs/quality.md)
 _ROWS, _TOKENS = 32, 512
 
 

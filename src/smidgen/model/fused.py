@@ -328,8 +328,7 @@ def fuse_layers(model: nn.Module) -> int:
     last_rows, count = _LastRows(), 0
     for name, module in list(model.named_modules()):
         if type(module) in _KNOWN_LAYERS and module.self_attn.config.hidden_act in ("silu", "swish"):  # type: ignore[union-attr]
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, FusedLayer(module, last_rows))
+            model.set_submodule(name, FusedLayer(module, last_rows))
             count += 1
     return count
 

@@ -163,8 +163,7 @@ def linears_of(layer: nn.Module) -> dict[str, FrozenLinear]:
 def exchange(layer: nn.Module, linears: dict[str, FrozenLinear]) -> None:
     """Put `linears` where those of the same names are."""
     for name, linear in linears.items():
-        parent, _, last = name.rpartition(".")
-        setattr(layer.get_submodule(parent), last, linear)
+        layer.set_submodule(name, linear)
 
 
 def _hidden(output: Any) -> torch.Tensor:

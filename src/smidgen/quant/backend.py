@@ -22,6 +22,7 @@ from smidgen.quant.fourbit import NestedScales
 
 __all__ = [
     "BACKENDS",
+    "as_asked",
     "backend_name",
     "dequantise_4bit",
     "dequantise_int8",
@@ -83,7 +84,7 @@ def dequantise_4bit(
         values = scratch("panel", (count,), dtype if dtype in TYPES else torch.float32, packed.device)
         weights = kernels.weights_4bit(_parts(packed, scales, quant_type), blocksize)
         kernels.dequantise(weights, first, values.view(-1, 1))
-        return _as_asked(values, dtype)
+        return as_asked(values, dtype)
     # Where a range begins or ends within a block, whole blocks are decoded and cut.
     last = first + count
     first_block, last_block = first // blocksize, math.ceil(last / blocksize)
@@ -100,10 +101,11 @@ def dequantise_4bit(
         ).view(-1)
     else:
         values = fourbit.dequantise_4bit(some, absmax, quant_type, blocksize)
-    return _as_asked(values[first - begin : last - begin], dtype)
+    return as_asked(values[first - begin : last - begin], dtype)
 
 
-def _as_asked(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_asked(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values as `dtype`, in scratch memory where that is another type."""
     return values if values.dtype == dtype else scratch("cast", values.shape, dtype, values.device).copy_(values)
 
 

@@ -45,7 +45,7 @@ class BlockMatrix(FrozenMatrix):
             known = dtype if dtype in TYPES else torch.float32
             panel = scratch("panel", (stop - start, self.in_features), known, self.blocks.device)
             kernels.dequantise(weights, start, panel)
-            return panel if known == dtype else scratch("cast", panel.shape, dtype, panel.device).copy_(panel)
+            return backend.as_asked(panel, dtype)
         if not self.pair_width:
             return dequantise_blocks(self.blocks[start:stop], self.ggml_type).to(dtype)
         return self.take(torch.arange(start, stop, device=self.blocks.device), dtype)

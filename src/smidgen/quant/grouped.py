@@ -103,7 +103,7 @@ class GroupedMatrix(FrozenMatrix):
                 for part in (self.zeros, self.scales)
             )
             panel.copy_(codes.sub_(zeros).mul_(scales))
-        return panel if known == dtype else panel.to(dtype)
+        return backend.as_asked(panel, dtype)
 
     def write_product(self, x: torch.Tensor, y: torch.Tensor, adapter: LowRank | None = None) -> None:
         super().write_product(x if self.order is None else x[:, self.order], y, adapter)
