@@ -115,9 +115,11 @@ def write_rows(path: Path, count: int = 24) -> Path:
     return path
 
 
-def build(path: Path, storage: str = "none", dtype: torch.dtype = torch.float32) -> Any:
-    """The folder as a smidgen Base on the CPU."""
+def build(
+    path: Path, storage: str = "none", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """The folder as a smidgen Base."""
     from smidgen.checkpoint.open import open_checkpoint
     from smidgen.model.build import build_base
 
-    return build_base(open_checkpoint(path), storage=storage, compute_dtype=dtype, device=torch.device("cpu"))
+    return build_base(open_checkpoint(path), storage=storage, compute_dtype=dtype, device=torch.device(device))

@@ -223,10 +223,13 @@ def _fill(
         if module is head:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            model.set_submodule(name, _frozen_linear(module, name, weights, storage, dtype, is_kept=is_kept).to(device))
+            model.set_submodule(
+                name, _frozen_linear(module, name, weights, storage, dtype, device, is_kept=is_kept).to(device)
+            )
             weights.checkpoint.release()
         elif is_experts(module):
-            model.set_submodule(name, _packed_experts(module, name, weights, "none" if is_kept else storage).to(device))
+            experts = _packed_experts(module, name, weights, "none" if is_kept else storage, device)
+            model.set_submodule(name, experts.to(device))
             weights.checkpoint.release()
         elif isinstance(module, nn.Embedding) and isinstance(matrix := weights.packed(f"{name}.weight"), BlockMatrix):
             scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma 3
@@ -242,12 +245,19 @@ def _fill(
 
 
 def _frozen_linear(
-    layer: nn.Module, name: str, weights: Weights, storage: str, dtype: torch.dtype, *, is_kept: bool
+    layer: nn.Module,
+    name: str,
+    weights: Weights,
+    storage: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_kept: bool,
 ) -> FrozenLinear:
     transposed = isinstance(layer, Conv1D)
     matrix = weights.packed(f"{name}.weight") if is_kept and not transposed else None
     if matrix is None:
-        weight = weights.read(f"{name}.weight")
+        weight = weights.read(f"{name}.weight").to(device)  # quantised where it will be
         matrix = quantise(weight.t() if transposed else weight, "none" if is_kept else storage)
         if not isinstance(matrix, DenseMatrix):
             _check_finite(matrix, f"{weights.checkpoint.path}: tensor {name}.weight")
@@ -261,11 +271,13 @@ def _check_finite(matrix: FrozenMatrix, what: str) -> None:
         raise ModelError(f"{what} holds numbers that are not finite", cure="download it again")
 
 
-def _packed_experts(module: nn.Module, name: str, weights: Weights, storage: str) -> PackedExperts:
+def _packed_experts(
+    module: nn.Module, name: str, weights: Weights, storage: str, device: torch.device
+) -> PackedExperts:
     packed: dict[str, list[FrozenMatrix]] = {}
     for key in ("gate_up_proj", "down_proj"):
         stacked = weights.read(f"{name}.{key}")
-        packed[key] = [quantise(expert, storage) for expert in stacked]
+        packed[key] = [quantise(expert.to(device), storage) for expert in stacked]
         del stacked
     return PackedExperts(packed["gate_up_proj"], packed["down_proj"], module.act_fn)  # type: ignore[arg-type]
 

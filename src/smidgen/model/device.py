@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,9 +27,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def choose_device(wanted: str) -> torch.device:
     """'auto' -> CUDA, then MPS, then CPU. Raises SettingsError for a device that is not there."""
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -42,6 +41,9 @@ def choose_device(wanted: str) -> torch.device:
         raise SettingsError(
             [f"device: {wanted} is not available to PyTorch {torch.__version__} here. Use --device cpu"]
         )
+    if device.type == "cuda":
+        # PyTorch says so once where the first operation of the backward pass's thread is a product; nothing is wrong.
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
     return device
 
 
@@ -57,6 +59,8 @@ def measure_gflops(dtype: torch.dtype, device: torch.device, budget_s: float = 0
     for run in range(100):
         start = time.perf_counter()
         matrix.matmul_t(matrix.matmul(x))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
         if run >= 2 and time.perf_counter() > end:
             break

@@ -18,7 +18,7 @@ from smidgen.kernels.library import MISSING, TYPES, native_library
 from smidgen.kernels.scratch import scratch
 from smidgen.quant import fourbit
 from smidgen.quant.codebooks import dynamic_map, four_bit_code
-from smidgen.quant.fourbit import NestedScales
+from smidgen.quant.fourbit import NESTED_BLOCKSIZE, NestedScales
 
 __all__ = [
     "BACKENDS",
@@ -90,12 +90,17 @@ def dequantise_4bit(
     first_block, last_block = first // blocksize, math.ceil(last / blocksize)
     begin, end = first_block * blocksize, min(last_block * blocksize, packed.numel() * 2)
     some = packed[begin // 2 : (end + 1) // 2]
-    absmax = (
-        scales.scales(first_block, last_block) if isinstance(scales, NestedScales) else scales[first_block:last_block]
-    )
     if name == "bitsandbytes":
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
-
+    if not isinstance(scales, NestedScales):
+        absmax = scales[first_block:last_block]
+    elif name == "bitsandbytes" and not first_block:  # one operation in place of six
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            scales.codes[:last_block], scales.absmax, dynamic_map(packed.device), NESTED_BLOCKSIZE, torch.float32
+        ).add_(scales.offset)
+    else:
+        absmax = scales.scales(first_block, last_block)
+    if name == "bitsandbytes":
         values = torch.ops.bitsandbytes.dequantize_4bit.default(
             some.view(-1, 1), absmax, blocksize, quant_type, [some.numel() * 2], dtype
         ).view(-1)

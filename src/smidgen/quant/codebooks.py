@@ -34,11 +34,11 @@ def four_bit_code(quant_type: str) -> torch.Tensor:
 
 
 @cache
-def dynamic_map() -> torch.Tensor:
+def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     """The signed dynamic map: float32 [256], sorted, from -0.993 to 1, zero at index 127."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         middles = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
         values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)

@@ -24,7 +24,8 @@ __all__ = ["NESTED_BLOCKSIZE", "NestedScales", "dequantise_4bit", "midpoints_and
 
 NESTED_BLOCKSIZE = 256
 _TINY = 1e-38
-_CHUNK = 1 << 18  # weights quantised at once: the temporaries stay in the cache
+# Weights quantised at once: on a CPU the temporaries stay in the cache; elsewhere fewer, longer operations are faster.
+_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 22
 _CELLS = 512  # per unit; no two midpoints of a codebook fall into one cell
 
 
@@ -38,7 +39,7 @@ class NestedScales:
 
     def scales(self, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start]: the scales of blocks start..stop."""
-        values = dynamic_map().to(self.codes.device)[self.codes[start:stop].long()]
+        values = dynamic_map(self.codes.device)[self.codes[start:stop].long()]
         first = start // NESTED_BLOCKSIZE
         outer = self.absmax[first : math.ceil(stop / NESTED_BLOCKSIZE)].repeat_interleave(NESTED_BLOCKSIZE)
         skip = start - first * NESTED_BLOCKSIZE
@@ -54,8 +55,9 @@ def quantise_4bit(weight: torch.Tensor, quant_type: str, blocksize: int = 64) ->
     below, midpoint, rank_to_code = (table.to(weight.device) for table in _nearest_table(quant_type))
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(math.ceil(flat.numel() / blocksize), dtype=torch.float32, device=weight.device)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK].float()
+    chunk = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk].float()
         scaled, scales = _scale_blocks(part, blocksize)
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales
         if scaled.numel() % 2:

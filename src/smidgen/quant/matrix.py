@@ -34,6 +34,7 @@ __all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "Stacke
 # products, and much larger ones leave the cache. 8 MiB of float32 at most.
 PANEL_ROWS = 1024
 PANEL_WEIGHTS = 1 << 21
+_DEVICE_PANEL_WEIGHTS = 1 << 24  # elsewhere than on a CPU, where starting an operation costs more than its memory
 _DENSE_WEIGHTS = 1 << 20  # made at once where a whole matrix is wanted
 
 
@@ -66,7 +67,7 @@ class FrozenMatrix(nn.Module, ABC):
             if (weights := self._native(x)) is not None:
                 panel_product(weights, x, y, adapter)
                 return
-            for start, stop in self._panels(x.dtype):
+            for start, stop in self._panels(x):
                 torch.mm(x, self._product_rows(start, stop, x.dtype).t(), out=y[:, start:stop])
         if adapter is not None:
             adapter.add_to(y)
@@ -100,7 +101,7 @@ class FrozenMatrix(nn.Module, ABC):
         """
         if (weights := self._native(g)) is not None:
             return panel_product_t(weights, g, dx, adapter, accumulate=accumulate)
-        for start, stop in self._panels(g.dtype):
+        for start, stop in self._panels(g):
             panel = self._product_rows(start, stop, g.dtype)
             dx.addmm_(g[:, start:stop], panel, beta=1.0 if accumulate or start else 0.0)
         return None if adapter is None else adapter.backward(g, dx)
@@ -124,9 +125,12 @@ class FrozenMatrix(nn.Module, ABC):
         """rows, with the columns in the order in which they are stored."""
         return self.rows(start, stop, dtype)
 
-    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
-        """Which rows are taken at once, for a product in `dtype`."""
-        highest = max(1, min(PANEL_ROWS, PANEL_WEIGHTS // self.in_features))
+    def _panels(self, x: torch.Tensor) -> list[tuple[int, int]]:
+        """Which rows are taken at once, for a product with x."""
+        if x.device.type == "cpu":
+            highest = max(1, min(PANEL_ROWS, PANEL_WEIGHTS // self.in_features))
+        else:
+            highest = max(1, _DEVICE_PANEL_WEIGHTS // self.in_features)
         count = math.ceil(self.out_features / highest)
         height = math.ceil(self.out_features / max(1, count))  # all of about the same height
         return [(i, min(i + height, self.out_features)) for i in range(0, self.out_features, max(1, height))]
@@ -237,9 +241,8 @@ class DenseMatrix(FrozenMatrix):
     def _weights(self) -> Weights | None:
         return backend.weights_dense(self.weight)
 
-    def _panels(self, dtype: torch.dtype) -> list[tuple[int, int]]:
-        whole = self.weight.dtype == dtype or self.weight.device.type != "cpu"
-        return [(0, self.out_features)] if whole else super()._panels(dtype)
+    def _panels(self, x: torch.Tensor) -> list[tuple[int, int]]:
+        return [(0, self.out_features)] if self.weight.dtype == x.dtype else super()._panels(x)
 
 
 class StackedMatrix:
