@@ -1,4 +1,4 @@
-"""The CUDA path against the CPU: the same packed bytes (also where they are made on the card), values, products, losses, gradients and runs.
+"""The CUDA path against the CPU: the same packed bytes, made there or here, values, products, losses, gradients, runs.
 
 Left out where there is no such card; `pytest tests/cuda` on a machine with one proves or refutes the path.
 """
