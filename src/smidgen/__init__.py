@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         inspect_data,
         load,
         merge,
+        plan,
         quantize,
         resume,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "inspect_data",
     "load",
     "merge",
+    "plan",
     "quantize",
     "resume",
 ]

@@ -40,6 +40,7 @@ from smidgen.train.config import settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
+from smidgen.train.forecast import plan_model
 from smidgen.train.run import Record, RunFolder
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "inspect_data",
     "load",
     "merge",
+    "plan",
     "quantize",
     "resume",
 ]
@@ -79,6 +81,16 @@ def resume(run: str | Path, *, report: Report = silent) -> Run:
     That holds on the same machine with the same number of threads. A finished run is returned as it is.
     """
     return _resume(Path(run), report)
+
+
+def plan(model: str, data: str | None = None, *, report: Report = silent, **settings: Any) -> dict[str, Any]:
+    """Memory and time of a run before it is started; no weights are read.
+
+    model: as in finetune, a config.json, or a name of plan.shapes.SHAPES. settings: as in finetune; with `memory` they
+    are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes), step_s
+    (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
+    """
+    return plan_model(str(model), data, settings_from(settings), report)
 
 
 def download(spec: str, *, report: Report = silent) -> Path:

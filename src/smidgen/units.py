@@ -2,9 +2,19 @@
 
 import re
 
-__all__ = ["format_bytes", "format_count", "format_duration", "parse_duration"]
+__all__ = ["format_bytes", "format_count", "format_duration", "parse_bytes", "parse_duration"]
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[Bb]?")
+
+
+def parse_bytes(text: str) -> int:
+    """'6GiB', '1.5 GB', '900M', '4096' -> bytes: GiB and the like count in 1024, GB in 1000. Raises ValueError."""
+    match = _BYTES.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"not a size: {text!r} (write 6GiB, 1.5GB or 900MB)")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix.replace("K", "k") or " "))
 
 
 def format_bytes(nbytes: float) -> str:

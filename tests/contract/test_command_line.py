@@ -32,6 +32,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "max_time": None,
     "micro_batch": 4,
     "accumulation": 1,
+    "memory": None,
     "seed": 0,
     "recompute": "auto",
     "seq_len": 1024,
@@ -46,6 +47,10 @@ SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_new_tokens", "system"}
 BASE = {"quantize", "compute_dtype", "device", "trust_remote_code"}
 FROZEN_FLAGS = {
     "demo": {"out"},
+    "plan": {
+        *("quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "dropout", "epochs"),
+        *("max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len"),
+    },
     "finetune": {"out", "resume", *FROZEN_SETTINGS},
     "generate": {*SAMPLING, "raw", *BASE},
     "chat": {*SAMPLING, *BASE},
@@ -93,6 +98,7 @@ FROZEN_FLAGS = {
 }
 ARGUMENTS = {
     "demo": "",
+    "plan": "MODEL DATA",
     "finetune": "MODEL DATA",
     "generate": "MODEL|RUN PROMPT",
     "chat": "MODEL|RUN",

@@ -81,6 +81,7 @@ PUBLIC = {
     "inspect_data",
     "load",
     "merge",
+    "plan",
     "quantize",
     "resume",
 }

@@ -22,7 +22,7 @@ from smidgen.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PICKLES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of"]
+__all__ = ["DTYPES", "PICKLES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of", "place_in"]
 
 # Stored type -> (torch's name, bytes of one element). The names are those of the safetensors format.
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -89,6 +89,10 @@ class Checkpoint(Protocol):
         """The tensor: a view of the file where its stored type is one of torch's, else decoded to float32."""
         ...
 
+    def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
+        """(file, offset in bytes) of a contiguous tensor that is a view of the files; None for any other."""
+        ...
+
     def release(self) -> None:
         """Give the memory of pages read so far back to the system; they are read again when they are touched."""
         ...
@@ -123,6 +127,15 @@ class MappedFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self.data.madvise(mmap.MADV_DONTNEED)
 
+    def offset_of(self, tensor: "torch.Tensor") -> int | None:
+        """Where in the file a contiguous CPU tensor lies that is a view of it; None for any other."""
+        import torch
+
+        begin = torch.frombuffer(self.data, dtype=torch.uint8).data_ptr()
+        offset = tensor.data_ptr() - begin
+        nbytes = tensor.numel() * tensor.element_size()
+        return offset if 0 <= offset <= len(self) - nbytes and tensor.is_contiguous() else None
+
     def tensor(self, dtype: str, shape: tuple[int, ...], offset: int) -> "torch.Tensor":
         """A view of the file's bytes as a tensor of a stored type of DTYPES."""
         import torch
@@ -148,6 +161,14 @@ def _map_private(fileno: int) -> mmap.mmap:
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
         return mmap.mmap(fileno, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
+
+
+def place_in(files: Iterable[MappedFile], tensor: "torch.Tensor") -> tuple[Path, int] | None:
+    """See Checkpoint.place_of."""
+    if tensor.device.type != "cpu":
+        return None
+    places = ((file.path, file.offset_of(tensor)) for file in files)
+    return next(((path, offset) for path, offset in places if offset is not None), None)
 
 
 def fingerprint_of(identity: Any, tensors: Iterable[TensorInfo], files: Mapping[Path, MappedFile]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from smidgen.errors import ModelError
 
 from .architectures import Architecture, architecture_of, make_config, tensor_name
-from .base import MappedFile, TensorInfo, fingerprint_of
+from .base import MappedFile, TensorInfo, fingerprint_of, place_in
 from .gguf_header import GgufHeader, read_header
 
 if TYPE_CHECKING:
@@ -109,6 +109,9 @@ class GgufCheckpoint:
         if part not in self.row.permuted:
             return 0
         return self.tensors[name].shape[0] // self.config[self.row.permuted[part]] // 2
+
+    def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
+        return place_in(set(self._files.values()), tensor)
 
     def release(self) -> None:
         for file in set(self._files.values()):

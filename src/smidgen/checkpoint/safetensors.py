@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from smidgen.errors import ModelError
 from smidgen.events import Report, Warned, silent
 
-from .base import DTYPES, PICKLES, MappedFile, TensorInfo, fingerprint_of
+from .base import DTYPES, PICKLES, MappedFile, TensorInfo, fingerprint_of, place_in
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,9 @@ class SafetensorsCheckpoint:
             raise ModelError(f"{self.path} has no tensor {name}")
         info = self.tensors[name]
         return self._files[info.file].tensor(info.dtype, info.shape, info.offset)
+
+    def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
+        return place_in(self._files.values(), tensor)
 
     def release(self) -> None:
         for file in self._files.values():

@@ -130,6 +130,12 @@ class Console:
             self.title(title)
             self.show(renderable)
 
+    def forecast(self, result: Mapping[str, Any]) -> None:
+        """What `smidgen plan` found."""
+        for title, renderable in views.forecast(result, plain=not self._result.is_terminal):
+            self.title(title)
+            self.show(renderable)
+
     def data_report(self, report: "DataReport") -> None:
         """What `smidgen data` found."""
         for title, renderable in views.data_report(report, plain=not self._result.is_terminal):

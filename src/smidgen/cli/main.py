@@ -22,6 +22,7 @@ __all__ = ["VERBS", "main", "smidgen"]
 # Order of --help: the way of a newcomer. Each verb is the object of that name in the module of that name.
 VERBS = {
     "demo": "Fine-tune a small model in 4 bits, here and now.",
+    "plan": "Forecast memory and time of a run; choose settings that fit.",
     "finetune": "Fine-tune a model with LoRA over a quantised base.",
     "generate": "Answer one prompt.",
     "chat": "Talk with a model or a run.",

@@ -20,6 +20,7 @@ __all__ = [
     "data_report",
     "facts",
     "files",
+    "forecast",
     "histogram",
     "marked_row",
     "percent",
@@ -197,6 +198,30 @@ def quantisation(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
             table.add_row(title, f"{perplexity[key]:.2f}")
         parts.append((f"Perplexity of {perplexity['tokens']:,} held-out tokens", table))
     return parts
+
+
+def forecast(result: Mapping[str, Any], *, plain: bool) -> list[tuple[str, Any]]:
+    """(title, table) of a forecast: parts of the memory with a bar each, the settings, other settings."""
+    terms = {name: size for name, size in result["terms"].items() if size}
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    most, mark = max(terms.values()), "#" if plain else "█"
+    for name, size in sorted(terms.items(), key=lambda item: -item[1]):
+        table.add_row(name, format_bytes(size), Text(mark * max(1, round(size * 36 / most)), "green"))
+    table.add_row(Text("in all", "bold"), Text(format_bytes(result["peak_bytes"]), "bold"))
+    where = f"Memory of {result['model']} on {result['device']}"
+    step_s = result["step_s"]
+    settings = dict(result["settings"])
+    if step_s:
+        settings |= {"step_s": step_s, "tokens_per_s": result["tokens_per_s"], "run_s": result["run_s"]}
+    others = _table("what if", "memory", "", "step", right=("memory", "", "step"))
+    for row in result["what_if"]:
+        less = row["peak_bytes"] / result["peak_bytes"] - 1
+        step = format_duration(row["step_s"]) if row["step_s"] else "-"
+        others.add_row(row["change"], format_bytes(row["peak_bytes"]), f"{less:+.0%}", step)
+    return [(where, table), ("Settings", facts(settings)), ("Other settings", others)]
 
 
 def histogram(buckets: Sequence[tuple[str, int]], *, mark: str = "█", width: int = 40) -> Table:

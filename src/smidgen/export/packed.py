@@ -29,7 +29,7 @@ from smidgen.quant.gptq import GptqSettings
 from smidgen.quant.grouped import GroupedMatrix, pack, unpack
 from smidgen.quant.matrix import FourBitMatrix, Int8Matrix, quantise
 
-__all__ = ["BNB_STORAGES", "bitsandbytes_tensors", "gptq_tensors", "save_gptq", "save_packed"]
+__all__ = ["BNB_STORAGES", "bitsandbytes_tensors", "gptq_tensors", "quantisation_config", "save_gptq", "save_packed"]
 
 BNB_STORAGES = ("nf4-dq", "nf4", "fp4-dq", "fp4", "int8")
 _ROWS = 256  # repacked at once
@@ -45,7 +45,12 @@ def save_packed(
     """
     check_plain_layers(base, storage)
     write_model(
-        base, folder, _packed_tensors(base, storage, dtype, report), dtype, tokenizer, _bnb(base, storage, dtype)
+        base,
+        folder,
+        _packed_tensors(base, storage, dtype, report),
+        dtype,
+        tokenizer,
+        quantisation_config(storage, base.head_name, dtype),
     )
 
 
@@ -96,8 +101,12 @@ def bitsandbytes_tensors(module: str, matrix: Any, dtype: torch.dtype) -> dict[s
     return tensors | {f"{weight}.quant_state.bitsandbytes__{matrix.quant_type}": said}
 
 
-def _bnb(base: Base, storage: str, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json's quantization_config, with the keys that transformers' BitsAndBytesConfig writes."""
+def quantisation_config(
+    storage: str, head_name: str, dtype: torch.dtype, settings: GptqSettings | None = None
+) -> dict[str, Any]:
+    """config.json's quantization_config, with the keys that transformers' classes write. settings: of 'gptq'."""
+    if storage == "gptq":
+        return _gptq(settings or GptqSettings())
     quant_type, _, nested = storage.partition("-")
     four_bits, name = storage != "int8", str(dtype).removeprefix("torch.")
     return {
@@ -112,7 +121,7 @@ def _bnb(base: Base, storage: str, dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": [base.head_name],
+        "llm_int8_skip_modules": [head_name],
         "llm_int8_threshold": 6.0,
     }
 
@@ -143,7 +152,7 @@ def save_gptq(
                 yield parameter.name, parameter.make(dtype)
                 base.checkpoint.release()
 
-    write_model(base, folder, tensors(), dtype, tokenizer, _gptq(settings))
+    write_model(base, folder, tensors(), dtype, tokenizer, quantisation_config("gptq", base.head_name, dtype, settings))
     return said
 
 

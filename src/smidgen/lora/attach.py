@@ -18,9 +18,10 @@ def attach_lora(
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device  # of norms: packed weights may be away for the time being
     attached: dict[str, LoraLinear] = {}
     for name in names:
-        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, device)
         layer.initialise(generator)
         model.set_submodule(name, layer)
         attached[name] = layer

@@ -76,13 +76,14 @@ def _dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
 class LoraLinear(nn.Module):
     """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], float32."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
-        device = next(base.buffers()).device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
 

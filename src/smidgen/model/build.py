@@ -26,12 +26,13 @@ from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.stored import stored_weights
+from smidgen.model.stream import LayerStream, layer_of
 from smidgen.model.weights import Weights
 from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
 
-__all__ = ["Base", "build_base"]
+__all__ = ["Base", "build_base", "read_config", "skeleton"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
 _LARGEST_BUFFER = 1 << 26  # numbers; a causal mask over 8,192 positions
@@ -50,6 +51,7 @@ class Base:
     storage: str
     compute_dtype: torch.dtype
     device: torch.device
+    stream: LayerStream | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -109,20 +111,24 @@ def build_base(
     storage: str,
     compute_dtype: torch.dtype,
     device: torch.device,
+    stream: LayerStream | None = None,
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> Base:
-    """Build and fill the model. storage: see quant.matrix.quantise. Raises ModelError for what cannot be trained on."""
-    config = _read_config(checkpoint, trust_remote_code)
-    model = _skeleton(config, compute_dtype, trust_remote_code)
+    """Build and fill the model. storage: see quant.matrix.quantise. stream: the decoder layers not kept in memory.
+
+    Raises ModelError for what cannot be trained on.
+    """
+    config = read_config(checkpoint.config, f"{checkpoint.path}/config.json", checkpoint, trust_remote_code)
+    model = skeleton(config, compute_dtype, trust_remote_code)
     stored = stored_weights(checkpoint, report)
     weights = Weights(model, checkpoint, stored)
     _fill_buffers(model)
     is_kept = stored is not None and stored.storage == storage
-    _fill(model, weights, storage, compute_dtype, device, report, is_kept=is_kept)
+    _fill(model, weights, storage, compute_dtype, device, stream, report, is_kept=is_kept)
     if device.type == "cpu":
         fuse_layers(model)
-    base = Base(model, checkpoint, storage, compute_dtype, device)
+    base = Base(model, checkpoint, storage, compute_dtype, device, stream)
     model.requires_grad_(False)
     model.eval()
     _refuse_unpacked(base)
@@ -130,28 +136,33 @@ def build_base(
     return base
 
 
-def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    content = dict(checkpoint.config)
+def read_config(
+    content: dict[str, Any], where: str, checkpoint: Checkpoint | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """What config.json holds -> transformers' configuration, without dropout. where: what to call it in an error.
+
+    checkpoint: what it belongs to; None for a configuration alone. Raises ModelError.
+    """
+    content = dict(content)
     content.pop("quantization_config", None)  # the blocks are read by ourselves
     for key in ("num_hidden_layers", "n_layer", "num_layers"):  # modules are made before a weight is looked for
-        if isinstance(content.get(key), int) and content[key] > len(checkpoint.tensors):
-            expected = f"at most the {len(checkpoint.tensors)} tensors that there are"
-            raise ModelError(f"{checkpoint.path}: wrong {key}", expected=expected, found=str(content[key])[:30])
+        most = 1000 if checkpoint is None else len(checkpoint.tensors)
+        if isinstance(content.get(key), int) and content[key] > most:
+            expected = "at most 1000" if checkpoint is None else f"at most the {most} tensors that there are"
+            raise ModelError(f"{where}: wrong {key}", expected=expected, found=str(content[key])[:30])
     model_type = str(content.get("model_type"))
-    if trust_remote_code and content.get("auto_map"):
+    if trust_remote_code and content.get("auto_map") and checkpoint is not None:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
     elif model_type in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[model_type].from_dict(content)
         except Exception as error:  # each class checks its values in words of its own
-            raise ModelError(f"{checkpoint.path}/config.json: {_one_line(error)}") from error
+            raise ModelError(f"{where}: {_one_line(error)}") from error
     else:
         cure = "update transformers"
         if content.get("auto_map"):
             cure = "the folder brings its own Python code: add --trust-remote-code if you trust its source"
-        raise ModelError(
-            f"{checkpoint.path}/config.json: model_type {model_type!r} is unknown to transformers", cure=cure
-        )
+        raise ModelError(f"{where}: model_type {model_type!r} is unknown to transformers", cure=cure)
     for key in [key for key in config.to_dict() if key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))]:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
@@ -162,7 +173,8 @@ def _one_line(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device. Raises ModelError for what is no causal language model."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -206,6 +218,7 @@ def _fill(
     storage: str,
     dtype: torch.dtype,
     device: torch.device,
+    stream: LayerStream | None,
     report: Report,
     *,
     is_kept: bool,
@@ -236,9 +249,15 @@ def _fill(
             model.set_submodule(name, FrozenEmbedding(matrix.to(device), dtype, scale))
         else:
             _fill_module(module, name, weights, dtype, device)
+        if stream is not None and (index := layer_of(name)) in stream.layers:
+            for matrix in model.get_submodule(name).modules():
+                if isinstance(matrix, FrozenMatrix):
+                    stream.take(index, matrix)
+    if stream is not None:
+        stream.start()
     model.set_submodule(head_name, _frozen_head(model, head_name, weights, dtype).to(device))
     for buffer_name, buffer in list(model.named_buffers()):
-        if buffer.device != device:
+        if buffer.device not in (device, torch.device("meta")):
             parent, _, last = buffer_name.rpartition(".")
             model.get_submodule(parent)._buffers[last] = buffer.to(device)
     report(Progress(what, len(modules), len(modules)))

@@ -32,7 +32,7 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.lora.stack import LoraStack
 from smidgen.quant.matrix import StackedMatrix
 
-__all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "rows_of"]
+__all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "is_known", "rows_of"]
 
 # Known by their exact type: a subclass may compute something else.
 _KNOWN_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -321,6 +321,12 @@ class _LayerFunction(torch.autograd.Function):
             grads[0].contiguous(), kept, ctx.parts, ctx.rows, wants_x=ctx.needs_input_grad[0]
         )
         return grad_x, None, None, None, *of_parameters
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether `fuse_layers` will exchange the layers of a model just made."""
+    known = [type(module) in _KNOWN_BACKBONES for module in model.modules()]
+    return any(known) and getattr(model.config.get_text_config(), "hidden_act", "") in ("silu", "swish")  # type: ignore[union-attr, operator]
 
 
 def fuse_layers(model: nn.Module) -> int:

@@ -3,12 +3,15 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smidgen.checkpoint.base import Checkpoint
-from smidgen.checkpoint.hub import BUILTIN_MODELS, resolve_model
+from smidgen.checkpoint.hub import BUILTIN_MODELS, cache_folder, resolve_model
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Warned, silent
@@ -18,9 +21,10 @@ from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.gptq import quantise_base
 from smidgen.model.stored import stored_weights
+from smidgen.model.stream import LayerStream
 from smidgen.model.tokenizer import load_tokenizer
 
-__all__ = ["Source", "choose_storage", "load_base", "needs_gptq", "open_source"]
+__all__ = ["Decided", "Source", "choose_storage", "decide", "load_base", "needs_gptq", "open_source"]
 
 DEFAULT_STORAGE = "nf4-dq"
 
@@ -97,16 +101,17 @@ def _kinds(stored: str, checkpoint: Checkpoint) -> str:
     return f"{' and '.join(name for name, _ in counts.most_common())} blocks"
 
 
-def load_base(
-    source: Source,
-    *,
-    quantize: str = "auto",
-    compute_dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    report: Report = silent,
-) -> Base:
-    """Build and fill the model; each automatic choice is reported with its reason."""
+@dataclass(frozen=True)
+class Decided:
+    """How a base will be stored, computed with, and where."""
+
+    storage: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def decide(source: Source, quantize: str, compute_dtype: str, device: str, report: Report = silent) -> Decided:
+    """What 'auto' means here, each choice reported with its reason."""
     place = choose_device(device)
     storage, why = choose_storage(quantize, source.checkpoint)
     report(Note(why))
@@ -114,12 +119,34 @@ def load_base(
         report(Warned(MISSING))
     dtype, why = choose_compute_dtype(compute_dtype, place)
     report(Note(why))
-    is_new = needs_gptq(storage, source.checkpoint)
+    return Decided(storage, dtype, place)
+
+
+def load_base(
+    source: Source,
+    *,
+    quantize: str = "auto",
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    decided: Decided | None = None,
+    streamed: Collection[int] = (),
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> Base:
+    """Build and fill the model; each automatic choice is reported with its reason.
+
+    decided: the choice, where it has been made already. streamed: decoder layers that are read from disk for each use
+    instead of kept in memory (model/stream.py).
+    """
+    chosen = decided or decide(source, quantize, compute_dtype, device, report)
+    is_new = needs_gptq(chosen.storage, source.checkpoint)
+    stream = LayerStream(streamed, source.checkpoint, cache_folder() / "streamed") if streamed else None
     base = build_base(
         source.checkpoint,
-        storage=_stored_as(source.checkpoint) if is_new else storage,
-        compute_dtype=dtype,
-        device=place,
+        storage=_stored_as(source.checkpoint) if is_new else chosen.storage,
+        compute_dtype=chosen.dtype,
+        device=chosen.device,
+        stream=stream,
         trust_remote_code=trust_remote_code,
         report=report,
     )

@@ -1,5 +1,7 @@
 """What layers keep for the backward pass, and what they compute again."""
 
+from collections.abc import Sequence
+
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.model.build import Base
@@ -9,17 +11,19 @@ from smidgen.plan.estimate import RECOMPUTE
 __all__ = ["set_recompute"]
 
 
-def set_recompute(base: Base, mode: str) -> None:
-    """'none', 'cheap' or 'full' for every layer (model/fused.py). Layers that are not fused take 'cheap' as 'none'."""
-    assert mode in RECOMPUTE
-    own = False
-    for module in base.model.modules():
-        if isinstance(module, FusedLayer):
-            module.recompute = mode
-        own |= isinstance(module, GradientCheckpointingLayer)
-    if not own:
+def set_recompute(base: Base, modes: str | Sequence[str]) -> None:
+    """'none', 'cheap' or 'full' for every layer, or one for each (model/fused.py).
+
+    Layers that are not fused take 'cheap' as 'none', and 'full' only together.
+    """
+    layers = [module for module in base.model.modules() if isinstance(module, FusedLayer)]
+    each = [modes] * max(1, len(layers)) if isinstance(modes, str) else list(modes)
+    assert set(each) <= set(RECOMPUTE)
+    for layer, mode in zip(layers, each, strict=False):
+        layer.recompute = mode
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in base.model.modules()):
         return
-    if mode == "full":
+    if "full" in each and not layers:
         base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         base.model.activation_checkpointing_disable()

@@ -1,27 +1,113 @@
-"""Memory as arithmetic: one small pure function for each term, with its formula and what it leaves out."""
+"""Memory as arithmetic: one small pure function for each term, with its formula and what it leaves out.
 
-__all__ = ["RECOMPUTE", "estimate_activation_bytes"]
+Everything counts bytes. tokens: of one micro-batch, padding left out where the layers are smidgen's own. itemsize: of
+the compute type. What is kept is counted tensor by tensor as model/fused.py makes it; for transformers' own layers by
+what their modules were measured to keep.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+from smidgen.plan.inventory import Inventory
+
+__all__ = [
+    "RECOMPUTE",
+    "adapter_bytes",
+    "kept_bytes",
+    "layer_work_bytes",
+    "loss_bytes",
+    "scratch_bytes",
+    "stream_bytes",
+]
 
 RECOMPUTE = ("none", "cheap", "full")  # what a layer computes again in the backward pass, from fastest to smallest
 
-# Vectors that a token of a layer keeps for the backward pass: (of hidden_size, of intermediate_size), by what is
-# computed again. q, k and v count as three of hidden_size; grouped heads need less.
-_KEPT_VECTORS = {
-    "none": (8, 2),  # input, normed, q, k, v, attended, middle, its norm; gate, up
-    "cheap": (6, 2),  # without the two norms' outputs
-    "full": (1, 0),  # the input
-    "modules": (14, 5),  # transformers' own modules, which keep the input of every operation
-}
+_FLOAT32 = 4
+_CHUNK_LOGITS = 1 << 25  # train/loss.py
+_PARTS = 4  # kernels/attention.py: a row's keys are summed in so many parts in the backward pass, each of 128 queries
+_PART = 128
+_PANEL = 1 << 17  # kernels/packed.py: weights that a thread has in float32 at once
+_DEVICE_PANEL = 1 << 24  # quant/matrix.py: the same elsewhere than on a CPU
+_MODULES = (14, 5)  # vectors of hidden_size and intermediate_size that a layer of transformers keeps for a token
 
 
-def estimate_activation_bytes(
-    tokens: int, *, hidden_size: int, intermediate_size: int, num_layers: int, itemsize: int, recompute: str
-) -> int:
-    """What the layers of a Llama-shaped decoder keep for the backward pass.
+def _widths(model: Inventory) -> tuple[int, int, int, int]:
+    """(hidden, intermediate, queries, keys and values together), numbers a token."""
+    return (
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_heads * model.head_dim,
+        2 * model.num_kv_heads * model.head_dim,
+    )
 
-    recompute: 'none', 'cheap' or 'full' of fused layers; 'modules' for transformers' layers without recomputation. Left
-    out: the working set of one layer (with 'full', that is one layer of 'none'), attention's own buffers, adapters,
-    logits.
+
+def kept_bytes(model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32) -> int:
+    """What the layers keep for the backward pass, layer by layer as `recompute` says, and the backbone's output.
+
+    ranks: of all adapters of a layer together (the products x Aᵀ). Left out: nothing of a token's size.
     """
-    hidden, intermediate = _KEPT_VECTORS[recompute]
-    return tokens * num_layers * itemsize * (hidden * hidden_size + intermediate * intermediate_size)
+    hidden, inner, q, kv = _widths(model)
+    if model.fused:
+        # x, both norms' outputs, the middle; q, k, v; attended; gate and up; the adapters' products; and in float32
+        # the log-sums of attention and the two norms' factors
+        none = itemsize * (4 * hidden + 2 * q + kv + 2 * inner + ranks) + _FLOAT32 * (model.num_heads + 2)
+        if model.head_norms:
+            none += itemsize * (q + kv // 2) + _FLOAT32 * (model.num_heads + model.num_kv_heads)
+        of_layer = {"none": none, "cheap": none - 2 * itemsize * hidden, "full": itemsize * hidden}
+    else:
+        of_hidden, of_inner = _MODULES
+        none = itemsize * (of_hidden * hidden + of_inner * inner + ranks)
+        of_layer = {"none": none, "cheap": none, "full": itemsize * hidden}
+    return tokens * (sum(of_layer[choice] for choice in recompute) + 3 * itemsize * hidden)
+
+
+def layer_work_bytes(
+    model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32
+) -> int:
+    """The largest working set of one layer: its backward pass, and what it computes again for that.
+
+    Left out: panels of W (scratch_bytes).
+    """
+    hidden, inner, q, kv = _widths(model)
+    # gradients of the output, of both norms' outputs and of the middle, the input's, norms computed again; of
+    # attention's output and of q, k, v; of the product of gate and up
+    backward = itemsize * (7 * hidden + 2 * q + kv + inner)
+    if not model.fused:
+        backward += itemsize * 4 * inner
+    again = 0
+    if "full" in recompute:
+        again = kept_bytes(model, 1, ("none",), ranks, itemsize) - 2 * itemsize * hidden
+    return tokens * (backward + again)
+
+
+def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
+    """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums, panels.
+
+    longest: tokens of the longest row.
+    """
+    _, inner, _, kv = _widths(model)
+    parts = max(1, min(_PARTS, longest // _PART))
+    work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv) if model.fused else 0
+    return work + threads * 4 * _PANEL * _FLOAT32
+
+
+def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
+    """Logits of one chunk of positions, hidden states of the labelled positions and their gradient.
+
+    Counts every token as labelled.
+    """
+    most = max(16, _CHUNK_LOGITS // model.vocab_size)
+    chunk = ceil(tokens / max(1, ceil(tokens / most)))  # all about as long
+    return chunk * model.vocab_size * itemsize + 3 * itemsize * tokens * model.hidden_size
+
+
+def adapter_bytes(parameters: int) -> dict[str, int]:
+    """Adapters, their gradients and AdamW's two moments, all float32."""
+    size = _FLOAT32 * parameters
+    return {"adapters": size, "gradients": size, "optimizer": 2 * size}
+
+
+def stream_bytes(model: Inventory, streamed: Sequence[int]) -> int:
+    """The two slots that streamed layers take turns in (model/stream.py)."""
+    sizes = model.layer_bytes
+    return min(2, len(streamed)) * max((sizes[layer] for layer in streamed), default=0)

@@ -40,7 +40,7 @@ class BlockMatrix(FrozenMatrix):
     def storage(self) -> str:
         return self.ggml_type
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         if (weights := self._weights()) is not None:
             known = dtype if dtype in TYPES else torch.float32
             panel = scratch("panel", (stop - start, self.in_features), known, self.blocks.device)

@@ -85,7 +85,7 @@ class GroupedMatrix(FrozenMatrix):
     def storage(self) -> str:
         return f"int{self.bits}-g"
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = self._stored_rows(start, stop, dtype)
         return panel if self.place is None else panel[:, self.place]
 
@@ -106,11 +106,13 @@ class GroupedMatrix(FrozenMatrix):
         return backend.as_asked(panel, dtype)
 
     def write_product(self, x: torch.Tensor, y: torch.Tensor, adapter: LowRank | None = None) -> None:
+        self._come()
         super().write_product(x if self.order is None else x[:, self.order], y, adapter)
 
     def write_product_t(
         self, g: torch.Tensor, dx: torch.Tensor, adapter: LowRank | None = None, *, accumulate: bool = False
     ) -> torch.Tensor | None:
+        self._come()
         if self.order is None or self.place is None:
             return super().write_product_t(g, dx, adapter, accumulate=accumulate)
         if adapter is not None:

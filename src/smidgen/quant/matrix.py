@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,7 +29,16 @@ from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
 from smidgen.quant.fourbit import NestedScales, nest_scales
 
-__all__ = ["DenseMatrix", "FourBitMatrix", "FrozenMatrix", "Int8Matrix", "StackedMatrix", "dense", "quantise"]
+__all__ = [
+    "DenseMatrix",
+    "FourBitMatrix",
+    "FrozenMatrix",
+    "Int8Matrix",
+    "StackedMatrix",
+    "Streamed",
+    "dense",
+    "quantise",
+]
 
 # A panel's height and size where panels are made here, measured best over 192 to 2,048 rows: lower panels make slower
 # products, and much larger ones leave the cache. 8 MiB of float32 at most.
@@ -38,6 +48,14 @@ _DEVICE_PANEL_WEIGHTS = 1 << 24  # elsewhere than on a CPU, where starting an op
 _DENSE_WEIGHTS = 1 << 20  # made at once where a whole matrix is wanted
 
 
+class Streamed(Protocol):
+    """What brings the buffers of a matrix that is not kept in memory (model/stream.py)."""
+
+    def acquire(self) -> None:
+        """Until another layer is acquired, the buffers are there."""
+        ...
+
+
 class FrozenMatrix(nn.Module, ABC):
     """W [out_features, in_features], stored in some form; see the module's docstring."""
 
@@ -45,10 +63,21 @@ class FrozenMatrix(nn.Module, ABC):
         super().__init__()
         self.out_features = out_features
         self.in_features = in_features
+        self.streamed: Streamed | None = None
 
-    @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """W[start:stop] as [stop - start, in_features] of `dtype`; valid until the next call in this thread."""
+        self._come()
+        return self._rows(start, stop, dtype)
+
+    def _come(self) -> None:
+        """Buffers that are not kept in memory are there from now on."""
+        if self.streamed is not None:
+            self.streamed.acquire()
+
+    @abstractmethod
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """rows, from buffers that are there."""
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> x Wᵀ [..., out_features], in x's type. Not recorded by autograd."""
@@ -62,6 +91,7 @@ class FrozenMatrix(nn.Module, ABC):
 
         adapter: what is added to W.
         """
+        self._come()
         small = 0 < x.shape[0] <= SMALL_ROWS and x.device.type == "cpu" and self._small_product(x, y)
         if not small:
             if (weights := self._native(x)) is not None:
@@ -99,6 +129,7 @@ class FrozenMatrix(nn.Module, ABC):
 
         adapter: what is added to W; its grad_low is filled, and the gradient of its B comes back.
         """
+        self._come()
         if (weights := self._native(g)) is not None:
             return panel_product_t(weights, g, dx, adapter, accumulate=accumulate)
         for start, stop in self._panels(g):
@@ -123,7 +154,7 @@ class FrozenMatrix(nn.Module, ABC):
 
     def _product_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """rows, with the columns in the order in which they are stored."""
-        return self.rows(start, stop, dtype)
+        return self._rows(start, stop, dtype)
 
     def _panels(self, x: torch.Tensor) -> list[tuple[int, int]]:
         """Which rows are taken at once, for a product with x."""
@@ -185,7 +216,7 @@ class FourBitMatrix(FrozenMatrix):
         """As they are stored."""
         return NestedScales(self.absmax, self.nested_absmax, self.nested_offset) if self.nested else self.absmax
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         k = self.in_features
         return backend.dequantise_4bit(
             self.packed, self.scales, self.quant_type, self.blocksize, start * k, (stop - start) * k, dtype
@@ -213,7 +244,7 @@ class Int8Matrix(FrozenMatrix):
     def storage(self) -> str:
         return "int8"
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = scratch("panel", (stop - start, self.in_features), dtype, self.codes.device)
         return backend.dequantise_int8(self.codes[start:stop], self.scale[start:stop], panel)
 
@@ -234,7 +265,7 @@ class DenseMatrix(FrozenMatrix):
     def storage(self) -> str:
         return str(self.weight.dtype).removeprefix("torch.")
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = self.weight[start:stop]
         return panel if panel.dtype == dtype else scratch("panel", panel.shape, dtype, panel.device).copy_(panel)
 

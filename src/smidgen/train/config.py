@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from smidgen.errors import SettingsError
 from smidgen.plan.estimate import RECOMPUTE
-from smidgen.units import parse_duration
+from smidgen.units import parse_bytes, parse_duration
 
 __all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
 
@@ -94,13 +94,20 @@ class Settings:
     )  # fmt: skip
     micro_batch: int = _setting(4, "Training", "Rows computed at once; sets the memory of activations.")
     accumulation: int = _setting(1, "Training", "Micro-batches summed into one optimizer step.")
+    memory: str | None = _setting(
+        None,
+        "Training",
+        "Memory that the run may take, e.g. 6GiB: the fastest settings that fit are chosen (layers streamed from disk,"
+        " recompute, a smaller micro-batch with more accumulation), or it is refused. By default what is free.",
+        metavar="SIZE",
+    )
     seed: int = _setting(0, "Training", "Seed of the adapters, the order of rows and dropout.")
     recompute: str = _setting(
         "auto",
         "Training",
         "What each layer computes again in the backward pass to save memory. none: nothing; cheap: norms, at hardly"
-        " any time; full: all of it (gradient checkpointing), for about a third more time. auto: the first of"
-        " the three whose activations fit in half of the free memory; on a GPU, full.",
+        " any time; full: all of it (gradient checkpointing), for about half more time. auto: what the memory"
+        " allows, layer by layer.",
         choices=("auto", *RECOMPUTE),
     )
 
@@ -176,6 +183,11 @@ def _wrong_values(s: Settings) -> list[str]:
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")
     for name in ("eval_interval", "save_interval", "keep_checkpoints", "compare"):
         need(getattr(s, name) >= 0, name, "0 or more")
+    if s.memory is not None:
+        try:
+            need(parse_bytes(s.memory) > 0, "memory", "more than 0")
+        except ValueError as error:
+            problems.append(f"memory: {error}")
     if s.max_time is not None:
         try:
             need(parse_duration(s.max_time) > 0, "max_time", "more than 0")

@@ -25,17 +25,19 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
-from smidgen.model.device import free_memory_bytes, peak_rss_bytes
+from smidgen.model.device import peak_rss_bytes
 from smidgen.model.fused import is_fused
-from smidgen.model.load import Source, load_base, needs_gptq, open_source
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
-from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
+from smidgen.plan.planner import Forecast
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
+from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, settings_for, work_of
 from smidgen.train.run import Record, RunFolder, read_record
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
-from smidgen.units import format_bytes, format_count
+from smidgen.units import format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
 
@@ -50,8 +52,10 @@ class Run:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Everything before the first step."""
+    """Everything before the first step. settings: with the micro-batch that the plan chose."""
 
+    settings: Settings
+    plan: Forecast
     source: Source
     renderer: Renderer
     base: Base
@@ -85,8 +89,8 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         system=prepared.system,
         kernels=describe_library(),
     )
-    folder = RunFolder.create(out, settings, record.model, _absolute(data), record, prepared.source.tokenizer)
-    return _train(prepared, folder, settings, None, started, report)
+    folder = RunFolder.create(out, prepared.settings, record.model, _absolute(data), record, prepared.source.tokenizer)
+    return _train(prepared, folder, prepared.settings, None, started, report)
 
 
 def resume(run: Path, report: Report = silent) -> Run:
@@ -118,7 +122,7 @@ def resume(run: Path, report: Report = silent) -> Run:
     prepared = _prepare(source, data, settings, report, run)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
-    return _train(prepared, folder, settings, checkpoint, started, report)
+    return _train(prepared, folder, prepared.settings, checkpoint, started, report)
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
@@ -132,6 +136,7 @@ def _absolute(data: str) -> str:
 
 def _prepare(source: Source, data: str, settings: Settings, report: Report, out: Path) -> _Prepared:
     """Cheap checks first: data and gate come before the weights are read."""
+    give_memory_back()
     rows = read_data(data, report=report)
     seq_len = min(settings.seq_len, source.max_positions)
     if seq_len < settings.seq_len:
@@ -147,11 +152,12 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
 
     if needs_gptq(settings.quantize, source.checkpoint):
         source = _quantised(source, examples, _gptq_folder(out), settings, report)
+    decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
+    plan = _plan(source, decided, settings, examples, report)
     base = load_base(
         source,
-        quantize=settings.quantize,
-        compute_dtype=settings.compute_dtype,
-        device=settings.device,
+        decided=decided,
+        streamed=plan.choice.streamed,
         trust_remote_code=settings.trust_remote_code,
         report=report,
     )
@@ -163,8 +169,12 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     )
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
-    _choose_recompute(base, settings, max(len(example.input_ids) for example in examples), report)
+    if is_fused(base.backbone) and settings.dropout:
+        report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
+    set_recompute(base, plan.choice.recompute)
     return _Prepared(
+        settings_for(settings, plan),
+        plan,
         source,
         renderer,
         base,
@@ -230,33 +240,25 @@ def _digest(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _choose_recompute(base: Base, settings: Settings, longest: int, report: Report) -> None:
-    """Set the layers' choice; 'auto' takes the first of none, cheap, full that fits in half of the free memory."""
-    choice = settings.recompute
-    fused = is_fused(base.backbone) and not settings.dropout
-    if is_fused(base.backbone) and settings.dropout:
-        report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
-    if choice == "auto" and base.device.type != "cpu":
-        choice = "full"
-        report(Note(f"recompute full: memory of {base.device} is not measured yet; --recompute none is faster"))
-    elif choice == "auto":
-        config: Any = base.model.config.get_text_config()
-        free = free_memory_bytes()
-        for choice in RECOMPUTE:
-            needed = estimate_activation_bytes(
-                settings.micro_batch * longest,
-                hidden_size=config.hidden_size,
-                intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-                num_layers=config.num_hidden_layers,
-                itemsize=base.compute_dtype.itemsize,
-                recompute=choice if fused or choice == "full" else "modules",
-            )
-            if needed <= free / 2:
-                break
-        fits = "within" if needed <= free / 2 else "more than"
-        about, there = format_bytes(needed), format_bytes(free)
-        report(Note(f"recompute {choice}: activations need about {about}, {fits} half of the {there} free"))
-    set_recompute(base, choice)
+def _plan(
+    source: Source, decided: Decided, settings: Settings, examples: Sequence[Example], report: Report
+) -> Forecast:
+    """What the run will need, before weights are read. Raises SettingsError where the memory does not suffice."""
+    checkpoint, item = source.checkpoint, decided.dtype.itemsize
+    model = inventory_of(
+        checkpoint,
+        checkpoint.config,
+        decided.storage,
+        name=checkpoint.path.name,
+        itemsize=item,
+        fuses=decided.device.type == "cpu" and not settings.dropout,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
+    largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
+    machine = machine_now(decided.device, decided.dtype, largest)
+    budget = budget_of(settings, decided.device)
+    return plan_run(model, work, machine, settings, budget, can_stream=decided.device.type == "cpu", report=report)
 
 
 def _train(
@@ -274,7 +276,7 @@ def _train(
         def evaluate(when: Cursor) -> None:
             if not prepared.held_out:
                 return
-            result = held_out_loss(base, prepared.held_out, settings.micro_batch * 2, report)
+            result = held_out_loss(base, prepared.held_out, settings.micro_batch, report)
             folder.log({"step": when.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
             report(Evaluated(when.step, result.loss, result.rows, result.tokens))
 
@@ -320,6 +322,7 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str
         "tokens": cursor.tokens,
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
         "peak_rss_bytes": peak_rss_bytes(),
+        "forecast_peak_bytes": prepared.plan.peak_bytes,
         "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
     }
     for figure in ("exact_match", "valid_json"):

@@ -49,6 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + chunk] = grad_part
                 for grad, more in zip(grads, grad_parameters, strict=True):
                     grad += more
+            del logits, gradient  # or the next chunk's would be a second one
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grads)
         return total

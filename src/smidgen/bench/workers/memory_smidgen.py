@@ -1,0 +1,144 @@
+"""Training steps or generation within a budget of memory as a benchmark's worker: forecast and measured peak."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.bench.workers.serving import current_rss_bytes, peak_rss_bytes, reset_peak_rss, serve, versions
+from smidgen.checkpoint.open import open_checkpoint
+from smidgen.data.batch import Batch
+from smidgen.lora.attach import attach_lora
+from smidgen.lora.targets import select_targets
+from smidgen.model.device import choose_device
+from smidgen.model.generate import Sampling, stream_tokens
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import Source, load_base
+from smidgen.model.recompute import set_recompute
+from smidgen.train.config import Settings
+from smidgen.train.loop import make_optimizer
+from smidgen.train.loss import batch_loss
+from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
+from smidgen.train.step import optimizer_step
+
+__all__ = ["MemoryWorker"]
+
+_SAMPLE_S = 0.01
+
+
+class _Anonymous:
+    """The largest anonymous memory of this process, sampled; the kernel keeps no such peak."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+                text = file.read()
+            now = sum(int(text.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssShmem:"))
+            self.peak = max(self.peak, now)
+            time.sleep(_SAMPLE_S)
+
+
+class MemoryWorker:
+    """load, then step as often as wanted, or generate."""
+
+    def load(
+        self,
+        folder: str,
+        storage: str,
+        input_ids: list[list[int]],
+        budget: int,
+        recompute: str,
+        rank: int,
+        targets: str,
+        train: bool,
+        compute_dtype: str = "float32",
+        can_stream: bool = True,
+    ) -> dict[str, Any]:
+        self.settings = Settings(
+            rank=rank, alpha=2.0 * rank, targets=targets, micro_batch=len(input_ids), recompute=recompute,
+            seq_len=max(8, len(input_ids[0])),
+        )  # fmt: skip
+        give_memory_back()
+        path = Path(folder)
+        checkpoint = open_checkpoint(path)
+        dtype, device = getattr(torch, compute_dtype), choose_device("cpu")
+        model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
+        work = work_of(model, self.settings, [len(ids) for ids in input_ids], dtype.itemsize)
+        machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+        plan = plan_run(model, work, machine, self.settings, (budget, "--memory"), can_stream=can_stream)
+        self.anonymous = _Anonymous()
+        reset_peak_rss()
+        source = Source(folder, checkpoint, tokenizer=None)
+        self.base = load_base(
+            source, quantize=storage, compute_dtype=compute_dtype, device="cpu", streamed=plan.choice.streamed
+        )
+        load_peak = peak_rss_bytes()
+        loaded = current_rss_bytes()
+        if train:
+            names, _ = select_targets(targets, self.base.linears, self.base.head_name)
+            adapters = attach_lora(self.base.model, names, rank=rank, alpha=2.0 * rank, dropout=0.0, seed=0)
+            set_recompute(self.base, plan.choice.recompute)
+            self.optimizer = make_optimizer(adapters, self.settings)
+        size = plan.choice.micro_batch
+        rows = torch.tensor(input_ids)
+        self.rows = rows
+        self.batches = [Batch(part, part.clone(), torch.full((len(part),), part.shape[1])) for part in rows.split(size)]
+        return {
+            "forecast_peak_bytes": plan.anonymous_bytes,
+            "forecast_rss_bytes": plan.peak_bytes,
+            "terms": plan.terms,
+            "streamed_layers": len(plan.choice.streamed),
+            "recompute": plan.choice.recompute_name,
+            "micro_batch": size,
+            "load_peak_rss_bytes": load_peak,
+            "loaded_rss_bytes": loaded,
+            "disk_bytes_per_s": machine.disk_bytes_per_s,
+            "threads": machine.threads,
+            "versions": versions("smidgen", "torch", "transformers"),
+        }
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step over all rows."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        stream = self.base.stream
+        before = (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
+        started = time.perf_counter()
+        self.base.model.train()
+        result = optimizer_step(
+            lambda batch: batch_loss(self.base, batch), self.batches, parameters, self.optimizer,
+            learning_rate=1e-4, clip=1.0,
+        )  # fmt: skip
+        self.base.model.eval()
+        return self._measured(time.perf_counter() - started, before) | {"loss": result.loss}
+
+    def generate(self, tokens: int) -> dict[str, Any]:
+        """So many new tokens after the first row."""
+        stream = self.base.stream
+        before = (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
+        started = time.perf_counter()
+        sampling = Sampling(max_new_tokens=tokens)
+        vocab = self.base.model.config.get_text_config().vocab_size
+        new = list(stream_tokens(self.base, self.rows[0].tolist(), [], sampling, vocab))
+        seconds = time.perf_counter() - started
+        return self._measured(seconds / max(1, len(new)), before) | {"new_tokens": len(new)}
+
+    def _measured(self, step_s: float, before: tuple[int, float]) -> dict[str, Any]:
+        stream = self.base.stream
+        return {
+            "step_s": step_s,
+            "measured_peak_bytes": self.anonymous.peak,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "read_bytes": stream.read_bytes - before[0] if stream else 0,
+            "wait_s": stream.wait_s - before[1] if stream else 0.0,
+        }
+
+
+if __name__ == "__main__":
+    worker = MemoryWorker()
+    serve({"load": worker.load, "step": worker.step, "generate": worker.generate})

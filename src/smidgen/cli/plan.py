@@ -1,0 +1,38 @@
+"""`smidgen plan MODEL [DATA]`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from smidgen.cli.console import Console
+from smidgen.cli.options import settings_flags, verb
+from smidgen.cli.values import Given
+
+__all__ = ["plan"]
+
+_NAMES = (
+    "quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "dropout", "epochs", "max_steps",
+    "micro_batch", "accumulation", "memory", "recompute", "seq_len",
+)  # fmt: skip
+_FLAGS = tuple(flag for flag in settings_flags() if flag.name in _NAMES)
+
+
+@verb("plan", arguments=("model", "data"), optional=("data",), flags=_FLAGS)
+def plan(console: Console, given: Given) -> Mapping[str, Any]:
+    """Forecast memory, by parts, and time of a fine-tuning run; no weights are read.
+
+    MODEL is what finetune takes, a config.json alone, or the name of a shape (llama-7b, llama-65b, llama-3-8b,
+    qwen2.5-7b, ...). Without DATA every row has --seq-len tokens. With --memory the settings are chosen that fit and
+    are fastest, as finetune chooses them.
+
+    \b
+    Examples:
+      smidgen plan smollm2-135m toolcalls
+      smidgen plan llama-7b --memory 6GiB --seq-len 512 --micro-batch 1
+      smidgen plan llama-65b --device cuda --rank 64
+    """
+    from smidgen import api
+
+    result = api.plan(given["model"], given["data"], report=console.report, **given.pick(_FLAGS))
+    console.close()
+    console.forecast(result)
+    return result

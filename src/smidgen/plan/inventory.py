@@ -1,0 +1,88 @@
+"""What a model is made of, as numbers: the tables that memory and time are computed from."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["Inventory", "Linear", "packed_bytes"]
+
+# bits of weight i, then bytes for each block of so many weights; GPTQ's groups have a 16-bit scale and a byte of zero
+_BLOCK, _OUTER, _GROUP = 64, 256, 128
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer. layer: index of its decoder layer. nbytes: as it is stored."""
+
+    name: str
+    layer: int
+    out_features: int
+    in_features: int
+    nbytes: int
+    is_expert: bool = False  # of a mixture: has no adapter
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A causal LM with its base stored in one way.
+
+    linears: of the decoder, experts too. head_bytes: of an untied head as stored; 0 for a tied one. norm_bytes: norms,
+    biases and other small parameters, in the compute type. mapped: whether the linear layers' bytes are views of the
+    model file. fused: whether smidgen's own layers compute it (model/fused.py). head_norms: of q and k, as in Qwen 3.
+    """
+
+    name: str
+    storage: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    linears: tuple[Linear, ...]
+    embedding_bytes: int
+    head_bytes: int
+    norm_bytes: int
+    mapped: bool
+    fused: bool
+    head_norms: bool
+    head_name: str = "lm_head"
+
+    @cached_property
+    def layer_bytes(self) -> list[int]:
+        """Packed bytes of each decoder layer."""
+        sums = [0] * self.num_layers
+        for linear in self.linears:
+            sums[linear.layer] += linear.nbytes
+        return sums
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        return sum(linear.nbytes for linear in self.linears)
+
+    @cached_property
+    def weights(self) -> int:
+        """Numbers in the decoder's linear layers."""
+        return sum(linear.weights for linear in self.linears)
+
+
+def packed_bytes(out_features: int, in_features: int, storage: str, itemsize: int = 2) -> int:
+    """Bytes of a matrix in the form that `--quantize` names (quant/fourbit.py, matrix.py, grouped.py).
+
+    itemsize: of the stored type, for 'none'. GPTQ: 4 bits, groups of 128, 16-bit scales, repacked row after row.
+    """
+    count = out_features * in_features
+    if storage == "none":
+        return count * itemsize
+    if storage == "int8":
+        return count + 4 * out_features
+    if storage in ("gptq", "awq"):
+        return out_features * (math.ceil(in_features / 8) * 4 + 3 * math.ceil(in_features / _GROUP))
+    blocks = math.ceil(count / _BLOCK)
+    scales = blocks + 4 * math.ceil(blocks / _OUTER) + 4 if storage.endswith("-dq") else 4 * blocks
+    return math.ceil(count / 2) + scales

@@ -1,0 +1,221 @@
+"""A budget of memory -> the fastest settings that fit it, each with its reason.
+
+The solver looks at every micro-batch that leaves the optimizer steps as they are, every number of layers that stay in
+memory and every number of layers that are computed again, adds up the terms of estimate.py and takes the fastest; of
+equally fast ones, the one that reads least from disk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from smidgen.plan import estimate
+from smidgen.plan.estimate import RECOMPUTE
+from smidgen.plan.inventory import Inventory
+from smidgen.units import format_bytes
+
+__all__ = ["Choice", "Forecast", "Machine", "Work", "cheapest", "forecast", "reasons", "solve"]
+
+_FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
+_SLACK = 0.02  # of everything but the base: the allocator's, and what the terms leave out
+_RUNTIME = 32 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gflops: of products with packed weights; disk_bytes_per_s: reading; framework_bytes: anonymous memory of the
+    process before the model is loaded; library_bytes: its resident pages of program files.
+    """
+
+    gflops: float
+    disk_bytes_per_s: float
+    framework_bytes: int
+    library_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
+    one layer together. rows_per_step: micro-batch times accumulation. total_steps: of the whole run.
+    """
+
+    lengths: tuple[int, ...]
+    rows_per_step: int
+    parameters: int
+    ranks: int
+    total_steps: int = 1
+    itemsize: int = 4
+    evaluates: bool = True
+
+    def tokens(self, rows: int) -> int:
+        """Of the largest micro-batch that can come."""
+        return sum(self.lengths[:rows])
+
+    def mean_tokens(self) -> float:
+        """Of one optimizer step."""
+        return self.rows_per_step * sum(self.lengths) / max(1, len(self.lengths))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """recompute: of each layer. streamed: indices of the layers that are not kept in memory."""
+
+    micro_batch: int
+    accumulation: int
+    recompute: tuple[str, ...]
+    streamed: tuple[int, ...] = ()
+
+    @property
+    def recompute_name(self) -> str:
+        """'none', 'cheap', 'full', or for a mixture 'full in 12 of 32 layers'."""
+        kinds = sorted(set(self.recompute))
+        if len(kinds) == 1:
+            return kinds[0]
+        return f"full in {self.recompute.count('full')} of {len(self.recompute)} layers"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """terms: name -> bytes; mapped: those terms whose pages lie in files and can be given up by the system.
+
+    peak_bytes counts all terms; step_s is the time of one optimizer step, read_bytes what it reads from disk.
+    """
+
+    choice: Choice
+    terms: dict[str, int]
+    mapped: frozenset[str]
+    step_s: float
+    read_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Without what lies in files."""
+        return sum(size for name, size in self.terms.items() if name not in self.mapped)
+
+
+def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> Forecast:
+    """Memory and time of one choice."""
+    tokens, longest = work.tokens(choice.micro_batch), work.lengths[0]
+    item, threads = work.itemsize, machine.threads
+    sizes = model.layer_bytes
+    resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
+    kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item)
+    backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item)
+    loss = estimate.loss_bytes(model, tokens, item)
+    small = {
+        "framework": machine.framework_bytes,
+        "norms and biases": model.norm_bytes,
+        **estimate.adapter_bytes(work.parameters),
+        "kept activations": kept,
+        "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger
+        "loss chunk": loss,
+        "scratch": estimate.scratch_bytes(model, tokens, longest, threads, item),
+    }
+    small["runtime and slack"] = _RUNTIME + round(
+        _SLACK * sum(size for name, size in small.items() if name != "framework")
+    )
+    head = model.head_bytes or model.embedding_bytes
+    terms = {
+        "packed weights": resident,
+        "embedding and head": head + (model.embedding_bytes // 8 if model.head_bytes else 0),
+        "program files": machine.library_bytes,
+        "stream buffers": estimate.stream_bytes(model, choice.streamed),
+        **small,
+    }
+    mapped = {"embedding and head", "program files", *(("packed weights",) if model.mapped else ())}
+    step_s, read_bytes = _time(model, work, machine, choice)
+    return Forecast(choice, terms, frozenset(mapped), step_s, read_bytes)
+
+
+def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tuple[float, int]:
+    """(seconds of one optimizer step, bytes that it reads from disk). Left out: norms, attention, the optimizer."""
+    batches = ceil(work.rows_per_step / choice.micro_batch)
+    share = choice.recompute.count("full") / len(choice.recompute)
+    head = model.vocab_size * model.hidden_size
+    flops = work.mean_tokens() * 4 * (model.weights * (1 + _FORWARD_SHARE * share) + head)
+    sizes = [model.layer_bytes[layer] for layer in sorted(choice.streamed)]
+    # forwards and backwards, but at either end two layers are there already
+    read = batches * max(0, 2 * sum(sizes) - sum(sizes[:2]) - sum(sizes[-2:]))
+    return max(flops / machine.gflops / 1e9, read / machine.disk_bytes_per_s), read
+
+
+def _streamed(count: int, layers: int) -> tuple[int, ...]:
+    """`count` of the layers, as evenly apart as can be, so that there is time to read between them."""
+    return tuple(sorted({round((i + 0.5) * layers / count - 0.5) for i in range(count)})) if count else ()
+
+
+def _choices(model: Inventory, work: Work, micro_batch: int, *, can_stream: bool, recompute: str) -> Iterator[Choice]:
+    layers = model.num_layers
+    rows = [m for m in range(micro_batch, 0, -1) if work.rows_per_step % m == 0]
+    if recompute != "auto":
+        mixtures = [(recompute,) * layers]
+    else:
+        least = "cheap" if model.fused else "none"
+        counts = sorted({layers * part // 8 for part in range(9)})
+        mixtures = [("none",) * layers, *(("full",) * n + (least,) * (layers - n) for n in counts)]
+    for m in rows:
+        for mixture in dict.fromkeys(mixtures):
+            for count in range(layers + 1) if can_stream else (0,):
+                streamed = _streamed(count, layers)
+                if len(streamed) == count:
+                    yield Choice(m, work.rows_per_step // m, mixture, streamed)
+
+
+def solve(
+    model: Inventory,
+    work: Work,
+    machine: Machine,
+    budget: int,
+    *,
+    micro_batch: int,
+    recompute: str = "auto",
+    can_stream: bool = True,
+) -> Forecast | None:
+    """The fastest choice that fits the budget (bytes, everything counted); None if none does."""
+    best: Forecast | None = None
+    for choice in _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute):
+        found = forecast(model, work, machine, choice)
+        if found.peak_bytes <= budget and (best is None or _rank(found) < _rank(best)):
+            best = found
+    return best
+
+
+def _rank(found: Forecast) -> tuple[float, int, int, int]:
+    """Faster first (within 1 %), then fewer bytes read, larger micro-batches, less memory."""
+    step = round(found.step_s, 3 - len(str(int(found.step_s))))
+    return step, found.read_bytes, -found.choice.micro_batch, RECOMPUTE.index(found.choice.recompute[0])
+
+
+def cheapest(
+    model: Inventory,
+    work: Work,
+    machine: Machine,
+    *,
+    micro_batch: int,
+    recompute: str = "auto",
+    can_stream: bool = True,
+) -> Forecast:
+    """The choice that needs least memory, whatever its speed."""
+    choices = _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute)
+    return min((forecast(model, work, machine, choice) for choice in choices), key=lambda found: found.peak_bytes)
+
+
+def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[str]:
+    """A sentence for each choice that the budget made."""
+    choice, there = found.choice, format_bytes(budget)
+    lines = [f"memory: forecast {format_bytes(found.peak_bytes)} of {there}"]
+    if choice.streamed:
+        moved = sum(model.layer_bytes[layer] for layer in choice.streamed)
+        lines.append(
+            f"{len(choice.streamed)} of {model.num_layers} layers are streamed from disk: {format_bytes(moved)} do not"
+            f" stay in memory, {format_bytes(found.read_bytes)} are read for each step"
+        )
+    lines.append(f"recompute {choice.recompute_name}: kept activations {format_bytes(found.terms['kept activations'])}")
+    if choice.accumulation * choice.micro_batch == work.rows_per_step and choice.accumulation > 1:
+        lines.append(f"micro-batch {choice.micro_batch}, accumulation {choice.accumulation}: the same optimizer steps")
+    return lines

@@ -1,0 +1,216 @@
+"""`smidgen plan`: memory and time of a run before it is started, for a model on disk or for a shape alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.checkpoint.base import Checkpoint
+from smidgen.checkpoint.hub import BUILTIN_MODELS
+from smidgen.checkpoint.safetensors import read_config
+from smidgen.data.records import read_data
+from smidgen.data.render import Renderer
+from smidgen.errors import DataError, SettingsError
+from smidgen.events import Note, Report, Warned, silent
+from smidgen.model.device import choose_compute_dtype, choose_device
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
+from smidgen.plan.inventory import Inventory
+from smidgen.plan.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
+from smidgen.plan.shapes import SHAPES
+from smidgen.train.config import Settings
+from smidgen.train.loop import Schedule
+from smidgen.train.memory import budget_of, machine_now, work_of
+from smidgen.units import format_bytes
+
+__all__ = ["plan_model"]
+
+_CUDA_CONTEXT = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
+_PARTS = 4  # of a budget, when the smallest one that works is looked for
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be planned for. rows: lengths in tokens."""
+
+    name: str
+    checkpoint: Checkpoint | None
+    config: dict[str, Any]
+    rows: list[int]
+    steps: int
+
+
+def plan_model(model: str, data: str | None, settings: Settings, report: Report = silent) -> dict[str, Any]:
+    """See api.plan."""
+    subject = _subject(model, data, settings, report)
+    device, dtype, runs_here = _place(settings, report)
+    storage = _storage(settings.quantize, subject.checkpoint, report)
+
+    def inventory(form: str) -> Inventory:
+        return inventory_of(
+            subject.checkpoint, subject.config, form, name=subject.name, itemsize=dtype.itemsize,
+            fuses=device == "cpu" and not settings.dropout, trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
+
+    shape = inventory(storage)
+    work = work_of(shape, settings, subject.rows, dtype.itemsize, subject.steps)
+    machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
+    budget, where = _budget(settings, device, runs_here=runs_here)
+    given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
+    can_stream = device == "cpu"
+    found = solve(shape, work, machine, budget, **given, can_stream=can_stream) if budget else None
+    least = cheapest(shape, work, machine, **given, can_stream=can_stream)
+    fits = found is not None or not budget
+    found = found or (least if budget else _plain(shape, work, machine, settings))
+    if fits:
+        for line in reasons(shape, found, work, budget or found.peak_bytes):
+            report(Note(line))
+    else:
+        report(Warned(f"{format_bytes(budget)} ({where}) is too little: at least {format_bytes(least.peak_bytes)}"))
+    result = _figures(found, work, runs_here=runs_here)
+    return {
+        "model": subject.name,
+        "device": device,
+        **result,
+        "run_s": result["step_s"] * subject.steps if result["step_s"] else None,
+        "steps": subject.steps,
+        "budget_bytes": budget or None,
+        "fits": fits,
+        "smallest_bytes": least.peak_bytes,
+        "trainable_parameters": work.parameters,
+        "weights": shape.weights,
+        "settings": {
+            "quantize": storage, "compute_dtype": str(dtype).removeprefix("torch."), "rank": settings.rank,
+            "targets": settings.targets, "micro_batch": found.choice.micro_batch,
+            "accumulation": found.choice.accumulation, "recompute": found.choice.recompute_name,
+            "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.lengths[0],
+        },
+        "what_if": _what_if(shape, inventory, found, work, machine, settings, subject, runs_here=runs_here),
+    }  # fmt: skip
+
+
+def _subject(model: str, data: str | None, settings: Settings, report: Report) -> _Subject:
+    """A built-in shape, a config.json alone, or a model that is opened; with rows of data, or rows of seq_len."""
+    path = Path(model)
+    is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
+    if is_shape or path.name == "config.json":
+        if data is not None:
+            raise SettingsError(["data: needs a model with a tokenizer; leave it out and give --seq-len"])
+        config = SHAPES[model] if is_shape else read_config(path.parent)
+        name, checkpoint, rows = model if is_shape else str(path.parent), None, []
+    else:
+        source = open_source(model, report)
+        name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config
+        rows = []
+        if data is not None:
+            renderer = Renderer(source.tokenizer, seq_len=min(settings.seq_len, source.max_positions), report=report)
+            rows = [len(example.input_ids) for example in renderer.render_all(read_data(data, report=report).train)]
+            if not rows:
+                raise DataError(f"{data} has no rows to train on")
+    if not rows:
+        rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
+        report(Note(f"no data given: every row has {settings.seq_len} tokens"))
+        return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
+    return _Subject(name, checkpoint, config, rows, Schedule(len(rows), settings).total_steps)
+
+
+def _place(settings: Settings, report: Report) -> tuple[str, torch.dtype, bool]:
+    """(kind of device, compute type, whether it is this machine's)."""
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        report(Note("there is no CUDA device here: its memory is forecast, its time is not"))
+        dtype = torch.bfloat16 if settings.compute_dtype == "auto" else getattr(torch, settings.compute_dtype)
+        return "cuda", dtype, False
+    device = choose_device(settings.device)
+    dtype, why = choose_compute_dtype(settings.compute_dtype, device)
+    report(Note(why))
+    return device.type, dtype, True
+
+
+def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> str:
+    if checkpoint is None:
+        return DEFAULT_STORAGE if quantize in ("auto", "keep") else quantize
+    storage, why = choose_storage(quantize, checkpoint)
+    report(Note(why))
+    return storage
+
+
+def _machine(device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, *, runs_here: bool) -> Machine:
+    if not runs_here:
+        return Machine(1.0, 1.0, _CUDA_CONTEXT, 0, 1)
+    files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
+    largest = max(files, key=lambda file: file.stat().st_size, default=None)
+    machine = machine_now(torch.device(device), dtype, largest)
+    return machine if device == "cpu" else replace(machine, framework_bytes=_CUDA_CONTEXT, library_bytes=0)
+
+
+def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, str]:
+    """(bytes, where from); 0 where nothing is known about the device."""
+    if settings.memory is None and not runs_here:
+        return 0, ""
+    return budget_of(settings, torch.device(device))
+
+
+def _plain(shape: Inventory, work: Work, machine: Machine, settings: Settings) -> Forecast:
+    """The settings as they are, with 'auto' recomputing all."""
+    recompute = "full" if settings.recompute == "auto" else settings.recompute
+    choice = Choice(settings.micro_batch, settings.accumulation, (recompute,) * shape.num_layers)
+    return forecast(shape, work, machine, choice)
+
+
+def _figures(found: Forecast, work: Work, *, runs_here: bool) -> dict[str, Any]:
+    return {
+        "peak_bytes": found.peak_bytes,
+        "anonymous_bytes": found.anonymous_bytes,
+        "terms": found.terms,
+        "step_s": found.step_s if runs_here else None,
+        "tokens_per_s": work.mean_tokens() / found.step_s if runs_here else None,
+        "read_bytes_per_step": found.read_bytes,
+    }
+
+
+def _what_if(
+    shape: Inventory,
+    inventory: Any,
+    found: Forecast,
+    work: Work,
+    machine: Machine,
+    settings: Settings,
+    subject: _Subject,
+    *,
+    runs_here: bool,
+) -> list[dict[str, Any]]:
+    """What other settings would need, one change at a time."""
+    choice, layers = found.choice, shape.num_layers
+    rows: list[tuple[str, Inventory, Work, Choice]] = []
+    if choice.micro_batch > 1:
+        half = math.ceil(choice.micro_batch / 2)
+        changed = replace(choice, micro_batch=half, accumulation=math.ceil(work.rows_per_step / half))
+        rows.append((f"micro-batch {half}", shape, work, changed))
+    for mode in ("none", "full"):
+        if set(choice.recompute) != {mode}:
+            rows.append((f"recompute {mode}", shape, work, replace(choice, recompute=(mode,) * layers)))
+    if machine.library_bytes:
+        for count in (layers // 2, layers):
+            streamed = tuple(range(layers))[:: layers // count] if count else ()
+            if len(streamed) != len(choice.streamed):
+                rows.append(
+                    (f"{len(streamed)} of {layers} layers streamed", shape, work, replace(choice, streamed=streamed))
+                )
+    if settings.rank != 8:
+        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize, subject.steps)
+        rows.append(("rank 8", shape, lower, choice))
+    halved = replace(work, lengths=tuple(-(-length // 2) for length in work.lengths))
+    rows.append((f"rows of {halved.lengths[0]} tokens", shape, halved, choice))
+    forms: Sequence[str] = ("nf4-dq", "int8", "none") if subject.checkpoint is None else ("none",)
+    for form in forms:
+        if form != shape.storage and not shape.mapped:
+            name = "16-bit base" if form == "none" else f"base in {form}"
+            rows.append((name, inventory(form), work, choice))
+    figures = []
+    for name, model, changed_work, changed in rows:
+        other = forecast(model, changed_work, machine, changed)
+        figures.append({"change": name, "peak_bytes": other.peak_bytes, "step_s": other.step_s if runs_here else None})
+    return figures

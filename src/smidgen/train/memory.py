@@ -1,0 +1,131 @@
+"""What a run will need, and which settings fit: from settings, data and this machine to a forecast of plan/."""
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from smidgen.errors import SettingsError
+from smidgen.events import Note, Report, silent
+from smidgen.lora.targets import select_targets
+from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
+from smidgen.plan.inventory import Inventory
+from smidgen.plan.planner import Forecast, Machine, Work, cheapest, reasons, solve
+from smidgen.train.config import Settings
+from smidgen.units import format_bytes, parse_bytes
+
+__all__ = ["budget_of", "give_memory_back", "machine_now", "measure_disk", "plan_run", "settings_for", "work_of"]
+
+_MARGIN = 0.05  # of what is free is left to others where no budget was given
+_DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
+_PROBE_BYTES = 1 << 28
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
+
+
+def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsize: int, steps: int = 1) -> Work:
+    """lengths: tokens of each training row. itemsize: of the compute type. Raises SettingsError for wrong targets."""
+    by_name = {linear.name: linear for linear in model.linears if not linear.is_expert}
+    names, _ = select_targets(settings.targets, [*by_name, model.head_name], model.head_name)
+    of_layer = [0] * model.num_layers
+    parameters = 0
+    for name in names:
+        linear = by_name.get(name)
+        if linear is None:  # the head
+            parameters += settings.rank * (model.vocab_size + model.hidden_size)
+            continue
+        parameters += settings.rank * (linear.out_features + linear.in_features)
+        of_layer[linear.layer] += settings.rank
+    return Work(
+        lengths=tuple(sorted(lengths, reverse=True)),
+        rows_per_step=settings.micro_batch * settings.accumulation,
+        parameters=parameters,
+        ranks=max(of_layer),
+        total_steps=steps,
+        itemsize=itemsize,
+    )
+
+
+def machine_now(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> Machine:
+    """This machine and process; file: what to measure the disk with. Takes about half a second."""
+    disk = measure_disk(file) if file is not None else _DISK_BYTES_PER_S
+    gflops = measure_gflops(dtype, device)
+    return Machine(gflops, disk, *resident_bytes(), torch.get_num_threads())
+
+
+def measure_disk(file: Path, budget_s: float = 0.5) -> float:
+    """Bytes a second that are read from the file's disk; the page cache is left out of it."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        size = min(os.fstat(descriptor).st_size, _PROBE_BYTES)
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(1 << 23)
+        started, done = time.perf_counter(), 0
+        while done < size and time.perf_counter() - started < budget_s:
+            count = os.preadv(descriptor, [buffer], done)
+            if not count:
+                break
+            done += count
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        return done / max(1e-9, time.perf_counter() - started) if done >= 1 << 24 else _DISK_BYTES_PER_S
+    finally:
+        os.close(descriptor)
+
+
+def budget_of(settings: Settings, device: torch.device) -> tuple[int, str]:
+    """(bytes that this process may have in all, the words for where the number comes from)."""
+    if settings.memory is not None:
+        return parse_bytes(settings.memory), f"--memory {settings.memory}"
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * (1 - _MARGIN)), f"what {device} has free"
+    free = free_memory_bytes()
+    return current_rss_bytes() + int(free * (1 - _MARGIN)), "what this machine has free"
+
+
+def plan_run(
+    model: Inventory,
+    work: Work,
+    machine: Machine,
+    settings: Settings,
+    budget: tuple[int, str],
+    *,
+    can_stream: bool = True,
+    report: Report = silent,
+) -> Forecast:
+    """The fastest way that fits, each choice reported. Raises SettingsError with the smallest budget that would do."""
+    given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
+    found = solve(model, work, machine, budget[0], **given, can_stream=can_stream)
+    if found is None:
+        least = cheapest(model, work, machine, **given, can_stream=can_stream)
+        longest = work.lengths[0]
+        raise SettingsError(
+            [
+                f"memory: {format_bytes(budget[0])} ({budget[1]}) is too little for {model.name or 'this model'}:"
+                f" at least {format_bytes(least.peak_bytes)} is needed with micro-batch {least.choice.micro_batch},"
+                f" rows of {longest} tokens and recompute {least.choice.recompute_name};"
+                f" a shorter --seq-len or a lower --rank needs less"
+            ]
+        )
+    for line in reasons(model, found, work, budget[0]):
+        report(Note(line))
+    return found
+
+
+def settings_for(settings: Settings, found: Forecast) -> Settings:
+    """The settings with the micro-batch that fits; the optimizer steps stay the same."""
+    return replace(settings, micro_batch=found.choice.micro_batch, accumulation=found.choice.accumulation)
+
+
+def give_memory_back() -> None:
+    """Have large freed tensors go back to the system at once, so that a process needs what its tensors need.
+
+    glibc raises the size from which it maps memory on its own with each such piece that is freed, and then keeps tens
+    of megabytes between steps; a fixed limit (mallopt, M_MMAP_THRESHOLD) ends that. Elsewhere nothing is done.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

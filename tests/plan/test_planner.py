@@ -1,0 +1,133 @@
+"""The solver: what it finds fits and is the fastest, checked against all choices; formulas against counted tensors."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from smidgen.model.inventory import inventory_of
+from smidgen.plan import estimate
+from smidgen.plan.inventory import Inventory, packed_bytes
+from smidgen.plan.planner import Choice, Machine, Work, cheapest, forecast, solve
+from smidgen.plan.shapes import SHAPES
+from smidgen.units import parse_bytes
+
+MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
+
+
+@pytest.fixture(scope="module")
+def seven() -> Inventory:
+    return inventory_of(None, SHAPES["llama-7b"], "nf4-dq", name="llama-7b")
+
+
+def work(tokens: int = 512, rows: int = 4, **more: int) -> Work:
+    return Work(lengths=(tokens,) * rows, rows_per_step=rows, parameters=more.get("parameters", 4_194_304), ranks=16)
+
+
+def test_the_inventory_of_known_models(seven: Inventory) -> None:
+    assert seven.weights == pytest.approx(6.476e9, rel=1e-3)
+    assert seven.packed_bytes == pytest.approx(seven.weights * 4.127 / 8, rel=1e-4)  # bits a weight of the QLoRA paper
+    assert len(seven.layer_bytes) == 32 and len(set(seven.layer_bytes)) == 1
+    assert seven.embedding_bytes == seven.head_bytes == 32000 * 4096 * 2
+    assert inventory_of(None, SHAPES["qwen2.5-1.5b"], "none").head_bytes == 0  # tied
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_a_model(name: str) -> None:
+    model = inventory_of(None, SHAPES[name], "nf4-dq", name=name)
+    size = name.rpartition("-")[2]
+    if size[-1] in "bm" and size[:-1].replace(".", "").isdigit():
+        stated = float(size[:-1]) * (1e9 if size[-1] == "b" else 1e6)
+        whole = model.weights + model.vocab_size * model.hidden_size * (2 if model.head_bytes else 1)
+        assert whole == pytest.approx(stated, rel=0.25)  # names round generously
+
+
+@pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "fp4", "int8", "none"])
+def test_packed_bytes_are_those_of_the_matrix(storage: str) -> None:
+    import torch
+
+    from smidgen.quant.matrix import quantise
+
+    for shape in ((96, 64), (33, 72), (256, 300)):
+        assert packed_bytes(*shape, storage) == quantise(torch.randn(shape).bfloat16(), storage).nbytes
+
+
+@pytest.mark.parametrize("budget", ["1500MB", "2GiB", "3GiB", "5GiB", "8GiB"])
+def test_the_solution_fits_and_nothing_faster_does(seven: Inventory, budget: str) -> None:
+    small = replace(seven, num_layers=8, linears=tuple(x for x in seven.linears if x.layer < 8))
+    limit = parse_bytes(budget)
+    job = work()
+    found = solve(small, job, MACHINE, limit, micro_batch=4)
+    assert found is not None and found.peak_bytes <= limit
+    best = min(
+        other.step_s
+        for m, full, count in product((4, 2, 1), range(9), range(9))
+        if (
+            other := forecast(
+                small, job, MACHINE,
+                Choice(m, 4 // m, ("full",) * full + ("cheap",) * (8 - full), tuple(range(8))[:count]),
+            )
+        ).peak_bytes <= limit
+    )  # fmt: skip
+    assert found.step_s <= 1.1 * best
+
+
+def test_more_memory_is_never_slower(seven: Inventory) -> None:
+    steps = []
+    for gib in (2, 3, 4, 6, 8, 12, 24):
+        found = solve(seven, work(), MACHINE, gib << 30, micro_batch=4)
+        assert found is not None
+        steps.append(found.step_s)
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(seven: Inventory) -> None:
+    assert solve(seven, work(), MACHINE, 1 << 29, micro_batch=4) is None
+    least = cheapest(seven, work(), MACHINE, micro_batch=4)
+    assert solve(seven, work(), MACHINE, least.peak_bytes, micro_batch=4) is not None
+    assert solve(seven, work(), MACHINE, least.peak_bytes - 1, micro_batch=4) is None
+
+
+def test_the_optimizer_steps_stay_the_same(seven: Inventory) -> None:
+    found = solve(seven, work(rows=6), MACHINE, 2 << 30, micro_batch=6)
+    assert found is not None
+    assert found.choice.micro_batch * found.choice.accumulation == 6
+
+
+def test_settings_that_are_given_are_kept(seven: Inventory) -> None:
+    found = solve(seven, work(), MACHINE, 64 << 30, micro_batch=4, recompute="full", can_stream=False)
+    assert found is not None
+    assert set(found.choice.recompute) == {"full"} and not found.choice.streamed
+
+
+def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
+    plain = forecast(seven, work(), MACHINE, Choice(4, 1, ("none",) * 32)).terms
+
+    def changed(job: Work, choice: Choice) -> set[str]:
+        other = forecast(seven, job, MACHINE, choice).terms
+        return {name for name in plain if plain[name] != other[name]} - {"runtime and slack"}
+
+    assert changed(work(parameters=8_388_608), Choice(4, 1, ("none",) * 32)) == {"adapters", "gradients", "optimizer"}
+    assert changed(work(), Choice(4, 1, ("cheap",) * 32)) == {"kept activations"}
+    assert changed(work(), Choice(4, 1, ("none",) * 32, (3,))) == {"packed weights", "stream buffers"}
+    assert "kept activations" in changed(work(), Choice(2, 2, ("none",) * 32))
+
+
+def test_kept_activations_of_a_llama_layer(seven: Inventory) -> None:
+    """By hand from model/fused.py: x, normed, middle, its norm; q, k, v, attended; gate, up; 16 + 34 more."""
+    per_token = 4 * (4 * 4096 + 4 * 4096 + 2 * 11008 + 16 + 34)
+    one = replace(seven, num_layers=1)
+    assert estimate.kept_bytes(one, 1, ("none",), 16) == per_token + 3 * 4 * 4096  # and the last norm's
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GiB", 6 << 30), ("1.5 GB", 1_500_000_000), ("900MB", 900_000_000), ("900m", None), ("4096", 4096),
+     ("2kib", 2048), ("", None), ("GB", None), ("-1GB", None), ("1.5.5GB", None)],
+)  # fmt: skip
+def test_sizes(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(ValueError, match="not a size"):
+            parse_bytes(text)
+    else:
+        assert parse_bytes(text) == size
