@@ -32,6 +32,7 @@ from smidgen.model.recompute import set_recompute
 from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
+from smidgen.train.lock import check_unlocked, locked
 from smidgen.train.loop import Schedule, make_optimizer, train
 from smidgen.train.run import Record, RunFolder, read_record
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
@@ -66,6 +67,7 @@ class _Prepared:
 def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
+    check_unlocked(out)
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
     source = open_source(model, report)
@@ -86,7 +88,8 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         kernels=describe_library(),
     )
     folder = RunFolder.create(out, settings, record.model, _absolute(data), record, prepared.source.tokenizer)
-    return _train(prepared, folder, settings, None, started, report)
+    with locked(out, report):
+        return _train(prepared, folder, settings, None, started, report)
 
 
 def resume(run: Path, report: Report = silent) -> Run:
@@ -95,7 +98,14 @@ def resume(run: Path, report: Report = silent) -> Run:
     Raises RunError where base or data have changed.
     """
     started = time.perf_counter()
-    folder, settings, model, data = RunFolder.open(run)
+    opened = RunFolder.open(run)
+    with locked(run, report):
+        return _resume(run, *opened, started, report)
+
+
+def _resume(
+    run: Path, folder: RunFolder, settings: Settings, model: str, data: str, started: float, report: Report
+) -> Run:
     summary = _read_summary(run)
     if summary is not None and not summary.get("stopped"):
         report(Note(f"{run} is finished: nothing to do"))

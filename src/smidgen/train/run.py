@@ -3,6 +3,7 @@
     RUN/
         settings.yaml               the run's settings, model and data; `--config RUN/settings.yaml` repeats it
         smidgen.json                the base (its place, fingerprint, how it is stored), versions
+        lock                        names the process that works here, if one does
         metrics.jsonl               a line for each step and each evaluation
         checkpoints/step-N/         PEFT folders with the training state
         adapter_config.json, adapter_model.safetensors, tokenizer files       the result
@@ -25,10 +26,12 @@ from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
 from smidgen.events import Report, Saved
 from smidgen.export.adapter import save_adapter
+from smidgen.export.compare import check_saved_adapter
 from smidgen.export.files import new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
+from smidgen.train.lock import LOCK
 from smidgen.train.state import Cursor, is_whole, prune_checkpoints, save_state, write_manifest
 
 __all__ = ["RECORD", "Record", "RunFolder", "read_record"]
@@ -128,7 +131,8 @@ class RunFolder:
         keep: int,
     ) -> Path:
         """checkpoints/step-N, whole or not at all; nothing is done if a whole one is there. It is read again, and only
-        then are all but the newest `keep` removed. Raises RunError if it reads otherwise than it was written.
+        then are all but the newest `keep` removed. Raises RunError if it reads otherwise than it was written, or if
+        its adapter computes something else than the one in memory.
         """
         folder = self.path / "checkpoints" / f"step-{cursor.step}"
         if is_whole(folder):
@@ -136,6 +140,7 @@ class RunFolder:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which `resume` has passed over
         with new_folder(folder) as staging:
             save_adapter(staging, base, adapters, self.record.peft_base)
+            check_saved_adapter(base, adapters, staging)
             save_state(staging, cursor, adapters, optimizer)
             tokenizer.save_pretrained(staging)
             (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
@@ -157,6 +162,7 @@ class RunFolder:
         staging = self.path / ".result"
         with new_folder(staging) as folder:
             save_adapter(folder, base, adapters, self.record.peft_base)
+            check_saved_adapter(base, adapters, folder)
             if answers:
                 lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
                 (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
@@ -167,7 +173,7 @@ class RunFolder:
         staging.rmdir()
         write_json(self.path / "summary.json", summary)
         for file in sorted(self.path.iterdir()):
-            if file.is_file():
+            if file.is_file() and file.name != LOCK:
                 report(Saved(file, file.stat().st_size))
 
     def log(self, line: dict[str, Any]) -> None:

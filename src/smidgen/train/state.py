@@ -37,11 +37,16 @@ class Cursor:
 
 
 def save_state(folder: Path, cursor: Cursor, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Write state.safetensors and state.json into an existing folder."""
+    """Write state.safetensors and state.json into an existing folder. Raises RunError rather than write a number that
+    is not finite.
+    """
     tensors = {"rng": torch.get_rng_state()}
     for name, parameter in _named(adapters):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise RunError(f"{broken[0]} holds numbers that are not finite: not saved", cure="lower --learning-rate")
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(cursor)) + "\n", encoding="utf-8")
 
