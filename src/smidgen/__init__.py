@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         merge,
         quantize,
         resume,
+        write_report,
     )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "quantize",
     "resume",
+    "write_report",
 ]
 __version__ = "0.1.0"
 

@@ -83,4 +83,5 @@ PUBLIC = {
     "merge",
     "quantize",
     "resume",
+    "write_report",
 }
