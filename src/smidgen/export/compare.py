@@ -109,6 +109,8 @@ def check_saved_adapter(base: Base, adapters: dict[str, LoraLinear], folder: Pat
     finally:
         for name, layer in adapters.items():
             layer.lora_A.data, layer.lora_B.data, layer.alpha = kept[name]
+    if not ours.isfinite().all():
+        raise RunError(f"{folder}: the model's logits are not finite: not saved", cure="lower --learning-rate")
     # The numbers are the same, so are the operations; the room is for devices that sum in another order each time.
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(ours.abs().max())):
         apart = f"logits {float((ours - theirs).abs().max()):.3g} apart"

@@ -39,6 +39,8 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
     xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
     x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if tick.is_integer() and min(xs) <= tick <= max(xs)]
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
+    if not x_ticks or max(xs) - x_ticks[-1] > (max(xs) - min(xs)) / 8:
+        x_ticks.append(max(xs))  # where it ends, if there is room for the number
     across = _scale((min(xs), max(xs)), (_LEFT, _WIDTH - _RIGHT))
     up = _scale((min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))), (_HEIGHT - _BOTTOM, _TOP))
     parts = []
@@ -47,8 +49,9 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
         parts.append(f'<path class="grid" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y}" dy=".35em" text-anchor="end">{escape(number(tick))}</text>')
     for tick in x_ticks:
-        x = f"{across(tick):.1f}"
-        parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>')
+        anchor = "end" if tick == max(xs) else "middle"
+        at = f'x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 20}"'
+        parts.append(f'<text {at} text-anchor="{anchor}">{tick:,.0f}</text>')
     for one in drawn:
         places = [(across(x), up(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)

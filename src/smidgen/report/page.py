@@ -5,6 +5,7 @@ dark. Texts of the data and the model are escaped. A run that is not finished ha
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -22,6 +23,7 @@ __all__ = ["PAGE", "run_page", "write_page"]
 
 PAGE = "report.html"
 _MOST_ANSWERS = 12
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _MOST_CHARACTERS = 600  # of a text
 
 Lines = Sequence[Mapping[str, Any]]
@@ -89,10 +91,10 @@ def _tiles(summary: Mapping[str, Any], lines: Lines) -> str:
     for key, title in (("exact_match", "exact match"), ("valid_json", "valid JSON")):
         tiles.append((title, _change(summary.get(f"{key}_before"), summary.get(f"{key}_after"), _percent)))
     if summary:
-        tiles.append(("training speed", f"{summary['tokens_per_s']:,.0f} tokens/s"))
+        tiles.append(("tokens a second", f"{summary['tokens_per_s']:,.0f}"))
         tiles.append(("tokens trained", format_count(summary["tokens"])))
         tiles.append(("peak memory", format_bytes(summary["peak_rss_bytes"])))
-        tiles.append(("trainable parameters", format_count(summary["trainable_parameters"])))
+        tiles.append(("trained parameters", format_count(summary["trainable_parameters"])))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in tiles if value)
     return f'<dl class="tiles">{cells}</dl>' if cells else ""
 
@@ -100,7 +102,7 @@ def _tiles(summary: Mapping[str, Any], lines: Lines) -> str:
 def _change(before: float | None, after: float | None, form: Any) -> str:
     if after is None:
         return "" if before is None else escape(form(before))
-    return (f"<small>{escape(form(before))} →</small> " if before is not None else "") + escape(form(after))
+    return escape(form(after)) + (f"<small>{escape(form(before))} before</small>" if before is not None else "")
 
 
 def _percent(share: float) -> str:
@@ -115,6 +117,9 @@ def _charts(lines: Lines) -> str:
 
     loss = curve("loss")
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    most = max((number for _, number in curve("rss_bytes")), default=0)
+    nbytes, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    memory = [(step, number / nbytes) for step, number in thinned(curve("rss_bytes"))]
     charts = [
         line_chart(
             "Loss",
@@ -127,8 +132,7 @@ def _charts(lines: Lines) -> str:
         ),
         line_chart("Learning rate", [Series("", thinned(curve("learning_rate")))], "{:.2g}".format, from_zero=True),
         line_chart("Tokens per second", [Series("", thinned(_speed(steps)))], "{:,.0f}".format, from_zero=True),
-        line_chart("Memory of the process", [Series("", thinned(curve("rss_bytes")))], format_bytes, from_zero=True),
-        line_chart("Norm of the gradient", [Series("", thinned(curve("grad_norm")))], "{:.3g}".format, from_zero=True),
+        line_chart(f"Memory of the process, {unit}", [Series("", memory)], "{:.3g}".format, from_zero=True),
     ]
     return "".join(charts)
 
@@ -155,8 +159,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
                 right = answer[when].strip() == answer["expected"].strip()
                 rows.append((when, answer[when], "right" if right else "wrong"))
         cells = "".join(
-            f"<dt>{name}</dt><dd{f' class={look}' if look else ''}>{escape(_cut(text))}</dd>"
-            for name, text, look in rows
+            f"<dt>{name}</dt><dd{f' class={look}' if look else ''}>{_text(text)}</dd>" for name, text, look in rows
         )
         cards.append(f'<dl class="answer">{cells}</dl>')
     if len(answers) > len(chosen):
@@ -164,8 +167,10 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
     return "".join(cards)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " ..."
+def _text(text: str) -> str:
+    """Escaped, not too long, and without what a file in UTF-8 or a browser cannot hold."""
+    shown = text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " ..."
+    return escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", shown))
 
 
 def _data(statistics: Mapping[str, Any]) -> str:
@@ -185,10 +190,7 @@ def _data(statistics: Mapping[str, Any]) -> str:
     buckets = [
         (f"{low + 1:,}-{bound:,}", rows) for low, (bound, rows) in zip(bounds, statistics["lengths"], strict=False)
     ]
-    pieces = "".join(
-        f"<mark>{escape(_cut(text))}</mark>" if trained else escape(_cut(text))
-        for text, trained in statistics["shown"]
-    )
+    pieces = "".join(f"<mark>{_text(text)}</mark>" if trained else _text(text) for text, trained in statistics["shown"])
     row = f"<figure><figcaption>A row; the loss counts what is marked</figcaption><pre>{pieces}</pre></figure>"
     looks = "".join(f"<li>{escape(f'{where}: {why}')}</li>" for where, why in statistics["suspicious"][:10])
     worth = f"<figure><figcaption>Worth a look</figcaption><ul>{looks}</ul></figure>" if looks else ""

@@ -13,13 +13,13 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap
 h1{font-size:26px;line-height:1.2;margin:0}
 h2{font-size:18px;margin:32px 0 12px}
 header p{margin:6px 0 0;color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:12px;margin:20px 0 0}
 .tiles div,figure,.answer,details{background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:12px 14px}
 dt{color:var(--soft);font-size:13px}
 dd{margin:0}
-.tiles dd{font-size:19px;font-weight:600}
-.tiles small{font-size:14px;font-weight:400;color:var(--soft)}
+.tiles dd{white-space:nowrap;font-size:19px;font-weight:600}
+.tiles small{display:block;font-size:13px;font-weight:400;color:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}
 figure{margin:0;min-width:0}
 figure+figure{margin-top:0}
@@ -40,8 +40,8 @@ th,td{text-align:left;font-weight:400;padding:4px 12px 4px 0;border-top:1px soli
 tr:first-child th,tr:first-child td{border-top:0}
 th{color:var(--soft);white-space:nowrap}
 td{font-variant-numeric:tabular-nums;width:99%}
-.bars td:last-child{text-align:right;width:1%;padding-right:0}
-.bars th,.bars td{border:0;vertical-align:middle}
+.bars td:last-child{text-align:right;white-space:nowrap;width:1%;padding-right:0}
+.bars th,.bars td{border:0;white-space:nowrap;vertical-align:middle}
 .bars th{text-align:right;font-variant-numeric:tabular-nums}
 .bar{height:14px;min-width:1px;border-radius:0 3px 3px 0;background:var(--a)}
 pre{margin:0;white-space:pre-wrap;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
@@ -55,5 +55,6 @@ details{margin-top:12px}
 summary{cursor:pointer;font-weight:600}
 details table{margin-top:8px}
 ul{margin:0;padding-left:20px}
-@media (max-width:480px){th{white-space:normal;min-width:112px}.answer{grid-template-columns:1fr}}
+@media (max-width:480px){svg text{font-size:16px}th{white-space:normal;min-width:112px}
+.answer{grid-template-columns:1fr}}
 """

@@ -5,8 +5,8 @@
                         4,096 numbers keep float32
     paged-adamw8bit     and in memory that CUDA moves to the CPU when the card is full (arXiv 2305.14314)
     sgd                 momentum 0.9; one float32 number
-    adafactor           arXiv 1804.04235, PyTorch's: a row and a column for each matrix; its own bound keeps the rate
-                        below 1 / sqrt(step)
+    adafactor           arXiv 1804.04235, PyTorch's: a row and a column for each matrix; the rate stays below
+                        1 / sqrt(step), and does not follow the size of the parameters
 
 The adapters of one run are small: what the 8-bit states save is little next to the base and the activations.
 """
@@ -40,7 +40,9 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torc
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **common)
     if settings.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, **common)
+        # PyTorch multiplies a step by max(eps, size of the parameter), which would hold lora_B, zero at the start, back
+        # for hundreds of steps. With 1 it is the rate alone, as everyone else has it for adapters.
+        return torch.optim.Adafactor(parameters, eps=(None, 1.0), **common)
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameters, fused=fused, **common)
 
@@ -58,10 +60,11 @@ def check_optimizer(settings: Settings, device: torch.device) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _optimizer([tried], settings).step()
+        moved = bool((tried < 0).all())
     except ImportError:
         raise SettingsError([f"optimizer: {name} needs bitsandbytes; pip install 'smidgen[bnb]'"]) from None
     except Exception as error:  # whatever a back end says that lacks the operation
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingsError([f"optimizer: bitsandbytes has no {name} for {device} ({reason}); take adamw"]) from error
-    if not bool((tried < 0).all()):
+    if not moved:
         raise SettingsError([f"optimizer: bitsandbytes' {name} computes nothing on {device}; take adamw"])

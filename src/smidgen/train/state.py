@@ -45,7 +45,9 @@ def save_state(folder: Path, cursor: Cursor, adapters: dict[str, LoraLinear], op
     tensors = {"rng": torch.get_rng_state()}
     for name, parameter in _named(adapters):
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            # bitsandbytes' tables are one tensor that all parameters share, which safetensors does not store
+            tensors[f"{name}.{key}"] = tensor.clone() if key.startswith("qmap") else tensor
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite: not saved", cure="lower --learning-rate")
