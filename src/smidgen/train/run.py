@@ -28,7 +28,7 @@ from smidgen.errors import RunError
 from smidgen.events import Report, Saved
 from smidgen.export.adapter import save_adapter
 from smidgen.export.compare import check_saved_adapter
-from smidgen.export.files import new_folder, replace_file, write_json
+from smidgen.export.files import disk_errors, new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
@@ -162,7 +162,8 @@ class RunFolder:
             write_manifest(staging)
         if not is_whole(folder):
             raise RunError(f"{folder} reads otherwise than it was written", cure="look after the disk; older ones stay")
-        prune_checkpoints(self.path, keep, best)
+        with disk_errors(self.path / "checkpoints"):
+            prune_checkpoints(self.path, keep, best)
         return folder
 
     def save_result(
@@ -202,8 +203,9 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        file = self.path / "metrics.jsonl"
+        with disk_errors(file), open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a crash cut off is passed over."""
