@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         plan,
         quantize,
         resume,
+        write_report,
     )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "plan",
     "quantize",
     "resume",
+    "write_report",
 ]
 __version__ = "0.1.0"
 

@@ -22,7 +22,7 @@ from smidgen.data.records import read_data
 from smidgen.data.render import Example, Renderer
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import RunError, SettingsError, SmidgenError
-from smidgen.events import Note, Report, Warned, silent
+from smidgen.events import Note, Report, Saved, Warned, silent
 from smidgen.export.adapter import load_adapter
 from smidgen.export.compare import compare_models, plain_example
 from smidgen.export.files import check_new, check_vacant, folder_bytes
@@ -36,6 +36,7 @@ from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
+from smidgen.report.page import write_page
 from smidgen.train.config import settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "quantize",
     "resume",
+    "write_report",
 ]
 
 _MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -72,7 +74,7 @@ def finetune(model: str, data: str, out: str | Path, *, report: Report = silent,
     Raises SmidgenError, before anything is written, for settings, data or models that cannot work. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt; `resume` goes on from there.
     """
-    return run_finetune(str(model), str(data), Path(out), settings_from(settings), report)
+    return _with_page(run_finetune(str(model), str(data), Path(out), settings_from(settings), report), report)
 
 
 def resume(run: str | Path, *, report: Report = silent) -> Run:
@@ -80,7 +82,21 @@ def resume(run: str | Path, *, report: Report = silent) -> Run:
 
     That holds on the same machine with the same number of threads. A finished run is returned as it is.
     """
-    return _resume(Path(run), report)
+    return _with_page(_resume(Path(run), report), report)
+
+
+def write_report(run: str | Path) -> Path:
+    """Make RUN/report.html, one file without any network: curves, data, answers, settings. Returns its path.
+
+    A finished run has it already; a run in progress or one that was interrupted gets what there is so far.
+    """
+    return write_page(Path(run))
+
+
+def _with_page(run: Run, report: Report) -> Run:
+    page = write_page(run.path)
+    report(Saved(page, page.stat().st_size))
+    return run
 
 
 def plan(model: str, data: str | None = None, *, report: Report = silent, **settings: Any) -> dict[str, Any]:

@@ -84,4 +84,5 @@ PUBLIC = {
     "plan",
     "quantize",
     "resume",
+    "write_report",
 }

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from smidgen.errors import RunError
 from smidgen.export.adapter import load_adapter, save_adapter
+from smidgen.export.compare import check_saved_adapter
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from tiny import VOCAB_SIZE, build, tiny_folder
@@ -151,3 +152,26 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not finite"):
         save_adapter(tmp_path / "a", base, adapters, "x")
     assert not list((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "alpha", "numbers", "a layer"])
+def test_a_saved_adapter_is_held_to_what_the_model_computes(damage: str, tmp_path: Path) -> None:
+    base, adapters = _adapted(tiny_folder(tmp_path / "base"), "q,v")
+    layer = next(iter(adapters.values()))
+    before = layer.lora_A.data.clone(), layer.alpha
+    (tmp_path / "a").mkdir()
+    save_adapter(tmp_path / "a", base, adapters, "x")
+    config, tensors = tmp_path / "a" / "adapter_config.json", load_file(tmp_path / "a" / "adapter_model.safetensors")
+    if damage == "alpha":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    elif damage == "numbers":
+        tensors[f"{_Q}.lora_B.weight"] += 0.1
+    elif damage == "a layer":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_Q)}
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    if damage:
+        with pytest.raises(RunError, match="computes something else than the model, found logits"):
+            check_saved_adapter(base, adapters, tmp_path / "a")
+    else:
+        check_saved_adapter(base, adapters, tmp_path / "a")
+    assert torch.equal(layer.lora_A.data, before[0]) and layer.alpha == before[1]  # as it was

@@ -181,3 +181,21 @@ def test_learning_rates_of_the_schedules() -> None:
     cosine = [learning_rate_at(s, 8, 1.0, 0.0, "cosine") for s in (0, 2, 4, 6)]
     assert cosine == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
     assert learning_rate_at(0, 1, 1.0, 0.05, "cosine") == 1.0  # one step in all is no reason for a rate of zero
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_label_smoothing_equals_pytorchs(native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr("smidgen.kernels.elementwise._library", lambda *_: None)
+    base, parameters = _model(tmp_path, targets="head")
+    targets = torch.randint(0, VOCAB_SIZE, (50,))
+    ours, theirs = (torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    loss = chunked_cross_entropy(base, ours, targets, chunk=20, smoothing=0.2)
+    expected = F.cross_entropy(base.logits_of(theirs), targets, reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    (loss / 50).backward()
+    grads = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    (expected / 50).backward()
+    _assert_close([ours.grad, *grads], [theirs.grad, *(p.grad for p in parameters if p.grad is not None)])

@@ -27,6 +27,7 @@ VERBS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model or a run.",
     "evaluate": "Measure loss, perplexity and answers on held-out data.",
+    "report": "Write a page that shows a run: curves, data, answers.",
     "merge": "Write a full model from a run.",
     "export": "Write a run for llama.cpp, Ollama or transformers.",
     "quantize": "Write a model with packed weights: bitsandbytes or GPTQ.",
@@ -43,6 +44,7 @@ _ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_SILENT": "true",
 }
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _OUT_OF_REACH = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -3,16 +3,20 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from smidgen.data.render import IGNORED, Example
+from smidgen.errors import RunError
+from smidgen.export.adapter import read_adapter
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 
-__all__ = ["Distance", "compare_models", "label_logits", "plain_example", "without_adapters"]
+__all__ = ["Distance", "check_saved_adapter", "compare_models", "label_logits", "plain_example", "without_adapters"]
 
+_PROBED_TOKENS = 8
 _MOST_POSITIONS = 256  # of labels that are compared
 
 # Ordinary prose; any text of some length will do, it only has to be the same for both.
@@ -85,3 +89,29 @@ def compare_models(first: Base, second: Base, tokenizer: Any) -> dict[str, float
     ours = first.logits_of(first.hidden_of(ids.to(first.device)))[0].float().cpu()
     theirs = second.logits_of(second.hidden_of(ids.to(second.device)))[0].float().cpu()
     return asdict(Distance.between(ours, theirs))
+
+
+@torch.no_grad()
+def check_saved_adapter(base: Base, adapters: dict[str, LoraLinear], folder: Path) -> None:
+    """Raise RunError unless the PEFT folder computes what the model does: its adapter is read again, put in the place
+    of the one in memory for a moment, and the logits of a few tokens are compared.
+    """
+    config, layers = read_adapter(folder)
+    ids = torch.arange(_PROBED_TOKENS, device=base.device)[None]
+    ours = base.logits_of(base.hidden_of(ids)).float()
+    kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.alpha) for name, layer in adapters.items()}
+    try:
+        for name, layer in adapters.items():
+            parts = layers.get(name, {"lora_A": layer.lora_A * 0, "lora_B": layer.lora_B * 0})  # as a reader sees it
+            layer.lora_A.data, layer.lora_B.data = (parts[part].to(base.device) for part in ("lora_A", "lora_B"))
+            layer.alpha = float(config["lora_alpha"])
+        theirs = base.logits_of(base.hidden_of(ids)).float()
+    finally:
+        for name, layer in adapters.items():
+            layer.lora_A.data, layer.lora_B.data, layer.alpha = kept[name]
+    if not ours.isfinite().all():
+        raise RunError(f"{folder}: the model's logits are not finite: not saved", cure="lower --learning-rate")
+    # The numbers are the same, so are the operations; the room is for devices that sum in another order each time.
+    if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(ours.abs().max())):
+        apart = f"logits {float((ours - theirs).abs().max()):.3g} apart"
+        raise RunError(f"{folder}: the saved adapter computes something else than the model", found=apart)

@@ -8,6 +8,7 @@ visible: a crash, a full disk or Ctrl-C leaves what was there before. Reasons an
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,18 @@ from safetensors import SafetensorError
 
 from smidgen.errors import RunError
 
-__all__ = ["check_new", "check_vacant", "folder_bytes", "new_file", "new_folder", "replace_file", "write_json"]
+__all__ = [
+    "check_new",
+    "check_vacant",
+    "disk_errors",
+    "folder_bytes",
+    "new_file",
+    "new_folder",
+    "replace_file",
+    "write_json",
+]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_vacant(path: Path, cure: str = "choose another folder, or remove this one first") -> None:
@@ -39,7 +51,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.rmdir()
     staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             staging.mkdir(parents=True)
             yield staging
             for file in [*staging.rglob("*")]:
@@ -64,7 +76,7 @@ def new_file(path: Path) -> Iterator[Path]:
     check_new(path)
     staging = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield staging
             _flush(staging)
@@ -78,7 +90,7 @@ def replace_file(path: Path, content: str) -> None:
     """Write a text file whole or not at all, replacing an older one."""
     staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             staging.write_text(content, encoding="utf-8")
             _flush(staging)
             staging.replace(path)
@@ -98,18 +110,21 @@ def folder_bytes(path: Path) -> int:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk as one line; safetensors reports them in words, not in an errno."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk as one line; safetensors and tokenizers report them in words, not in an errno."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise _full_disk(path) from error
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        if "No space left" in str(error):
+    except Exception as error:  # tokenizers raises the bare class
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told and int(told[1]) in _FULL:
             raise _full_disk(path) from error
-        raise RunError(f"{path} cannot be written: {error}") from error
+        if told or isinstance(error, SafetensorError):
+            raise RunError(f"{path} cannot be written: {error}") from error
+        raise
 
 
 def _full_disk(path: Path) -> RunError:

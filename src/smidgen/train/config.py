@@ -13,9 +13,11 @@ from smidgen.errors import SettingsError
 from smidgen.plan.estimate import RECOMPUTE
 from smidgen.units import parse_bytes, parse_duration
 
-__all__ = ["COMPUTE_DTYPES", "QUANTIZE", "Settings", "settings_from"]
+__all__ = ["COMPUTE_DTYPES", "LOGS", "OPTIMIZERS", "QUANTIZE", "Settings", "settings_from"]
 
 QUANTIZE = ("auto", "keep", "nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "gptq", "none")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd", "adafactor")
+LOGS = ("file", "tensorboard", "wandb")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # LitGPT's spellings of --quantize and of --precision, and what they become here.
@@ -79,13 +81,26 @@ class Settings:
         " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default.",
     )
 
-    learning_rate: float = _setting(5e-4, "Training", "Peak learning rate of AdamW.")
+    optimizer: str = _setting(
+        "adamw",
+        "Training",
+        "adamw8bit keeps its states in bitsandbytes' 8-bit blocks; paged-adamw8bit, on CUDA, in memory that may move to"
+        " the CPU; sgd has momentum 0.9. A rate that suits adamw is far too low for sgd.",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float = _setting(5e-4, "Training", "Peak learning rate.")
     schedule: str = _setting(
         "cosine", "Training", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant")
     )
     warmup: float = _setting(0.05, "Training", "Warm-up as a fraction of all steps.")
-    weight_decay: float = _setting(0.0, "Training", "Weight decay of AdamW.")
+    weight_decay: float = _setting(0.0, "Training", "Weight decay; sgd adds it to the gradient.")
     clip: float = _setting(1.0, "Training", "Largest norm of the gradient; 0: never clipped.")
+    label_smoothing: float = _setting(
+        0.0, "Training", "Share of each label that the training loss spreads over all tokens; held-out loss has none."
+    )
+    neftune_alpha: float = _setting(
+        0.0, "Training", "Noise on the embeddings in training (NEFTune), alpha / sqrt(tokens x hidden size); 0: none."
+    )
     epochs: float = _setting(1.0, "Training", "Passes over the training rows.")
     max_steps: int | None = _setting(None, "Training", "Stop after this many optimizer steps.", metavar="N")
     max_time: str | None = _setting(
@@ -115,6 +130,12 @@ class Settings:
     train_on_prompt: bool = _setting(False, "Data", "Count the prompt in the loss too, not only the answers.")
 
     eval_interval: int = _setting(0, "Records", "Held-out loss every N steps; 0: before and after only.", metavar="N")
+    early_stopping: int = _setting(
+        0, "Records", "Stop after N evaluations in a row without a new lowest held-out loss; 0: never.", metavar="N"
+    )
+    keep_best: bool = _setting(
+        False, "Records", "Keep the checkpoint with the lowest held-out loss, and give its adapter as the result."
+    )
     save_interval: int = _setting(100, "Records", "Checkpoint every N steps; 0: only at the end.", metavar="N")
     keep_checkpoints: int = _setting(
         2, "Records", "The newest N checkpoints stay; older ones go when a newer one has been verified. 0: all stay.",
@@ -123,12 +144,20 @@ class Settings:
     compare: int = _setting(
         0, "Records", "Answer N held-out rows before and after and compare them with the data's answers.", metavar="N"
     )
-    log_to: str = _setting("file", "Records", "Where metrics go: file (RUN/metrics.jsonl).", choices=("file",))
+    log_to: str = _setting(
+        "file", "Records", "Where metrics go: a comma list of file (RUN/metrics.jsonl, which is always written),"
+        " tensorboard (RUN/tensorboard) and wandb (Weights & Biases; WANDB_MODE=offline: RUN/wandb).",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         problems = [*_wrong_types(self), *_wrong_choices(self)] or _wrong_values(self)
         if problems:
             raise SettingsError(problems)
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """What `log_to` names, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log_to.split(",") if name.strip()))
 
 
 def settings_from(given: dict[str, Any]) -> Settings:
@@ -174,6 +203,8 @@ def _wrong_values(s: Settings) -> list[str]:
     need(0 <= s.warmup < 1, "warmup", "a fraction of all steps, 0 or more and less than 1")
     need(s.weight_decay >= 0, "weight_decay", "0 or more")
     need(s.clip >= 0, "clip", "0 or more")
+    need(0 <= s.label_smoothing < 1, "label_smoothing", "0 or more and less than 1")
+    need(s.neftune_alpha >= 0, "neftune_alpha", "0 or more")
     need(s.epochs > 0, "epochs", "more than 0")
     need(s.max_steps is None or s.max_steps >= 1, "max_steps", "1 or more")
     need(s.micro_batch >= 1, "micro_batch", "1 or more")
@@ -181,7 +212,11 @@ def _wrong_values(s: Settings) -> list[str]:
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")
-    for name in ("eval_interval", "save_interval", "keep_checkpoints", "compare"):
+    need(bool(s.logs) and set(s.logs) <= set(LOGS), "log_to", f"a comma list of {', '.join(LOGS)}")
+    for name in ("early_stopping", "keep_best"):
+        if getattr(s, name) and not s.eval_interval:
+            problems.append(f"{name}: expected an eval_interval of 1 or more beside it, found 0")
+    for name in ("eval_interval", "early_stopping", "save_interval", "keep_checkpoints", "compare"):
         need(getattr(s, name) >= 0, name, "0 or more")
     if s.memory is not None:
         try:

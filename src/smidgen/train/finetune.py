@@ -4,7 +4,8 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from smidgen.data.gate import check_examples
 from smidgen.data.records import DataSet, Row, read_data
 from smidgen.data.render import IGNORED, Example, Renderer
-from smidgen.data.report import show_row
-from smidgen.errors import RunError
-from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
+from smidgen.data.report import build_report, show_row
+from smidgen.errors import DataError, RunError
+from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant
 from smidgen.export.quantise import quantise_model
@@ -25,18 +26,22 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
-from smidgen.model.device import peak_rss_bytes
+from smidgen.model.device import choose_device, peak_rss_bytes
 from smidgen.model.fused import is_fused
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
 from smidgen.plan.planner import Forecast
+from smidgen.train.best import best_step, evaluations, since_best
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
-from smidgen.train.loop import Schedule, make_optimizer, train
+from smidgen.train.lock import check_unlocked, locked
+from smidgen.train.logs import check_logs, open_logs
+from smidgen.train.loop import Schedule, train
 from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, settings_for, work_of
-from smidgen.train.run import Record, RunFolder, read_record
-from smidgen.train.state import Cursor, latest_checkpoint, load_state
+from smidgen.train.optimizers import check_optimizer, make_optimizer
+from smidgen.train.run import SUMMARY, Record, RunFolder, read_record
+from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
 from smidgen.units import format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
@@ -65,13 +70,16 @@ class _Prepared:
     compared: list[Row]
     data_sha256: str
     system: str
+    statistics: dict[str, Any]
 
 
 def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
+    check_unlocked(out)
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
+    check_logs(settings.logs)
     source = open_source(model, report)
     if needs_gptq(settings.quantize, source.checkpoint):
         check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
@@ -89,8 +97,11 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         system=prepared.system,
         kernels=describe_library(),
     )
-    folder = RunFolder.create(out, prepared.settings, record.model, _absolute(data), record, prepared.source.tokenizer)
-    return _train(prepared, folder, prepared.settings, None, started, report)
+    folder = RunFolder.create(
+        out, prepared.settings, record.model, _absolute(data), record, prepared.statistics, prepared.source.tokenizer
+    )
+    with locked(out, report):
+        return _train(prepared, folder, prepared.settings, None, started, report)
 
 
 def resume(run: Path, report: Report = silent) -> Run:
@@ -99,11 +110,19 @@ def resume(run: Path, report: Report = silent) -> Run:
     Raises RunError where base or data have changed.
     """
     started = time.perf_counter()
-    folder, settings, model, data = RunFolder.open(run)
+    opened = RunFolder.open(run)
+    with locked(run, report):
+        return _resume(run, *opened, started, report)
+
+
+def _resume(
+    run: Path, folder: RunFolder, settings: Settings, model: str, data: str, started: float, report: Report
+) -> Run:
     summary = _read_summary(run)
-    if summary is not None and not summary.get("stopped"):
+    if summary is not None and summary.get("stopped") != "max_time":
         report(Note(f"{run} is finished: nothing to do"))
         return Run(run, summary)
+    check_logs(settings.logs)
     checkpoint = latest_checkpoint(run)
     step = checkpoint.name.removeprefix("step-") if checkpoint else None
     report(Note(f"resuming {run} from step {step}" if step else f"{run} has no checkpoint yet: starting anew"))
@@ -126,7 +145,7 @@ def resume(run: Path, report: Report = silent) -> Run:
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
-    file = run / "summary.json"
+    file = run / SUMMARY
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
@@ -142,14 +161,23 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     if seq_len < settings.seq_len:
         report(Note(f"seq_len {seq_len}: the model has no more positions"))
     renderer = Renderer(source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=seq_len, report=report)
-    examples = _labelled(renderer.render_all(rows.train), report)
+    rendered = renderer.render_all(rows.train)
+    examples = _labelled(rendered, report)
     held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
     check_examples([*examples, *held_out], source.tokenizer, source.vocab_size, renderer.end_ids, layout=rows.layout)
     if held_out:
         report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
+    elif settings.early_stopping or settings.keep_best:
+        raise DataError(
+            "no held-out rows",
+            expected="some for early_stopping and keep_best to go by",
+            cure="give a folder with train and validation files, or more rows",
+        )
     else:
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
+    check_optimizer(settings, choose_device(settings.device))
+    statistics = build_report(rendered, rows.train, source.tokenizer, layout=rows.layout)
     if needs_gptq(settings.quantize, source.checkpoint):
         source = _quantised(source, examples, _gptq_folder(out), settings, report)
     decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
@@ -184,6 +212,7 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
         _compared(rows, settings.compare),
         _digest([*examples, *held_out]),
         _shared_system(rows.train),
+        statistics.as_dict() | {"held_out_rows": len(held_out)},
     )
 
 
@@ -266,53 +295,87 @@ def _train(
 ) -> Run:
     base, adapters = prepared.base, prepared.adapters
     optimizer = make_optimizer(adapters, settings)
-    tokenizer = prepared.source.tokenizer
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as closing:
         torch.manual_seed(settings.seed)
         cursor = _restore(checkpoint, adapters, optimizer) if checkpoint else Cursor()
         folder.rewind_log(cursor.step if checkpoint else -1)
-        report(show_row(prepared.train[0], tokenizer))
+        also = closing.enter_context(open_logs(settings.logs, folder.path, asdict(settings), cursor.step, report))
+        report(show_row(prepared.train[0], prepared.source.tokenizer))
 
-        def evaluate(when: Cursor) -> None:
-            if not prepared.held_out:
-                return
-            result = held_out_loss(base, prepared.held_out, settings.micro_batch, report)
-            folder.log({"step": when.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
-            report(Evaluated(when.step, result.loss, result.rows, result.tokens))
+        def log(line: dict[str, Any]) -> None:
+            folder.log(line)
+            also(line)
 
-        before_answers: Answers | None = None
+        def save(at: Cursor) -> None:
+            best = best_step(evaluations(folder.logged(), settings.eval_interval)) if settings.keep_best else None
+            tokenizer, keep = prepared.source.tokenizer, settings.keep_checkpoints
+            folder.save_checkpoint(base, adapters, optimizer, at, tokenizer, keep, best)
+
+        def evaluate(at: Cursor) -> bool:
+            """Whether early stopping has seen enough. What was measured before an interruption is not again."""
+            if "held_out_loss" not in folder.logged_at(at.step):
+                result = held_out_loss(base, prepared.held_out, settings.micro_batch, report)
+                log({"step": at.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
+                report(Evaluated(at.step, result.loss, result.rows, result.tokens))
+            found = evaluations(folder.logged(), settings.eval_interval)
+            if settings.keep_best and best_step(found) == at.step:
+                save(at)
+            return 0 < settings.early_stopping <= since_best(found)
+
+        def answer(when: str, step: int) -> Answers | None:
+            if not prepared.compared:
+                return None
+            answers = answer_rows(base, prepared.renderer, prepared.compared, when=when, report=report)
+            log({"step": step, "exact_match": answers.exact_match, "valid_json": answers.valid_json})
+            report(answers)
+            return answers
+
         if not checkpoint:
-            evaluate(cursor)
-            before_answers = _answer(prepared, "before", folder, cursor, report)
+            if prepared.held_out:
+                evaluate(cursor)
+            if before := answer("before", 0):
+                folder.save_answers([_answered(row) | {"before": row.answer, "after": None} for row in before.rows])
         outcome = train(
             base,
             optimizer,
             prepared.train,
             settings,
             cursor,
-            save=lambda at: _save(folder, prepared, optimizer, at, settings),
-            evaluate=evaluate,
-            record=folder.log,
+            save=save,
+            evaluate=evaluate if prepared.held_out else lambda at: False,
+            record=log,
             report=report,
         )
-        _save(folder, prepared, optimizer, cursor, settings)
+        save(cursor)
         if outcome.stopped == "interrupted":
             raise KeyboardInterrupt
         if outcome.stopped:
+            reasons = {
+                "max_time": f"max_time; smidgen finetune --resume {folder.path} goes on",
+                "early_stopping": f"early_stopping: {settings.early_stopping} evaluations without a lower loss",
+            }
             total = Schedule(len(prepared.train), settings).total_steps
-            done = f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"
-            report(Note(f"{done}; smidgen finetune --resume {folder.path} goes on"))
-        evaluate(cursor)
-        after_answers = _answer(prepared, "after", folder, cursor, report)
+            report(Note(f"stopped after {cursor.step} of {total} steps by {reasons[outcome.stopped]}"))
+        if prepared.held_out:
+            evaluate(cursor)
+        result_step = _restore_best(folder, adapters, settings, cursor, report) if settings.keep_best else cursor.step
+        after = answer("after", result_step)
+        rows = after.rows if after else ()
+        earlier = [line["before"] for line in folder.answers()] or [None] * len(rows)
+        pairs = zip(rows, earlier, strict=True)
+        answers = [_answered(row) | {"before": before, "after": row.answer} for row, before in pairs]
     wall_s = round(time.perf_counter() - started, 1)
-    summary = _summary(prepared, folder, cursor) | {"stopped": outcome.stopped or None, "wall_s": wall_s}
-    folder.save_result(base, adapters, summary, _side_by_side(before_answers, after_answers), report)
+    summary = _summary(prepared, folder, cursor, result_step)
+    summary |= {"stopped": outcome.stopped or None, "wall_s": wall_s}
+    folder.save_result(base, adapters, summary, answers, report)
     return Run(folder.path, summary)
 
 
-def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str, Any]:
-    """What summary.json says; the figures before and after come from the log, where a resumed run finds them too."""
-    before, after = folder.logged_at(0), folder.logged_at(cursor.step)
+def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor, result_step: int) -> dict[str, Any]:
+    """What summary.json says, of the adapter of `result_step`; the figures before and after come from the log, where a
+    resumed run finds them too.
+    """
+    before, after = folder.logged_at(0), folder.logged_at(result_step)
     summary: dict[str, Any] = {
         "run": str(folder.path),
         "base_format": prepared.base.storage,
@@ -325,6 +388,8 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str
         "forecast_peak_bytes": prepared.plan.peak_bytes,
         "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
     }
+    if result_step != cursor.step:
+        summary["result_step"] = result_step
     for figure in ("exact_match", "valid_json"):
         if figure in after:
             summary |= {f"{figure}_before": before.get(figure), f"{figure}_after": after[figure]}
@@ -332,6 +397,11 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str
 
 
 def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
+    _restore_adapter(checkpoint, adapters)
+    return load_state(checkpoint, adapters, optimizer)
+
+
+def _restore_adapter(checkpoint: Path, adapters: dict[str, LoraLinear]) -> None:
     _, layers = read_adapter(checkpoint)
     if layers.keys() != adapters.keys():
         raise RunError(f"{checkpoint}: its adapters are on other layers than the settings say")
@@ -339,36 +409,24 @@ def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch
         for name, layer in adapters.items():
             layer.lora_A.copy_(layers[name]["lora_A"])
             layer.lora_B.copy_(layers[name]["lora_B"])
-    return load_state(checkpoint, adapters, optimizer)
 
 
-def _save(
-    folder: RunFolder, prepared: _Prepared, optimizer: torch.optim.Optimizer, cursor: Cursor, settings: Settings
-) -> None:
-    folder.save_checkpoint(
-        prepared.base,
-        prepared.adapters,
-        optimizer,
-        cursor,
-        prepared.source.tokenizer,
-        settings.keep_checkpoints,
-    )
+def _restore_best(
+    folder: RunFolder, adapters: dict[str, LoraLinear], settings: Settings, cursor: Cursor, report: Report
+) -> int:
+    """Put the adapter with the lowest held-out loss in the place of the last one; returns its step."""
+    best = best_step(evaluations(folder.logged(), settings.eval_interval, cursor.step)) or cursor.step
+    checkpoint = folder.path / "checkpoints" / f"step-{best}"
+    if best == cursor.step:
+        report(Note(f"the last step, {best}, has the lowest held-out loss"))
+    elif is_whole(checkpoint):
+        _restore_adapter(checkpoint, adapters)
+        report(Note(f"the result is the adapter of step {best}, which has the lowest held-out loss"))
+    else:
+        report(Warned(f"{checkpoint} is damaged: the result is the adapter of the last step instead"))
+        best = cursor.step
+    return best
 
 
-def _answer(prepared: _Prepared, when: str, folder: RunFolder, cursor: Cursor, report: Report) -> Answers | None:
-    if not prepared.compared:
-        return None
-    answers = answer_rows(prepared.base, prepared.renderer, prepared.compared, when=when, report=report)
-    folder.log({"step": cursor.step, "exact_match": answers.exact_match, "valid_json": answers.valid_json})
-    report(answers)
-    return answers
-
-
-def _side_by_side(before: Answers | None, after: Answers | None) -> list[dict[str, Any]]:
-    if after is None:
-        return []
-    earlier = [answer.answer for answer in before.rows] if before else [None] * len(after.rows)
-    return [
-        {"prompt": now.prompt, "expected": now.expected, "before": then, "after": now.answer}
-        for now, then in zip(after.rows, earlier, strict=True)
-    ]
+def _answered(answer: Answer) -> dict[str, Any]:
+    return {"prompt": answer.prompt, "expected": answer.expected}

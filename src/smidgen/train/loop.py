@@ -15,16 +15,16 @@ from smidgen.data.batch import Batch, epoch_order, make_batch
 from smidgen.data.render import Example
 from smidgen.errors import RunError
 from smidgen.events import Report, Step
-from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.device import current_rss_bytes
 from smidgen.train.config import Settings
 from smidgen.train.loss import batch_loss
+from smidgen.train.noise import embedding_noise
 from smidgen.train.state import Cursor
 from smidgen.train.step import learning_rate_at, optimizer_step
 from smidgen.units import parse_duration
 
-__all__ = ["Outcome", "Schedule", "make_optimizer", "train"]
+__all__ = ["Outcome", "Schedule", "train"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """stopped: '' when all steps were done, else why not ('interrupted', 'max_time')."""
+    """stopped: '' when all steps were done, else why not ('interrupted', 'max_time', 'early_stopping')."""
 
     cursor: Cursor
     stopped: str
-
-
-def make_optimizer(adapters: dict[str, LoraLinear], settings: Settings) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with betas 0.9, 0.999, its states in float32."""
-    parameters = [parameter for layer in adapters.values() for parameter in (layer.lora_A, layer.lora_B)]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
 def train(
@@ -75,11 +68,12 @@ def train(
     cursor: Cursor,
     *,
     save: Callable[[Cursor], None],
-    evaluate: Callable[[Cursor], None],
+    evaluate: Callable[[Cursor], bool],
     record: Callable[[dict[str, Any]], None],
     report: Report,
 ) -> Outcome:
     """Run the steps from `cursor` on. `save` and `evaluate` are called at their intervals, `record` after every step.
+    Where `evaluate` says so the loop ends.
 
     max_time counts from here on, also where a run is resumed. The first Ctrl-C ends the loop after the step in
     progress; a second one at once.
@@ -90,10 +84,14 @@ def train(
     total, first = schedule.total_steps, Cursor(cursor.step, cursor.tokens, cursor.train_s)
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        return batch_loss(base, batch)
+        noise_on(batch.lengths)
+        return batch_loss(base, batch, settings.label_smoothing)
 
-    with _stop_on_interrupt() as interrupted:
+    with _stop_on_interrupt() as interrupted, embedding_noise(base, settings.neftune_alpha) as noise_on:
         while cursor.step < total:
+            # Here, not after the step: where Ctrl-C came in between, the resumed run does it.
+            if _due(cursor.step, settings.eval_interval) and evaluate(cursor):
+                return Outcome(cursor, "early_stopping")
             begun = time.perf_counter()
             batches = [make_batch([examples[row] for row in rows]) for rows in schedule.rows_of(cursor.step)]
             rate = learning_rate_at(cursor.step, total, settings.learning_rate, settings.warmup, settings.schedule)
@@ -139,15 +137,13 @@ def train(
                 return Outcome(cursor, "interrupted")
             if elapsed_s >= limit_s and cursor.step < total:
                 return Outcome(cursor, "max_time")
-            if _due(cursor.step, settings.eval_interval, total):
-                evaluate(cursor)
-            if _due(cursor.step, settings.save_interval, total):
+            if _due(cursor.step, settings.save_interval) and cursor.step < total:
                 save(cursor)
     return Outcome(cursor, "")
 
 
-def _due(step: int, interval: int, total: int) -> bool:
-    return bool(interval) and step % interval == 0 and step < total
+def _due(step: int, interval: int) -> bool:
+    return bool(interval) and step > 0 and step % interval == 0
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         chunk: int,
+        smoothing: float,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         wants_grad = any(ctx.needs_input_grad)
@@ -43,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = logits_of(part)
             # The gradient takes the logits' place: no operation that `logits_of` ends with needs its result again.
             gradient = logits.detach()
-            total += cross_entropy_(gradient, targets[start : start + chunk], backward=wants_grad).sum()
+            total += _smoothed_(gradient, targets[start : start + chunk], smoothing, backward=wants_grad).sum()
             if grad_hidden is not None:
                 grad_part, *grad_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
                 grad_hidden[start : start + chunk] = grad_part
@@ -58,26 +59,42 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_hidden * scale, None, None, None, *(grad * scale for grad in grads)
+        return grad_hidden * scale, None, None, None, None, *(grad * scale for grad in grads)
+
+
+def _smoothed_(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, backward: bool) -> torch.Tensor:
+    """cross_entropy_ with labels of which the share `smoothing` lies on all classes alike (arXiv 1512.00567, as
+    F.cross_entropy has it): -log p_t + smoothing (z_t - mean of z).
+    """
+    if not smoothing:
+        return cross_entropy_(logits, targets, backward=backward)
+    labels = targets[:, None]
+    more = smoothing * (logits.gather(1, labels).squeeze(1).float() - logits.mean(dim=1, dtype=torch.float32))
+    losses = cross_entropy_(logits, targets, backward=backward) + more
+    if backward:
+        logits.sub_(smoothing / logits.shape[1])
+        logits.scatter_add_(1, labels, logits.new_full(labels.shape, smoothing))
+    return losses
 
 
 def chunked_cross_entropy(
-    base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+    base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    chunk: positions at once; by default what keeps a chunk of logits below 128 MiB. A head's adapter gets its gradient.
+    smoothing: share of each label that is spread over all classes. chunk: positions at once; by default what keeps a
+    chunk of logits below 128 MiB. A head's adapter gets its gradient.
     """
     most = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
     chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))  # all about as long
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, *trained)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, *trained)  # type: ignore[return-value]
 
 
-def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
+def batch_loss(base: Base, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """The loss summed over a batch's labelled positions (label i is predicted from position i - 1): float32 scalar."""
     hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
     following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     targets = following[torch.arange(following.shape[1]) < batch.lengths[:, None]].to(base.device)
     counted = targets != -100
-    return chunked_cross_entropy(base, hidden[counted], targets[counted])
+    return chunked_cross_entropy(base, hidden[counted], targets[counted], smoothing=smoothing)

@@ -3,6 +3,8 @@
     RUN/
         settings.yaml               the run's settings, model and data; `--config RUN/settings.yaml` repeats it
         smidgen.json                the base (its place, fingerprint, how it is stored), versions
+        data.json                   statistics of the training rows, as `smidgen data` shows them
+        lock                        names the process that works here, if one does
         metrics.jsonl               a line for each step and each evaluation
         checkpoints/step-N/         PEFT folders with the training state
         adapter_config.json, adapter_model.safetensors, tokenizer files       the result
@@ -25,15 +27,20 @@ from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
 from smidgen.events import Report, Saved
 from smidgen.export.adapter import save_adapter
-from smidgen.export.files import new_folder, replace_file, write_json
+from smidgen.export.compare import check_saved_adapter
+from smidgen.export.files import disk_errors, new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
+from smidgen.train.lock import LOCK
 from smidgen.train.state import Cursor, is_whole, prune_checkpoints, save_state, write_manifest
 
-__all__ = ["RECORD", "Record", "RunFolder", "read_record"]
+__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "read_record"]
 
 RECORD = "smidgen.json"
+STATISTICS = "data.json"
+SUMMARY = "summary.json"
+_ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,23 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path, settings: Settings, model: str, data: str, record: Record, tokenizer: Any
+        cls,
+        path: Path,
+        settings: Settings,
+        model: str,
+        data: str,
+        record: Record,
+        statistics: dict[str, Any],
+        tokenizer: Any,
     ) -> "RunFolder":
-        """Make the folder with settings, record and tokenizer. Raises RunError if there is anything at `path`."""
+        """Make the folder with settings, record, statistics of the data and tokenizer. Raises RunError if there is
+        anything at `path`.
+        """
         with new_folder(path) as staging:
             content = {"model": model, "data": data, **asdict(settings)}
             (staging / "settings.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             (staging / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+            (staging / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
             tokenizer.save_pretrained(staging)
             (staging / "checkpoints").mkdir()
         return cls(path, record)
@@ -126,9 +143,11 @@ class RunFolder:
         cursor: Cursor,
         tokenizer: Any,
         keep: int,
+        best: int | None = None,
     ) -> Path:
         """checkpoints/step-N, whole or not at all; nothing is done if a whole one is there. It is read again, and only
-        then are all but the newest `keep` removed. Raises RunError if it reads otherwise than it was written.
+        then are all but the newest `keep` and that of step `best` removed. Raises RunError if it reads otherwise than
+        it was written, or if its adapter computes something else than the one in memory.
         """
         folder = self.path / "checkpoints" / f"step-{cursor.step}"
         if is_whole(folder):
@@ -136,13 +155,15 @@ class RunFolder:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which `resume` has passed over
         with new_folder(folder) as staging:
             save_adapter(staging, base, adapters, self.record.peft_base)
+            check_saved_adapter(base, adapters, staging)
             save_state(staging, cursor, adapters, optimizer)
             tokenizer.save_pretrained(staging)
             (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
             write_manifest(staging)
         if not is_whole(folder):
             raise RunError(f"{folder} reads otherwise than it was written", cure="look after the disk; older ones stay")
-        prune_checkpoints(self.path, keep)
+        with disk_errors(self.path / "checkpoints"):
+            prune_checkpoints(self.path, keep, best)
         return folder
 
     def save_result(
@@ -153,27 +174,38 @@ class RunFolder:
         answers: list[dict[str, Any]],
         report: Report,
     ) -> None:
-        """The adapter into RUN itself, then summary.json and answers.jsonl."""
+        """The adapter into RUN itself, then answers.jsonl and summary.json."""
         staging = self.path / ".result"
         with new_folder(staging) as folder:
             save_adapter(folder, base, adapters, self.record.peft_base)
-            if answers:
-                lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-                (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
+            check_saved_adapter(base, adapters, folder)
         for file in sorted(
             staging.iterdir(), key=lambda file: file.suffix == ".json"
         ):  # the config last: it marks a result
             file.replace(self.path / file.name)
         staging.rmdir()
-        write_json(self.path / "summary.json", summary)
+        if answers:
+            self.save_answers(answers)
+        write_json(self.path / SUMMARY, summary)
         for file in sorted(self.path.iterdir()):
-            if file.is_file():
+            if file.is_file() and file.name != LOCK:
                 report(Saved(file, file.stat().st_size))
+
+    def save_answers(self, answers: list[dict[str, Any]]) -> None:
+        """answers.jsonl: prompt, expected, before, after."""
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        replace_file(self.path / _ANSWERS, "".join(lines))
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What save_answers wrote; nothing where it has not."""
+        file = self.path / _ANSWERS
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        file = self.path / "metrics.jsonl"
+        with disk_errors(file), open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a crash cut off is passed over."""

@@ -15,8 +15,10 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smidgen.errors import RunError
@@ -37,11 +39,18 @@ class Cursor:
 
 
 def save_state(folder: Path, cursor: Cursor, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Write state.safetensors and state.json into an existing folder."""
+    """Write state.safetensors and state.json into an existing folder. Raises RunError rather than write a number that
+    is not finite.
+    """
     tensors = {"rng": torch.get_rng_state()}
     for name, parameter in _named(adapters):
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            # bitsandbytes' tables are one tensor that all parameters share, which safetensors does not store
+            tensors[f"{name}.{key}"] = tensor.clone() if key.startswith("qmap") else tensor
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise RunError(f"{broken[0]} holds numbers that are not finite: not saved", cure="lower --learning-rate")
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(cursor)) + "\n", encoding="utf-8")
 
@@ -51,21 +60,28 @@ def load_state(folder: Path, adapters: dict[str, LoraLinear], optimizer: torch.o
     try:
         tensors = load_file(folder / "state.safetensors")
         cursor = Cursor(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        for name, parameter in _named(adapters):
-            keys = [key for key in tensors if key.startswith(name + ".")]
-            optimizer.state[parameter] = {
-                key[len(name) + 1 :]: tensors[key].to(_state_device(key, parameter)) for key in keys
-            }
-            if tuple(optimizer.state[parameter]["exp_avg"].shape) != tuple(parameter.shape):
-                raise RunError(f"{folder}: the optimizer's state of {name} has another shape than the adapter")
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        content = optimizer.state_dict()
+        names = {parameter: name for name, parameter in _named(adapters)}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        content["state"] = {
+            number: _state_of(names[parameter], parameter, tensors) for number, parameter in enumerate(trained)
+        }
+        optimizer.load_state_dict(content)
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise RunError(f"{folder}: the training state cannot be read ({error})") from error
     torch.set_rng_state(tensors["rng"])
     return cursor
 
 
-def _state_device(key: str, parameter: torch.nn.Parameter) -> torch.device:
-    return parameter.device if not key.endswith(".step") or parameter.device.type == "cuda" else torch.device("cpu")
+def _state_of(name: str, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """An optimizer's state of one parameter. bitsandbytes counts steps with an int, PyTorch with a float tensor."""
+    state: dict[str, Any] = {key[len(name) + 1 :]: tensors[key] for key in tensors if key.startswith(name + ".")}
+    if not state:
+        raise ValueError(f"nothing of {name} is there")
+    for key in state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}:
+        if state[key].shape != parameter.shape:
+            raise ValueError(f"{key} of {name} has another shape than the adapter")
+    return {key: int(value) if value.dtype == torch.int64 else value for key, value in state.items()}
 
 
 def _named(adapters: dict[str, LoraLinear]) -> list[tuple[str, torch.nn.Parameter]]:
@@ -88,13 +104,16 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next((path for path in _newest_first(run) if is_whole(path)), None)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the `keep` of the highest steps; 0: none is removed.
+def prune_checkpoints(run: Path, keep: int, best: int | None = None) -> None:
+    """Remove all checkpoints but the `keep` of the highest steps, 0: none is removed, and the one of step `best`.
 
     To be called when the newest one has been verified. One that is removed loses its name first, so that it is whole as
     long as it has one. Remains of saves that were interrupted go too.
     """
-    for folder in _newest_first(run)[keep:] if keep else []:
+    older = _newest_first(run)[keep:] if keep else []
+    for folder in older:
+        if folder.name == f"step-{best}":
+            continue
         folder.rename(folder.with_name(f".tmp-{folder.name}"))
     for remains in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(remains, ignore_errors=True)

@@ -18,9 +18,9 @@ from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
 from smidgen.model.recompute import set_recompute
 from smidgen.train.config import Settings
-from smidgen.train.loop import make_optimizer
 from smidgen.train.loss import batch_loss
 from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
+from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import optimizer_step
 
 __all__ = ["MemoryWorker"]

@@ -19,8 +19,8 @@ from smidgen.model.load import Source, load_base
 from smidgen.model.recompute import set_recompute
 from smidgen.quant.matrix import quantise
 from smidgen.train.config import Settings
-from smidgen.train.loop import make_optimizer
 from smidgen.train.loss import batch_loss
+from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import optimizer_step
 
 __all__ = ["StepWorker"]

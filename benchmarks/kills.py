@@ -1,0 +1,80 @@
+"""A run that is killed again and again, each time in a fresh process, ends with the bytes of one that never was.
+
+    python benchmarks/kills.py [--kills 100] [--seed 0]
+
+A tiny random model with dropout, noise, a checkpoint at each step, and keep_best. SIGKILL comes at a random moment
+after the first new line of metrics.jsonl: in a step, a save, an evaluation, or while older checkpoints go. Writes JSON.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import write_result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its tiny model
+
+STEPS_PER_KILL = 4  # a process comes two steps further before it is killed
+_FLAGS = ["--rank", "2", "--micro-batch", "3", "--dropout", "0.2", "--neftune-alpha", "5", "--targets", "q,v"]
+_FLAGS += ["--save-interval", "1", "--eval-interval", "4", "--keep-best", "--compute-dtype", "float32"]
+
+
+def killed_and_whole(folder: Path, kills: int, seed: int) -> dict[str, object]:
+    """Make the model, the uninterrupted run and the killed one in `folder`; returns what was found."""
+    from tiny import tiny_folder, write_rows
+
+    model, rows = tiny_folder(folder / "base"), write_rows(folder / "rows.jsonl")
+    steps = ["--max-steps", str(STEPS_PER_KILL * (kills + 1)), "--epochs", "10000"]
+    fresh = [sys.executable, "-m", "smidgen", "finetune", str(model), str(rows), *_FLAGS, *steps, "--out"]
+    subprocess.run([*fresh, "whole"], cwd=folder, check=True, capture_output=True)
+    summary = json.loads((folder / "whole" / "summary.json").read_text(encoding="utf-8"))
+    two_steps_s = 2 * summary["wall_s"] / summary["steps"]  # saves and evaluations included
+    moments, command, at = random.Random(seed), [*fresh, "killed"], []
+    metrics = folder / "killed" / "metrics.jsonl"
+    for _ in range(kills):
+        before = _lines(metrics)
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and (_lines(metrics) <= before):
+            time.sleep(0.005)
+            before = min(before, _lines(metrics))  # the resumed run has dropped what it does again
+        time.sleep(moments.uniform(0, two_steps_s))
+        process.kill()
+        errors = process.communicate()[1].decode()
+        assert process.returncode == -9, f"ended by itself, with {process.returncode}: {errors}"
+        at.append(_lines(metrics))
+        command = [sys.executable, "-m", "smidgen", "finetune", "--resume", "killed"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    logs = [_without_clock(folder / run / "metrics.jsonl") for run in ("whole", "killed")]
+    return {
+        "kills": kills,
+        "lines_of_the_log_at_each_kill": at,
+        "same_bytes": all((folder / "whole" / f).read_bytes() == (folder / "killed" / f).read_bytes() for f in files),
+        "same_log": logs[0] == logs[1],
+        "remains": [path.name for path in (folder / "killed").rglob(".tmp-*")],
+    }
+
+
+def _lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _without_clock(file: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("train_s", "rss_bytes")} for line in lines]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        found = killed_and_whole(Path(temporary), given.kills, given.seed)
+        write_result("kills", found | {"seed": given.seed}, Path(temporary))
+    sys.exit(not (found["same_bytes"] and found["same_log"] and not found["remains"]))

@@ -1,0 +1,57 @@
+"""Disks that fail and processes that are killed, at every change of a file that a save makes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_folder, write_rows
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_change_that_a_save_makes_may_fail_or_be_the_last(tmp_path: Path) -> None:
+    """Each once with ENOSPC, EIO and SIGKILL: the newest whole checkpoint stays, and `resume` comes to the same end."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and LD_PRELOAD")
+    shim = tmp_path / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, HERE / "faults.c", "-ldl"], check=True)
+    words = [sys.executable, HERE / "faults.py", tiny_folder(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl")]
+    done = subprocess.run(
+        [*map(str, words), str(tmp_path)], env=os.environ | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    changes = cases[0]["changes"]
+    assert changes >= 40 and len(cases) == 3 * changes  # eleven files, each made, written and flushed, and the folders
+    for case in cases:
+        said = f"{case}\n{done.stderr}"
+        assert case["same"] and not case["left"], said
+        # before the save, after it; or the fault did not matter
+        assert case["newest"] in ("step-2", "step-3", "step-5"), said
+        if case["kind"] == "kill":
+            assert case["ended"] == "kill" and case["newest"] != "step-5", said
+        else:
+            assert case["ended"] in ("RunError", "done"), said
+            assert (case["newest"] == "step-5") == (case["ended"] == "done"), said
+    ended = Counter((case["kind"], case["ended"]) for case in cases)
+    # what may fail without harm is the removal of old checkpoints
+    assert all(ended[kind, "RunError"] > changes / 2 for kind in ("ENOSPC", "EIO")), ended
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
+    from kills import killed_and_whole
+
+    found = killed_and_whole(tmp_path, kills=10, seed=1)
+    assert found["same_bytes"] and found["same_log"] and not found["remains"], found
