@@ -20,6 +20,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "trust_remote_code": False,
     "rank": 16,
     "alpha": 32.0,
+    "use_rslora": False,
     "dropout": 0.0,
     "targets": "all",
     "learning_rate": 5e-4,

@@ -88,7 +88,10 @@ def _stop_after(step: int) -> Any:
     return report
 
 
-@pytest.mark.parametrize("extra", [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}, {"use_rslora": True}],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
     settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
     whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
@@ -249,9 +252,9 @@ def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path:
 
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
 EFFECTS = {
-    "rank": 2, "alpha": 3.0, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3, "schedule": "constant",
-    "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2, "micro_batch": 2,
-    "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
+    "rank": 2, "alpha": 3.0, "use_rslora": True, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
+    "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2,
+    "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
     "compute_dtype": "bfloat16",
 }  # fmt: skip
 

@@ -4,7 +4,6 @@ Tensor names: base_model.model.<module>.lora_A.weight [r, in_features] and .lora
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _peft_config(base: Base, adapters: dict[str, LoraLinear], base_name: str) ->
         "target_modules": _target_modules(list(adapters), base),
         "fan_in_fan_out": any(layer.base.transposed for layer in adapters.values()),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": first.use_rslora,
         "use_dora": False,
         "modules_to_save": None,
         "rank_pattern": {},
@@ -125,11 +124,14 @@ def load_adapter(base: Base, folder: Path) -> dict[str, LoraLinear]:
     names = [name for name in linears if name in layers]
     attached: dict[str, LoraLinear] = {}
     for name in names:
-        rank, alpha = layers[name]["lora_A"].shape[0], float(config["lora_alpha"])
-        if config.get("use_rslora"):
-            alpha *= math.sqrt(rank)  # alpha / sqrt(r), written as alpha / r
         attached |= attach_lora(
-            base.model, [name], rank=rank, alpha=alpha, dropout=float(config.get("lora_dropout", 0)), seed=0
+            base.model,
+            [name],
+            rank=layers[name]["lora_A"].shape[0],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout", 0)),
+            seed=0,
+            use_rslora=bool(config.get("use_rslora")),
         )
         with torch.no_grad():
             attached[name].lora_A.copy_(layers[name]["lora_A"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from smidgen.data.render import IGNORED, Example
-from smidgen.lora.linear import LoraLinear
+from smidgen.lora.attach import adapters
 from smidgen.model.build import Base
 
 __all__ = ["Distance", "compare_models", "label_logits", "plain_example", "without_adapters"]
@@ -66,16 +66,15 @@ def label_logits(base: Base, examples: Sequence[Example]) -> torch.Tensor:
 
 @contextmanager
 def without_adapters(base: Base) -> Iterator[None]:
-    """The bare base for a while: every adapter's alpha is 0."""
-    adapters = [module for module in base.model.modules() if isinstance(module, LoraLinear)]
-    alphas = [adapter.alpha for adapter in adapters]
+    """The bare base for a while: its own layers stand where the adapters stood."""
+    layers = adapters(base.model)
     try:
-        for adapter in adapters:
-            adapter.alpha = 0.0
+        for name, layer in layers.items():
+            base.model.set_submodule(name, layer.base)
         yield
     finally:
-        for adapter, alpha in zip(adapters, alphas, strict=True):
-            adapter.alpha = alpha
+        for name, layer in layers.items():
+            base.model.set_submodule(name, layer)
 
 
 @torch.no_grad()

@@ -9,7 +9,14 @@ __all__ = ["adapters", "attach_lora"]
 
 
 def attach_lora(
-    model: nn.Module, names: list[str], *, rank: int, alpha: float, dropout: float, seed: int
+    model: nn.Module,
+    names: list[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    use_rslora: bool = False,
 ) -> dict[str, LoraLinear]:
     """Replace each named layer by a LoraLinear over it; returns name -> adapter in the given order.
 
@@ -20,7 +27,7 @@ def attach_lora(
     generator = torch.Generator().manual_seed(seed)
     attached: dict[str, LoraLinear] = {}
     for name in names:
-        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, use_rslora=use_rslora)
         layer.initialise(generator)
         model.set_submodule(name, layer)
         attached[name] = layer

@@ -1,4 +1,7 @@
-"""LoRA over a frozen linear layer: y = x Wᵀ + b + (alpha / r) (dropout(x) Aᵀ) Bᵀ   (arXiv 2106.09685).
+"""LoRA over a frozen linear layer: y = x Wᵀ + b + s (dropout(x) Aᵀ) Bᵀ   (arXiv 2106.09685).
+
+The scaling s is alpha / r, or alpha / sqrt r with rsLoRA (arXiv 2312.03732), under which large ranks
+learn as fast as small ones.
 
 Base and adapter are one autograd function. It saves x and x Aᵀ, never a dense W, never a gradient of W, and no dropout
 mask: the mask is drawn again from its seed in the backward pass. A and B are float32 whatever the compute type.
@@ -74,21 +77,23 @@ def _dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], float32."""
+    """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], float32.
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    scaling: what B A is multiplied by, which follows from rank, alpha and use_rslora.
+    """
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+    ) -> None:
         super().__init__()
         self.base = base
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
+        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
         device = next(base.buffers()).device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -110,4 +115,4 @@ class LoraLinear(nn.Module):
         return (self.lora_B[start:stop] @ self.lora_A).mul_(self.scaling)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

@@ -71,6 +71,9 @@ class Settings:
 
     rank: int = _setting(16, "LoRA", "Rank r of the adapters.")
     alpha: float = _setting(32.0, "LoRA", "Scale: the adapter's output is multiplied by alpha / rank.")
+    use_rslora: bool = _setting(
+        False, "LoRA", "Rank-stabilised LoRA: multiply by alpha / sqrt(rank); large ranks learn as fast as small ones."
+    )
     dropout: float = _setting(0.0, "LoRA", "Dropout on the adapter's input, 0 to 1.")
     targets: str = _setting(
         "all",

@@ -159,7 +159,13 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     for note in notes:
         report(Note(note))
     adapters = attach_lora(
-        base.model, names, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=settings.seed
+        base.model,
+        names,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        use_rslora=settings.use_rslora,
     )
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
