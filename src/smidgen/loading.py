@@ -155,8 +155,7 @@ def _base_of(folder: Path) -> tuple[str, Record | None]:
     if record:
         moved = not Path(record.model).exists() and Path(record.model_path).exists()
         return (record.model_path if moved else record.model), record
-    config, _ = read_adapter(folder)
-    name = config.get("base_model_name_or_path")
+    name = read_adapter(folder).config.get("base_model_name_or_path")
     if not name:
         raise RunError(f"{folder}/adapter_config.json names no base", expected="base_model_name_or_path")
     return str(name), None

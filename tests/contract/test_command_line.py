@@ -20,6 +20,8 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "trust_remote_code": False,
     "rank": 16,
     "alpha": 32.0,
+    "rank_pattern": None,
+    "alpha_pattern": None,
     "use_rslora": False,
     "dropout": 0.0,
     "targets": "all",

@@ -90,7 +90,7 @@ def _stop_after(step: int) -> Any:
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}, {"use_rslora": True}],
+    [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
     settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
@@ -252,7 +252,8 @@ def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path:
 
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
 EFFECTS = {
-    "rank": 2, "alpha": 3.0, "use_rslora": True, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
+    "rank": 2, "alpha": 3.0, "use_rslora": True, "rank_pattern": {"up_proj": 2},
+    "alpha_pattern": {"up_proj": 2.0}, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
     "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2,
     "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
     "compute_dtype": "bfloat16",
@@ -287,6 +288,12 @@ def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path:
     [
         ({"targets": "q,nothing"}, "no layer matches nothing"),
         ({"rank": 0, "dropout": 1.0, "schedule": "square"}, "schedule: expected one of"),
+        ({"rank_pattern": {"q_proj": 2, "x_proj": 3}}, "rank_pattern: no adapted layer is left for x_proj"),
+        ({"alpha_pattern": {".*": 2, "q_proj": 3}}, "alpha_pattern: no adapted layer is left for q_proj"),
+        ({"rank_pattern": {"q_(": 2}}, "rank_pattern: expected regular expressions"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: expected ranks of 1 or more"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern: expected alphas above 0"),
+        ({"rank_pattern": "q_proj=2"}, "rank_pattern: expected dict"),
         ({"seq_len": 8}, "cut"),
         ({"quantize": "keep"}, "no blocks to keep"),
     ],

@@ -22,7 +22,7 @@ from smidgen.export.quantise import quantise_model
 from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
-from smidgen.lora.targets import select_targets
+from smidgen.lora.targets import check_pattern, select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
@@ -158,6 +158,8 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
     for note in notes:
         report(Note(note))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        check_pattern(setting, getattr(settings, setting) or {}, names)
     adapters = attach_lora(
         base.model,
         names,
@@ -166,6 +168,8 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
         dropout=settings.dropout,
         seed=settings.seed,
         use_rslora=settings.use_rslora,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
     )
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
@@ -335,13 +339,7 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str
 
 
 def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
-    _, layers = read_adapter(checkpoint)
-    if layers.keys() != adapters.keys():
-        raise RunError(f"{checkpoint}: its adapters are on other layers than the settings say")
-    with torch.no_grad():
-        for name, layer in adapters.items():
-            layer.lora_A.copy_(layers[name]["lora_A"])
-            layer.lora_B.copy_(layers[name]["lora_B"])
+    read_adapter(checkpoint).copy_into(adapters)
     return load_state(checkpoint, adapters, optimizer)
 
 
