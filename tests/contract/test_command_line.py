@@ -25,6 +25,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "use_rslora": False,
     "dropout": 0.0,
     "targets": "all",
+    "init_adapter": None,
     "learning_rate": 5e-4,
     "schedule": "cosine",
     "warmup": 0.05,

@@ -91,6 +91,12 @@ class Settings:
         "Layers that get an adapter: all (every linear layer of the decoder), or a comma list of"
         " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default.",
     )
+    init_adapter: str | None = _setting(
+        None,
+        "LoRA",
+        "Start from this adapter, a PEFT folder or a run, made with the same targets, rank and so on.",
+        metavar="DIR",
+    )
 
     learning_rate: float = _setting(5e-4, "Training", "Peak learning rate of AdamW.")
     schedule: str = _setting(

@@ -16,7 +16,7 @@ from smidgen.data.render import IGNORED, Example, Renderer
 from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answers, Evaluated, Note, Report, Warned, silent
-from smidgen.export.adapter import read_adapter
+from smidgen.export.adapter import StoredAdapter, read_adapter
 from smidgen.export.files import check_vacant
 from smidgen.export.quantise import quantise_model
 from smidgen.kernels.library import describe_library
@@ -33,7 +33,7 @@ from smidgen.plan.estimate import RECOMPUTE, estimate_activation_bytes
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
-from smidgen.train.run import Record, RunFolder, read_record
+from smidgen.train.run import Record, RunFolder, adapter_folder, read_record
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
 from smidgen.units import format_bytes, format_count
 
@@ -71,7 +71,9 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     source = open_source(model, report)
     if needs_gptq(settings.quantize, source.checkpoint):
         check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
-    prepared = _prepare(source, data, settings, report, out)
+    if settings.init_adapter is not None:
+        settings = replace(settings, init_adapter=_absolute(settings.init_adapter))
+    prepared = _prepare(source, data, settings, report, out, _initial_adapter(settings, source, report))
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
@@ -115,7 +117,8 @@ def resume(run: Path, report: Report = silent) -> Run:
     # what `auto` chose at the start is kept, whatever it would choose now
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
-    prepared = _prepare(source, data, settings, report, run)
+    initial = None if checkpoint else _initial_adapter(settings, source, report)
+    prepared = _prepare(source, data, settings, report, run, initial)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, settings, checkpoint, started, report)
@@ -130,8 +133,26 @@ def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
-def _prepare(source: Source, data: str, settings: Settings, report: Report, out: Path) -> _Prepared:
-    """Cheap checks first: data and gate come before the weights are read."""
+def _initial_adapter(settings: Settings, source: Source, report: Report) -> StoredAdapter | None:
+    """The adapter to start from. Raises RunError where there is none, or where it is known to be for another base."""
+    if settings.init_adapter is None:
+        return None
+    folder = adapter_folder(Path(settings.init_adapter), report)
+    if folder is None:
+        raise RunError(f"init_adapter: {settings.init_adapter} is no adapter", expected="a PEFT folder or a run")
+    record = read_record(folder)
+    if record and record.base_fingerprint != source.checkpoint.fingerprint():
+        raise RunError(
+            f"init_adapter: {source.checkpoint.path} is not the base that {folder} was trained on (its weights differ)",
+            cure=f"give {record.model}, or start without it",
+        )
+    return read_adapter(folder)
+
+
+def _prepare(
+    source: Source, data: str, settings: Settings, report: Report, out: Path, initial: StoredAdapter | None
+) -> _Prepared:
+    """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start."""
     rows = read_data(data, report=report)
     seq_len = min(settings.seq_len, source.max_positions)
     if seq_len < settings.seq_len:
@@ -155,6 +176,8 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
         trust_remote_code=settings.trust_remote_code,
         report=report,
     )
+    if initial:
+        initial.check_base(base)
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
     for note in notes:
         report(Note(note))
@@ -171,6 +194,9 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
+    if initial:
+        initial.copy_into(adapters)
+        report(Note(f"the adapters start from {initial.folder}"))
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
     _choose_recompute(base, settings, max(len(example.input_ids) for example in examples), report)
