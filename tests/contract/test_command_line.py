@@ -27,6 +27,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "targets": "all",
     "init_adapter": None,
     "learning_rate": 5e-4,
+    "lora_plus_ratio": 1.0,
     "schedule": "cosine",
     "warmup": 0.05,
     "weight_decay": 0.0,

@@ -91,7 +91,11 @@ def _stop_after(step: int) -> Any:
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}],
+    [
+        {},
+        {"recompute": "full", "accumulation": 2, "epochs": 2.0},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "lora_plus_ratio": 4.0},
+    ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
     settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
@@ -255,9 +259,9 @@ def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path:
 EFFECTS = {
     "rank": 2, "alpha": 3.0, "use_rslora": True, "rank_pattern": {"up_proj": 2},
     "alpha_pattern": {"up_proj": 2.0}, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
-    "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2,
-    "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
-    "compute_dtype": "bfloat16",
+    "lora_plus_ratio": 4.0, "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0,
+    "max_steps": 2, "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True,
+    "quantize": "int8", "compute_dtype": "bfloat16",
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ def save_adapter(folder: Path, base: Base, adapters: dict[str, LoraLinear], base
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in adapters.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        for part, parameter in layer.trainable.items():
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = parameter.detach().cpu().contiguous()
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite: not saved", cure="lower --learning-rate")

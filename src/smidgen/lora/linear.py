@@ -95,6 +95,11 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
 
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is learnt, saved and resumed, by PEFT's names."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero: the model starts unchanged."""

@@ -99,6 +99,9 @@ class Settings:
     )
 
     learning_rate: float = _setting(5e-4, "Training", "Peak learning rate of AdamW.")
+    lora_plus_ratio: float = _setting(
+        1.0, "Training", "LoRA+: B learns at this many times the rate of A. 16 is its authors' advice."
+    )
     schedule: str = _setting(
         "cosine", "Training", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant")
     )
@@ -200,6 +203,7 @@ def _wrong_values(s: Settings) -> list[str]:
     need(all(type(n) in (int, float) and n > 0 for n in alphas.values()), "alpha_pattern", "alphas above 0")
     need(0 <= s.dropout < 1, "dropout", "0 or more and less than 1")
     need(s.learning_rate > 0, "learning_rate", "more than 0")
+    need(s.lora_plus_ratio > 0, "lora_plus_ratio", "more than 0")
     need(0 <= s.warmup < 1, "warmup", "a fraction of all steps, 0 or more and less than 1")
     need(s.weight_decay >= 0, "weight_decay", "0 or more")
     need(s.clip >= 0, "clip", "0 or more")

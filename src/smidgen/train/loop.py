@@ -61,10 +61,17 @@ class Outcome:
 
 
 def make_optimizer(adapters: dict[str, LoraLinear], settings: Settings) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with betas 0.9, 0.999, its states in float32."""
-    parameters = [parameter for layer in adapters.values() for parameter in (layer.lora_A, layer.lora_B)]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+    """AdamW (arXiv 1711.05101) with betas 0.9, 0.999, its states in float32.
+
+    A group's `lr_ratio` is what optimizer_step multiplies the learning rate by: LoRA+ (arXiv 2402.12354) for lora_B.
+    """
+    parts = [item for layer in adapters.values() for item in layer.trainable.items()]
+    groups = [
+        {"params": [parameter for part, parameter in parts if part != "lora_B"], "lr_ratio": 1.0},
+        {"params": [parameter for part, parameter in parts if part == "lora_B"], "lr_ratio": settings.lora_plus_ratio},
+    ]
+    fused = parts[0][1].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
 def train(
