@@ -23,6 +23,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "rank_pattern": None,
     "alpha_pattern": None,
     "use_rslora": False,
+    "use_dora": False,
     "dropout": 0.0,
     "targets": "all",
     "init_adapter": None,

@@ -95,6 +95,8 @@ def _stop_after(step: int) -> Any:
         {},
         {"recompute": "full", "accumulation": 2, "epochs": 2.0},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "lora_plus_ratio": 4.0},
+        {"use_dora": True},
+        {"use_dora": True, "dropout": 0.0, "recompute": "full", "accumulation": 2},
     ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path:
 
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
 EFFECTS = {
-    "rank": 2, "alpha": 3.0, "use_rslora": True, "rank_pattern": {"up_proj": 2},
+    "rank": 2, "alpha": 3.0, "use_rslora": True, "use_dora": True, "rank_pattern": {"up_proj": 2},
     "alpha_pattern": {"up_proj": 2.0}, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
     "lora_plus_ratio": 4.0, "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0,
     "max_steps": 2, "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True,

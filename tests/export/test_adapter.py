@@ -90,7 +90,7 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("config", "tensors", "words"),
     [
-        ({"use_dora": True}, None, "use_dora is not supported"),
+        ({"use_dora": True}, None, "lora_magnitude_vector of model.layers.0.self_attn.q_proj is missing"),
         ({"peft_type": "IA3"}, None, "peft_type 'IA3'"),
         ({"bias": "all"}, None, "bias is not supported"),
         (None, {f"{_Q}.lora_B.weight": None}, "lora_A or lora_B"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from smidgen.errors import RunError
 from smidgen.export.adapter import load_adapter, save_adapter
 from smidgen.export.gguf_lora import read_gguf_lora, save_gguf_lora
 from smidgen.export.merge import save_merged
@@ -23,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"layers.1.mlp.down_proj": 9, "down_proj|c_proj": 2},
         "alpha_pattern": {"q_proj|c_attn|lm_head": 30.0, r".*\.0\.(mlp.down|self_attn.v)_proj": 2.5},
     },
+    "dora": {"use_dora": True},
+    "dora-rslora-patterns": {"use_dora": True, "use_rslora": True, "rank_pattern": {"down_proj|c_fc": 2}},
     "patterns-rslora": {
         "use_rslora": True,
         "rank_pattern": {"down_proj|c_fc": 9},
@@ -40,6 +43,8 @@ def _adapted(folder: Path, variant: dict[str, Any], targets: str = "all", storag
     with torch.no_grad():
         for layer in attached.values():
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+            if layer.lora_magnitude_vector is not None:
+                layer.lora_magnitude_vector.mul_(torch.rand(layer.out_features, generator=generator) + 0.5)
     return base
 
 
@@ -82,6 +87,32 @@ def test_an_adapter_of_peft_is_loaded_with_the_same_logits(variant: str, tmp_pat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_real_peft(variant: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = tiny_folder(tmp_path / "base")
+    base = _adapted(folder, VARIANTS[variant])
+    saved = _saved(base, tmp_path / "a", str(folder))
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = peft.PeftModel.from_pretrained(dense, saved, is_trainable=True)
+    weight = torch.randn(*IDS.shape, VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
+    for model in (base.model, theirs):
+        model.train()
+        (model(IDS, use_cache=False).logits * weight).sum().backward()
+    found = {
+        name.replace(".default", "").removesuffix(".weight").removeprefix("base_model.model."): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    ours = {
+        f"{name}.{part}": p.grad for name, layer in adapters(base.model).items() for part, p in layer.trainable.items()
+    }
+    assert ours.keys() == found.keys()
+    for name, gradient in ours.items():
+        # float32 through two layers, in another order of sums
+        assert float((gradient - found[name]).norm() / found[name].norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_adapter_loads_to_the_same_bits_and_saves_to_the_same_files(variant: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
     base = _adapted(folder, VARIANTS[variant], storage="nf4-dq")
@@ -107,6 +138,11 @@ def test_the_merged_model_computes_the_same(architecture: str, variant: str, tmp
 def test_llama_cpp_is_given_what_its_own_scaling_makes_right(variant: str, tmp_path: Path) -> None:
     """llama.cpp multiplies by alpha / r, with the file's one alpha and each layer's own r."""
     base = _adapted(tiny_folder(tmp_path / "base"), VARIANTS[variant])
+    if VARIANTS[variant].get("use_dora"):
+        with pytest.raises(RunError, match=r"llama.cpp has no DoRA.*--to gguf, which merges it"):
+            save_gguf_lora(base, tmp_path / "lora.gguf")
+        assert not (tmp_path / "lora.gguf").exists()
+        return
     save_gguf_lora(base, tmp_path / "lora.gguf")
     read = read_gguf_lora(base, tmp_path / "lora.gguf")
     for name, layer in adapters(base.model).items():

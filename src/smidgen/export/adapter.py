@@ -1,6 +1,7 @@
 """Adapters in and out, as PEFT folders (adapter_config.json, adapter_model.safetensors).
 
-Tensor names: base_model.model.<module>.lora_A.weight [r, in_features] and .lora_B.weight [out_features, r], float32.
+Tensor names: base_model.model.<module>.lora_A.weight [r, in_features], .lora_B.weight [out_features, r], and with DoRA
+.lora_magnitude_vector [out_features]; float32.
 """
 
 import json
@@ -33,6 +34,7 @@ __all__ = [
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def is_adapter(path: Path) -> bool:
@@ -48,7 +50,8 @@ def save_adapter(folder: Path, base: Base, adapters: dict[str, LoraLinear], base
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in adapters.items():
         for part, parameter in layer.trainable.items():
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = parameter.detach().cpu().contiguous()
+            suffix = "" if part == _MAGNITUDE else ".weight"
+            tensors[f"{_PREFIX}{name}.{part}{suffix}"] = parameter.detach().cpu().contiguous()
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise RunError(f"{broken[0]} holds numbers that are not finite: not saved", cure="lower --learning-rate")
@@ -72,7 +75,7 @@ def _peft_config(base: Base, adapters: dict[str, LoraLinear], base_name: str) ->
         "fan_in_fan_out": any(layer.base.transposed for layer in adapters.values()),
         "bias": "none",
         "use_rslora": first.use_rslora,
-        "use_dora": False,
+        "use_dora": first.use_dora,
         "modules_to_save": None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
@@ -103,7 +106,8 @@ def _target_modules(names: list[str], base: Base) -> list[str]:
 class StoredAdapter:
     """An adapter as its folder holds it. config: adapter_config.json.
 
-    layers: module name -> {'lora_A': [r, in_features], 'lora_B': [out_features, r]}, float32.
+    layers: module name -> {'lora_A': [r, in_features], 'lora_B': [out_features, r]}, float32, and with DoRA
+    'lora_magnitude_vector': [out_features].
     """
 
     folder: Path
@@ -111,13 +115,14 @@ class StoredAdapter:
     layers: dict[str, dict[str, torch.Tensor]]
 
     def kind_of(self, name: str) -> dict[str, Any]:
-        """What a layer's adapter is made with, as the arguments of LoraLinear: rank, alpha, use_rslora."""
+        """What a layer's adapter is made with, as the arguments of LoraLinear: rank, alpha, use_rslora, use_dora."""
         alphas = self.config.get("alpha_pattern") or {}
         key = match_pattern(alphas, name)
         return {
             "rank": self.layers[name]["lora_A"].shape[0],
             "alpha": float(self.config["lora_alpha"] if key is None else alphas[key]),
             "use_rslora": bool(self.config.get("use_rslora")),
+            "use_dora": bool(self.config.get("use_dora")),
         }
 
     def check_base(self, base: Base) -> None:
@@ -128,10 +133,15 @@ class StoredAdapter:
             raise RunError(f"{self.folder}: the adapter is for another model, this one has no layer {foreign[0]}")
         for name, parts in self.layers.items():
             layer, rank = linears[name], parts["lora_A"].shape[0]
-            expected = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
-            for part, shape in expected.items():
-                if tuple(parts[part].shape) != shape:
-                    found = str(list(parts[part].shape))
+            expected = {
+                "lora_A": (rank, layer.in_features),
+                "lora_B": (layer.out_features, rank),
+                _MAGNITUDE: (layer.out_features,),
+            }
+            for part, tensor in parts.items():
+                shape = expected[part]
+                if tuple(tensor.shape) != shape:
+                    found = str(list(tensor.shape))
                     raise RunError(f"{self.folder}: {part} of {name}", expected=f"shape {list(shape)}", found=found)
 
     @torch.no_grad()
@@ -156,7 +166,7 @@ class StoredAdapter:
         names = targets if isinstance(targets, list) else list(self.layers)
         flags = [f"--targets {','.join(map(str, names))}", f"--rank {self.config.get('r')}"]
         flags.append(f"--alpha {self.config['lora_alpha']}")
-        flags += [f"--{key.replace('_', '-')}" for key in ("use_rslora",) if self.config.get(key)]
+        flags += [f"--{key.replace('_', '-')}" for key in ("use_rslora", "use_dora") if self.config.get(key)]
         patterns = [key for key in ("rank_pattern", "alpha_pattern") if self.config.get(key)]
         return " ".join(flags) + (f", and the {' and '.join(patterns)} of its {ADAPTER_CONFIG}" if patterns else "")
 
@@ -170,21 +180,23 @@ def read_adapter(folder: Path) -> StoredAdapter:
         raise RunError(f"{folder}: {Path(str(error.filename)).name} is missing", cure="copy the whole folder") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from error
-    unsupported = [key for key in ("use_dora", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in ("modules_to_save",) if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
     if config.get("peft_type") != "LORA" or unsupported:
         what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}"
-        raise RunError(f"{folder}/{ADAPTER_CONFIG}: {what} is not supported", expected="plain LoRA")
+        raise RunError(f"{folder}/{ADAPTER_CONFIG}: {what} is not supported", expected="LoRA, rsLoRA or DoRA")
+    parts = ("lora_A", "lora_B", _MAGNITUDE) if config.get("use_dora") else ("lora_A", "lora_B")
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removesuffix(".weight").rpartition(".")
-        if part not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
-            raise RunError(f"{folder}/{ADAPTER_WEIGHTS}: unexpected tensor {key}", expected="lora_A and lora_B only")
+        if part not in parts or not key.startswith(_PREFIX):
+            raise RunError(f"{folder}/{ADAPTER_WEIGHTS}: unexpected tensor {key}", expected=f"{', '.join(parts)} only")
         layers.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor.float()
-    halves = [name for name, parts in layers.items() if len(parts) != 2]
+    halves = [name for name, found in layers.items() if len(found) != len(parts)]
     if halves or not layers:
-        raise RunError(f"{folder}/{ADAPTER_WEIGHTS}: lora_A or lora_B of {(halves or ['every layer'])[0]} is missing")
+        first = (halves or ["every layer"])[0]
+        raise RunError(f"{folder}/{ADAPTER_WEIGHTS}: {' or '.join(parts)} of {first} is missing")
     stored = StoredAdapter(folder, config, layers)
     try:
         for name in layers:
@@ -198,7 +210,7 @@ def load_adapter(base: Base, folder: Path) -> dict[str, LoraLinear]:
     """Put the adapter of `folder` on the base. Raises RunError where it does not fit or would change nothing."""
     stored = read_adapter(folder)
     stored.check_base(base)
-    if not any(parts["lora_B"].any() for parts in stored.layers.values()):
+    if not stored.config.get("use_dora") and not any(parts["lora_B"].any() for parts in stored.layers.values()):
         raise RunError(f"{folder}: every lora_B is zero, the adapter would change nothing", cure="train it first")
     dropout = float(stored.config.get("lora_dropout", 0))
     attached: dict[str, LoraLinear] = {}

@@ -34,6 +34,8 @@ def save_gguf_lora(base: Base, path: Path) -> None:
             cure="use --to gguf, which merges it",
         )
     first = next(iter(adapters.values()))
+    if any(layer.use_dora for layer in adapters.values()):
+        raise RunError("llama.cpp has no DoRA", expected="plain LoRA", cure="use --to gguf, which merges it")
     alpha = first.scaling * first.rank
     writer = gguf.GGUFWriter(None, layout.architecture)
     write_metadata(writer, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha})

@@ -21,6 +21,7 @@ def attach_lora(
     dropout: float,
     seed: int,
     use_rslora: bool = False,
+    use_dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LoraLinear]:
@@ -40,6 +41,7 @@ def attach_lora(
             _value(alpha_pattern or {}, name, alpha),
             dropout,
             use_rslora=use_rslora,
+            use_dora=use_dora,
         )
         layer.initialise(generator)
         model.set_submodule(name, layer)

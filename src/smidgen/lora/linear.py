@@ -6,8 +6,10 @@ learn as fast as small ones.
 Base and adapter are one autograd function. It saves x and x Aᵀ, never a dense W, never a gradient of W, and no dropout
 mask: the mask is drawn again from its seed in the backward pass. A and B are float32 whatever the compute type.
 
-The base is anything with `weight.matmul(x)` (x Wᵀ), `weight.matmul_t(g)` (g W) and `bias`; how W is stored is not
-known here.
+With DoRA (dora.py) a length of each row of W + s B A is learnt too.
+
+The base is anything with `weight.matmul(x)` (x Wᵀ), `weight.matmul_t(g)` (g W), `weight.rows(i, j, dtype)` and `bias`;
+how W is stored is not known here.
 """
 
 import math
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from smidgen.lora.dora import row_norms, squared_row_norms
 
 __all__ = ["LoraLinear"]
 
@@ -79,11 +83,19 @@ def _dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
 class LoraLinear(nn.Module):
     """A frozen linear layer with an adapter. lora_A: [rank, in_features], lora_B: [out_features, rank], float32.
 
+    lora_magnitude_vector: DoRA's m, float32 [out_features], else None.
     scaling: what B A is multiplied by, which follows from rank, alpha and use_rslora.
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
@@ -94,30 +106,77 @@ class LoraLinear(nn.Module):
         device = next(base.buffers()).device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+        self.use_dora = use_dora
+        self._norms: tuple[Any, torch.Tensor] | None = None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if use_dora:
+            self._squares = squared_row_norms(base.weight)  # type: ignore[arg-type]
+            self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self._squares, dtype=torch.float32))
+        self.train(base.training)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is learnt, saved and resumed, by PEFT's names."""
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        parts = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            parts["lora_magnitude_vector"] = self.lora_magnitude_vector
+        return parts
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero: the model starts unchanged."""
+        """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero, DoRA's m the length of each row of W:
+        the model starts unchanged.
+        """
         bound = 1 / math.sqrt(self.in_features)
         self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * (2 * bound) - bound)
         self.lora_B.zero_()
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self._squares.sqrt())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         active = self.dropout if self.training else 0.0
         # The seed comes from the global generator, so that recomputation (which restores it) draws the same mask.
         seed = int(torch.randint(0, 2**62, ()).item()) if active else 0
         y = _LoraMatmul.apply(x, self.lora_A, self.lora_B, self.base.weight, self.scaling, active, seed)
+        if self.lora_magnitude_vector is not None:
+            y = (y * (self.lora_magnitude_vector / self.row_norms())).to(x.dtype)  # type: ignore[operator]
         return y if self.base.bias is None else y + self.base.bias  # type: ignore[return-value, operator]
+
+    @torch.inference_mode(False)  # they may be kept until a gradient is wanted
+    @torch.no_grad()
+    def row_norms(self) -> torch.Tensor:
+        """DoRA's ||W + scaling B A|| of each row, float32 [out_features].
+
+        Kept while nothing changes; computed at each call in training, where optimizers change A and B without a sign.
+        """
+        state = self.lora_A._version, self.lora_B._version, self.scaling
+        if self.training or self._norms is None or self._norms[0] != state:
+            found = row_norms(self._squares, self.base.weight, self.lora_A, self.lora_B, self.scaling)  # type: ignore[arg-type]
+            self._norms = state, found
+        return self._norms[1]
+
+    @property
+    def last_row_norms(self) -> torch.Tensor | None:
+        """What row_norms gave last, for the backward pass; None without DoRA."""
+        return None if self._norms is None else self._norms[1]
+
+    def train(self, mode: bool = True) -> "LoraLinear":
+        self._norms = None
+        return super().train(mode)
 
     @torch.no_grad()
     def delta(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of scaling B A, float32 [stop - start, in_features]: what merging adds to W."""
+        """Rows start..stop of scaling B A, float32 [stop - start, in_features]: what LoRA adds to W."""
         return (self.lora_B[start:stop] @ self.lora_A).mul_(self.scaling)
+
+    @torch.no_grad()
+    def merge(self, start: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of W from `start` on -> of what base and adapter multiply with; float32 [rows, in_features]."""
+        stop = start + len(rows)
+        merged = rows + self.delta(start, stop)
+        if self.lora_magnitude_vector is not None:
+            merged *= (self.lora_magnitude_vector / self.row_norms())[start:stop, None]
+        return merged
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

@@ -84,6 +84,9 @@ class Settings:
     use_rslora: bool = _setting(
         False, "LoRA", "Rank-stabilised LoRA: multiply by alpha / sqrt(rank); large ranks learn as fast as small ones."
     )
+    use_dora: bool = _setting(
+        False, "LoRA", "DoRA: learn the length of each row of the adapted weights too. Steps take longer."
+    )
     dropout: float = _setting(0.0, "LoRA", "Dropout on the adapter's input, 0 to 1.")
     targets: str = _setting(
         "all",

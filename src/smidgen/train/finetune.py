@@ -191,6 +191,7 @@ def _prepare(
         dropout=settings.dropout,
         seed=settings.seed,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
