@@ -124,7 +124,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero, DoRA's m the length of each row of W:
+        """A uniform in +-1 / sqrt(in_features) (Kaiming, a = sqrt 5, as PEFT), B zero, m the length of each row of W:
         the model starts unchanged.
         """
         bound = 1 / math.sqrt(self.in_features)
