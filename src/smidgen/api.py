@@ -30,7 +30,7 @@ from smidgen.export.merge import save_merged
 from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
 from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
 from smidgen.kernels.library import describe_library
-from smidgen.loading import Generation, LoadedModel, adapter_folder, load
+from smidgen.loading import Generation, LoadedModel, load
 from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
 from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
@@ -42,7 +42,7 @@ from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
-from smidgen.train.run import Record, RunFolder
+from smidgen.train.run import Record, RunFolder, adapter_folder
 
 __all__ = [
     "Generation",

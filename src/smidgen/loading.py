@@ -11,16 +11,15 @@ from torch import nn
 from smidgen.data.render import Renderer
 from smidgen.errors import DataError, RunError
 from smidgen.events import Note, Report, silent
-from smidgen.export.adapter import is_adapter, load_adapter, read_adapter
+from smidgen.export.adapter import load_adapter, read_adapter
 from smidgen.model.build import Base
 from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
 from smidgen.train.config import settings_from
-from smidgen.train.run import Record, read_record
-from smidgen.train.state import latest_checkpoint
+from smidgen.train.run import Record, adapter_folder, read_record
 
-__all__ = ["Generation", "LoadedModel", "adapter_folder", "load"]
+__all__ = ["Generation", "LoadedModel", "load"]
 
 Prompt = str | Sequence[dict[str, Any]]
 
@@ -137,26 +136,12 @@ def load(
     return LoadedModel(base, source.tokenizer, report, system)
 
 
-def adapter_folder(path: Path, report: Report) -> Path | None:
-    """The PEFT folder that `path` means: itself, or the newest checkpoint of an unfinished run; None for a model."""
-    if is_adapter(path):
-        return path
-    if read_record(path) is None:
-        return None
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise RunError(f"{path} has no adapter yet", cure=f"go on with it: smidgen finetune --resume {path}")
-    report(Note(f"{path} is not finished: taking {checkpoint.name}"))
-    return checkpoint
-
-
 def _base_of(folder: Path) -> tuple[str, Record | None]:
     record = read_record(folder)
     if record:
         moved = not Path(record.model).exists() and Path(record.model_path).exists()
         return (record.model_path if moved else record.model), record
-    config, _ = read_adapter(folder)
-    name = config.get("base_model_name_or_path")
+    name = read_adapter(folder).config.get("base_model_name_or_path")
     if not name:
         raise RunError(f"{folder}/adapter_config.json names no base", expected="base_model_name_or_path")
     return str(name), None

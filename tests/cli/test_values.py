@@ -11,7 +11,7 @@ from smidgen.errors import SettingsError
 FLAGS = settings_flags()
 
 
-def read(tmp_path: Path, yaml: str = "", **typed: str | bool) -> Given:
+def read(tmp_path: Path, yaml: str = "", **typed: str | bool | tuple[str, ...]) -> Given:
     config = None
     if yaml:
         config = tmp_path / "run.yaml"
@@ -19,7 +19,7 @@ def read(tmp_path: Path, yaml: str = "", **typed: str | bool) -> Given:
     return collect(FLAGS, ("model",), (), typed, config)
 
 
-def problems(tmp_path: Path, yaml: str = "", **typed: str | bool) -> list[str]:
+def problems(tmp_path: Path, yaml: str = "", **typed: str | bool | tuple[str, ...]) -> list[str]:
     with pytest.raises(SettingsError) as error:
         read(tmp_path, yaml, **typed)
     return error.value.problems
@@ -52,6 +52,20 @@ def test_5e_4_in_yaml_is_a_number_though_yaml_reads_text(tmp_path: Path) -> None
 
 def test_a_list_of_targets_may_be_a_yaml_list(tmp_path: Path) -> None:
     assert read(tmp_path, "targets: [q, v]")["targets"] == "q,v"
+
+
+def test_a_mapping_is_a_flag_said_once_for_each_key_or_a_mapping_of_the_file(tmp_path: Path) -> None:
+    words = ("q_proj=8", r"layers\.(0|1)=x=4")  # the last = divides: a pattern may hold one
+    assert read(tmp_path, rank_pattern=words)["rank_pattern"] == {"q_proj": 8, r"layers\.(0|1)=x": 4}
+    given = read(tmp_path, "alpha-pattern: {q_proj: 8, v_proj: 5e-1}", rank_pattern=())
+    assert given["alpha_pattern"] == {"q_proj": 8.0, "v_proj": 0.5} and given["rank_pattern"] is None
+    assert read(tmp_path, "rank-pattern: {q_proj: 8}", rank_pattern=("v_proj=1",))["rank_pattern"] == {"v_proj": 1}
+    assert problems(tmp_path, "alpha-pattern: q_proj", rank_pattern=("q_proj",)) == [
+        "--rank-pattern: expected KEY=VALUE, found ('q_proj',)",
+        f"{tmp_path / 'run.yaml'}: alpha-pattern: expected 'key: value' lines, found 'q_proj'",
+    ]
+    assert problems(tmp_path, rank_pattern=("q=1", "q=2"))[0].startswith("--rank-pattern: expected each key once")
+    assert problems(tmp_path, rank_pattern=("q=x",))[0].startswith("--rank-pattern: expected a whole number")
 
 
 def test_null_in_yaml_is_the_default(tmp_path: Path) -> None:

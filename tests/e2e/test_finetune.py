@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,16 @@ def _stop_after(step: int) -> Any:
     return report
 
 
-@pytest.mark.parametrize("extra", [{}, {"recompute": "full", "accumulation": 2, "epochs": 2.0}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"recompute": "full", "accumulation": 2, "epochs": 2.0},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "lora_plus_ratio": 4.0},
+        {"use_dora": True},
+        {"use_dora": True, "dropout": 0.0, "recompute": "full", "accumulation": 2},
+    ],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
     settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
     whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
@@ -249,10 +259,11 @@ def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path:
 
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
 EFFECTS = {
-    "rank": 2, "alpha": 3.0, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3, "schedule": "constant",
-    "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0, "max_steps": 2, "micro_batch": 2,
-    "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True, "quantize": "int8",
-    "compute_dtype": "bfloat16",
+    "rank": 2, "alpha": 3.0, "use_rslora": True, "use_dora": True, "rank_pattern": {"up_proj": 2},
+    "alpha_pattern": {"up_proj": 2.0}, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
+    "lora_plus_ratio": 4.0, "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0,
+    "max_steps": 2, "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True,
+    "quantize": "int8", "compute_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -267,6 +278,61 @@ def plain(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_each_setting_changes_the_result(name: str, plain: bytes, model: Path, rows: Path, tmp_path: Path) -> None:
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK | {name: EFFECTS[name]})
     assert adapter_bytes(run.path) != plain
+
+
+def test_a_run_starts_from_an_existing_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
+    """What it starts from is what the first run ended with; a resumed run does not need the first one any more."""
+    first = smidgen.finetune(str(model), str(rows), tmp_path / "first", **QUICK)
+    how = QUICK | {"init_adapter": str(first.path), "micro_batch": 3, "learning_rate": 1e-3, "schedule": "constant"}
+    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **how)
+    assert whole.summary["loss_before"] == first.summary["loss_after"]
+    assert whole.summary["loss_after"] < whole.summary["loss_before"]
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(2), **how)
+    first.path.rename(tmp_path / "moved")
+    assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
+
+
+def test_a_run_that_has_no_checkpoint_yet_starts_from_its_adapter_again(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    first = smidgen.finetune(str(model), str(rows), tmp_path / "first", max_steps=3, **QUICK)
+    how = QUICK | {"init_adapter": str(first.path), "max_steps": 2}
+    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(1), **how)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
+
+
+def test_an_adapter_that_does_not_fit_is_no_start(model: Path, rows: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj"], rank_pattern={"x": 1})
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), config)
+    theirs.save_pretrained(tmp_path / "peft")
+    other = tiny_folder(tmp_path / "other", seed=1)
+    small = tiny_folder(tmp_path / "small", hidden_size=32)
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=1, targets="q", **QUICK).path
+    peft_own = "the adapter's own: --targets q_proj --rank 4 --alpha 6 --use-rslora, and the rank_pattern of"
+    fits = {"targets": "q", "alpha": 6, "use_rslora": True}
+    for base, adapter, settings, words in (
+        (model, "peft", {}, f"differ in targets. Take {peft_own}"),
+        (model, "peft", fits | {"rank": 8, "use_rslora": False}, f"differ in rank, use_rslora. Take {peft_own}"),
+        (model, "peft", fits | {"alpha": 5}, "differ in alpha."),
+        (small, "peft", fits, "lora_A of model.layers.0.self_attn.q_proj, expected shape [4, 32], found [4, 64]"),
+        (other, "run", {"targets": "q"}, "is not the base that"),
+        (model, "nowhere", {}, "nowhere is no adapter, expected a PEFT folder or a run"),
+        (model, "model-as-adapter", {}, "is no adapter"),
+    ):
+        how = QUICK | {"init_adapter": str(model if adapter == "model-as-adapter" else tmp_path / adapter)} | settings
+        with pytest.raises(RunError) as refused:
+            smidgen.finetune(str(base), str(rows), tmp_path / "new", **how)
+        assert words in str(refused.value)
+        assert not (tmp_path / "new").exists()
+    how = QUICK | fits | {"init_adapter": str(tmp_path / "peft"), "max_steps": 1}
+    smidgen.finetune(str(model), str(rows), tmp_path / "new", **how)
+    assert run.is_dir()
 
 
 def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -284,6 +350,12 @@ def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path:
     [
         ({"targets": "q,nothing"}, "no layer matches nothing"),
         ({"rank": 0, "dropout": 1.0, "schedule": "square"}, "schedule: expected one of"),
+        ({"rank_pattern": {"q_proj": 2, "x_proj": 3}}, "rank_pattern: no adapted layer is left for x_proj"),
+        ({"alpha_pattern": {".*": 2, "q_proj": 3}}, "alpha_pattern: no adapted layer is left for q_proj"),
+        ({"rank_pattern": {"q_(": 2}}, "rank_pattern: expected regular expressions"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: expected ranks of 1 or more"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern: expected alphas above 0"),
+        ({"rank_pattern": "q_proj=2"}, "rank_pattern: expected dict"),
         ({"seq_len": 8}, "cut"),
         ({"quantize": "keep"}, "no blocks to keep"),
     ],

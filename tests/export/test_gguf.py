@@ -72,7 +72,7 @@ def test_an_alpha_of_a_layers_own_goes_into_lora_b(tmp_path: Path) -> None:
     base = smidgen.load(run, compute_dtype="float32").base
     layer: Any = base.model.get_submodule("model.layers.0.mlp.up_proj")
     first: Any = base.model.get_submodule("model.layers.0.self_attn.q_proj")
-    layer.alpha = 3 * first.alpha
+    layer.scaling = 3 * first.scaling
     save_gguf_lora(base, tmp_path / "lora.gguf")
     written = _tensors(tmp_path / "lora.gguf")["blk.0.ffn_up.weight.lora_b"]
     assert np.array_equal(written, 3 * layer.lora_B.detach().numpy())

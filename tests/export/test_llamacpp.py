@@ -96,11 +96,14 @@ def test_adapter_and_merged_model(tmp_path: Path) -> None:
         assert not wrong
 
 
-def _relative_difference(path: Path) -> float:
-    """Of the log-probabilities that llama.cpp and smidgen read out of a tiny file, to their spread over the tokens."""
-    loaded = smidgen.load(path, quantize="keep", compute_dtype="float32")
+def _relative_difference(path: Path, run: Path | None = None, lora: Path | None = None) -> float:
+    """Of the log-probabilities that llama.cpp and smidgen read out of a tiny file, to their spread over the tokens.
+
+    run: what smidgen opens instead; lora: what llama.cpp puts on the file.
+    """
+    loaded = smidgen.load(run or path, quantize="keep", compute_dtype="float32")
     different, spread, compared = 0.0, 0.0, 0
-    for prompt, answer in zip(TINY_PROMPTS, _llamacpp(str(path), None, TINY_PROMPTS, 1, VOCAB_SIZE), strict=True):
+    for prompt, answer in zip(TINY_PROMPTS, _llamacpp(str(path), lora, TINY_PROMPTS, 1, VOCAB_SIZE), strict=True):
         if not answer:  # it would end at once
             continue
         compared += 1
@@ -124,6 +127,24 @@ def test_blocks_of_256_mean_the_same_numbers(kind: str, tmp_path: Path) -> None:
     difference = _relative_difference(tmp_path / "tiny.gguf")
     print(f"{kind}: {difference:.4f}")
     assert difference < 0.03
+
+
+@pytest.mark.slow
+def test_adapters_of_unlike_scaling(tmp_path: Path) -> None:
+    """rsLoRA with ranks and alphas of some layers' own; llama.cpp knows one alpha and divides by each layer's rank."""
+    pytest.importorskip("xllamacpp")
+    write_gguf(tiny_folder(tmp_path / "tiny"), tmp_path / "tiny.gguf", {}, default="F16")
+    how: dict[str, Any] = {
+        "rank": 8, "alpha": 8.0, "use_rslora": True, "rank_pattern": {"down_proj|v_proj": 2},
+        "alpha_pattern": {"q_proj|up_proj": 20.0}, "learning_rate": 5e-3, "compute_dtype": "float32", "epochs": 3.0,
+    }  # fmt: skip
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run = smidgen.finetune(str(tmp_path / "tiny.gguf"), str(rows), tmp_path / "run", **how).path
+    smidgen.export_run(run, tmp_path / "lora.gguf", to="gguf-lora")
+    difference = _relative_difference(tmp_path / "tiny.gguf", run, tmp_path / "lora.gguf")
+    bare = _relative_difference(tmp_path / "tiny.gguf", run)
+    print(f"{difference:.5f}, without the adapter {bare:.5f}")
+    assert difference < 0.01 < 10 * 0.01 < bare  # as for whole exports below; the adapter is far more than that
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from smidgen.errors import SettingsError
-from smidgen.lora.targets import fields_of, select_targets
+from smidgen.lora.targets import check_pattern, fields_of, match_pattern, select_targets
 from tiny import CONFIGS, build, tiny_folder
 
 
@@ -49,4 +49,23 @@ def test_every_target_that_matches_nothing_is_named() -> None:
         select_targets("q,gate,qq_proj", LLAMA, "lm_head")
     assert str(refused.value) == (
         "targets: no layer matches gate, qq_proj, this model has q, v, up (modules q_proj, v_proj, up_proj)."
+    )
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj", "layers.1.self_attn.q_proj", "proj", "q_proj|up_proj", ".*", "^model", "l.*up"]
+)
+def test_patterns_match_as_in_peft(key: str) -> None:
+    peft_other = pytest.importorskip("peft.utils.other")
+    for name in [*LLAMA, "lm_head"]:
+        theirs = peft_other.get_pattern_key([key, "v_proj"], name)
+        assert match_pattern({key: 1, "v_proj": 2}, name) == (None if theirs == name else theirs)
+
+
+def test_every_pattern_that_no_layer_is_left_for_is_named() -> None:
+    check_pattern("rank_pattern", {"layers.1.*": 1, "q_proj": 2}, LLAMA)
+    with pytest.raises(SettingsError) as refused:
+        check_pattern("rank_pattern", {"q_proj": 2, "layers.1.self_attn.q_proj": 1, "gate": 3}, LLAMA)
+    assert str(refused.value) == (
+        "rank_pattern: no adapted layer is left for layers.1.self_attn.q_proj, gate, there are q_proj, v_proj, up_proj."
     )

@@ -35,6 +35,8 @@ def _model(folder: Path, *, own: bool, dtype: torch.dtype = torch.float32, targe
     generator = torch.Generator().manual_seed(1)
     for layer in adapters(base.model).values():  # B is zero at the start, and so would be half of the gradients
         layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.1
+        if layer.lora_magnitude_vector is not None:
+            layer.lora_magnitude_vector.data *= torch.rand(layer.out_features, generator=generator) + 0.5
     return base
 
 
@@ -46,7 +48,7 @@ def _batch(lengths: tuple[int, ...] = (21, 13, 1, 7)) -> Batch:
 
 def _loss_and_gradient(base: Base, batch: Batch) -> tuple[float, torch.Tensor]:
     base.model.train()
-    parameters = [p for layer in adapters(base.model).values() for p in (layer.lora_A, layer.lora_B)]
+    parameters = [p for layer in adapters(base.model).values() for p in layer.trainable.values()]
     loss = batch_loss(base, batch)
     gradients = torch.autograd.grad(loss, parameters)
     return float(loss.detach()), torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
@@ -93,12 +95,30 @@ def test_the_loss_curve_is_that_of_plain_pytorch(tmp_path: Path, monkeypatch: py
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(use_dora: bool, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
-    exact = _loss_and_gradient(_model(folder, own=False), _batch())[1]
-    ours = _loss_and_gradient(_model(folder, own=True, dtype=torch.bfloat16), _batch())[1]
-    theirs = _loss_and_gradient(_model(folder, own=False, dtype=torch.bfloat16), _batch())[1]
+    exact = _loss_and_gradient(_model(folder, own=False, use_dora=use_dora), _batch())[1]
+    ours = _loss_and_gradient(_model(folder, own=True, dtype=torch.bfloat16, use_dora=use_dora), _batch())[1]
+    theirs = _loss_and_gradient(_model(folder, own=False, dtype=torch.bfloat16, use_dora=use_dora), _batch())[1]
     assert float((ours - exact).norm()) < 1.2 * float((theirs - exact).norm())
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("architecture", "targets"), [("llama-odd", "all"), ("qwen2", "q,down"), ("qwen3", "k,o,gate")]
+)
+def test_dora_is_that_of_the_modules(
+    architecture: str, targets: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMIDGEN_BACKEND", backend)
+    folder = tiny_folder(tmp_path, architecture)
+    ours, theirs = (_model(folder, own=own, targets=targets, use_dora=True) for own in (True, False))
+    monkeypatch.setattr(_layers(ours)[0]._original[0], "forward", None)  # it is not called
+    loss, gradient = _loss_and_gradient(ours, _batch())
+    expected_loss, expected = _loss_and_gradient(theirs, _batch())
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-5  # as above
 
 
 @pytest.mark.parametrize("targets", ["q,v", "down", "gate,o"])
@@ -110,8 +130,11 @@ def test_adapters_on_some_layers(targets: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputation_changes_no_bit(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = _model(tiny_folder(tmp_path), own=True, dtype=dtype)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_recomputation_changes_no_bit(
+    dtype: torch.dtype, use_dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _model(tiny_folder(tmp_path), own=True, dtype=dtype, use_dora=use_dora)
     runs: list[FusedLayer] = []
     run = FusedLayer.run
     monkeypatch.setattr(FusedLayer, "run", lambda self, *more: runs.append(self) or run(self, *more))

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from smidgen.data.batch import Batch, make_batch
 from smidgen.data.render import Example
 from smidgen.errors import RunError
-from smidgen.lora.attach import attach_lora
+from smidgen.lora.attach import adapters, attach_lora
 from smidgen.model.recompute import set_recompute
+from smidgen.train.config import Settings
 from smidgen.train.loss import batch_loss, chunked_cross_entropy
+from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import learning_rate_at, optimizer_step
 from tiny import VOCAB_SIZE, build, tiny_folder
 
@@ -29,9 +31,9 @@ def _examples(lengths: list[int], seed: int = 0) -> list[Example]:
 def _model(path: Path, architecture: str = "llama", targets: str = "all", storage: str = "nf4-dq"):
     base = build(tiny_folder(path, architecture), storage)
     names = [n for n in base.linears if n != base.head_name or targets == "head"]
-    adapters = attach_lora(base.model, names, rank=4, alpha=8, dropout=0.0, seed=0)
+    attached = attach_lora(base.model, names, rank=4, alpha=8, dropout=0.0, seed=0)
     with torch.no_grad():  # B not zero, so that A has a gradient too
-        for index, layer in enumerate(adapters.values()):
+        for index, layer in enumerate(attached.values()):
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05)
     base.model.train()
     return base, [p for p in base.model.parameters() if p.requires_grad]
@@ -172,6 +174,26 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_changes_nothing(tmp_path: 
             lambda b: batch_loss(base, b), [make_batch(_examples([9]))], parameters, optimizer, learning_rate=1, clip=1
         )
     assert all(torch.equal(p, b) for p, b in zip(parameters[1:], before, strict=True))
+
+
+def test_lora_plus_is_a_rate_of_b_alone(tmp_path: Path) -> None:
+    """Adam's first step is the rate itself wherever the gradient is far above epsilon, 1e-8."""
+    moved: dict[tuple[float, str], float] = {}
+    for ratio in (1.0, 16.0):
+        base, parameters = _model(tmp_path)
+        layers = adapters(base.model)
+        before = {
+            name: {part: p.detach().clone() for part, p in layer.trainable.items()} for name, layer in layers.items()
+        }
+        optimizer = make_optimizer(layers, Settings(lora_plus_ratio=ratio))
+        batches = [make_batch(_examples([30, 40]))]
+        optimizer_step(lambda b: batch_loss(base, b), batches, parameters, optimizer, learning_rate=1e-4, clip=0)  # noqa: B023
+        for part in ("lora_A", "lora_B"):
+            steps = [(layer.trainable[part] - before[name][part]).abs().flatten() for name, layer in layers.items()]
+            moved[ratio, part] = float(torch.cat(steps).detach().median())
+    assert moved[1.0, "lora_A"] == pytest.approx(1e-4, rel=1e-2) and moved[16.0, "lora_A"] == moved[1.0, "lora_A"]
+    assert moved[1.0, "lora_B"] == pytest.approx(1e-4, rel=1e-2)
+    assert moved[16.0, "lora_B"] == pytest.approx(16e-4, rel=1e-2)
 
 
 def test_learning_rates_of_the_schedules() -> None:

@@ -8,7 +8,7 @@ the same way for the command line and for a file.
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -24,8 +24,9 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. kind: int, float, str or bool. default None: nothing is passed on.
+    """One flag. kind: int, float, str, bool, or dict[str, int or float], which is repeatable.
 
+    default None: nothing is passed on.
     no: how the twin of a bool is spelt that switches it off, if not --no-NAME.
     """
 
@@ -51,7 +52,8 @@ class Flag:
             no = self.no or self.spelling.replace("--", "--no-", 1)
             return GroupedOption([f"{self.spelling}/{no}"], default=None, help=self._help(), group=self.group)
         metavar = self.metavar or ("[" + "|".join(self.choices) + "]" if self.choices else _METAVARS[self.kind])
-        return GroupedOption([self.spelling], metavar=metavar, help=self._help(), group=self.group)
+        repeatable = get_origin(self.kind) is dict
+        return GroupedOption([self.spelling], metavar=metavar, help=self._help(), group=self.group, multiple=repeatable)
 
     def _help(self) -> str:
         if self.default is None or self.default is False or self.default == "":

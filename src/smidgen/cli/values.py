@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from smidgen.errors import SettingsError
 
@@ -47,6 +47,7 @@ def collect(
 
     def take(name: str, spelling: str) -> Any:
         word = typed.get(name)
+        word = None if word == () else word  # a repeatable flag that was not given
         if word is None and from_file.get(name) is not None:
             label[name] = f"{config}: {name.replace('_', '-')}"
             word = from_file[name]
@@ -100,6 +101,8 @@ def _read(flag: "Flag", word: Any) -> Any:
 
 
 def _convert(kind: type, word: Any) -> Any:
+    if get_origin(kind) is dict:
+        return _convert_pairs(get_args(kind)[1], word)
     if kind is bool:
         if isinstance(word, bool):
             return word
@@ -121,6 +124,21 @@ def _convert(kind: type, word: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a finite number")
     return value
+
+
+def _convert_pairs(kind: type, word: Any) -> dict[str, Any]:
+    """The words 'key=value' of a repeatable flag, or a mapping of the file."""
+    if isinstance(word, tuple):
+        pairs = [(key, value) for key, _, value in (each.rpartition("=") for each in word)]
+    elif isinstance(word, dict):
+        pairs = [(str(key), value) for key, value in word.items()]
+    else:
+        raise ValueError("'key: value' lines")
+    if not all(key for key, _ in pairs):
+        raise ValueError("KEY=VALUE")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("each key once")
+    return {key: _convert(kind, value) for key, value in pairs}
 
 
 def _read_config(path: Path, known: set[str]) -> tuple[dict[str, Any], list[str]]:

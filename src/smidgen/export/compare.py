@@ -11,7 +11,8 @@ import torch
 from smidgen.data.render import IGNORED, Example
 from smidgen.errors import RunError
 from smidgen.export.adapter import read_adapter
-from smidgen.lora.linear import LoraLinear
+from smidgen.lora.attach import adapters
+from smidgen.lora.linear import LoraLinear, scaling_of
 from smidgen.model.build import Base
 
 __all__ = ["Distance", "check_saved_adapter", "compare_models", "label_logits", "plain_example", "without_adapters"]
@@ -70,16 +71,15 @@ def label_logits(base: Base, examples: Sequence[Example]) -> torch.Tensor:
 
 @contextmanager
 def without_adapters(base: Base) -> Iterator[None]:
-    """The bare base for a while: every adapter's alpha is 0."""
-    adapters = [module for module in base.model.modules() if isinstance(module, LoraLinear)]
-    alphas = [adapter.alpha for adapter in adapters]
+    """The bare base for a while: its own layers stand where the adapters stood."""
+    layers = adapters(base.model)
     try:
-        for adapter in adapters:
-            adapter.alpha = 0.0
+        for name, layer in layers.items():
+            base.model.set_submodule(name, layer.base)
         yield
     finally:
-        for adapter, alpha in zip(adapters, alphas, strict=True):
-            adapter.alpha = alpha
+        for name, layer in layers.items():
+            base.model.set_submodule(name, layer)
 
 
 @torch.no_grad()
@@ -96,19 +96,26 @@ def check_saved_adapter(base: Base, adapters: dict[str, LoraLinear], folder: Pat
     """Raise RunError unless the PEFT folder computes what the model does: its adapter is read again, put in the place
     of the one in memory for a moment, and the logits of a few tokens are compared.
     """
-    config, layers = read_adapter(folder)
+    stored = read_adapter(folder)
     ids = torch.arange(_PROBED_TOKENS, device=base.device)[None]
     ours = base.logits_of(base.hidden_of(ids)).float()
-    kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.alpha) for name, layer in adapters.items()}
+    kept = {name: (layer.scaling, {k: p.data for k, p in layer.trainable.items()}) for name, layer in adapters.items()}
     try:
         for name, layer in adapters.items():
-            parts = layers.get(name, {"lora_A": layer.lora_A * 0, "lora_B": layer.lora_B * 0})  # as a reader sees it
-            layer.lora_A.data, layer.lora_B.data = (parts[part].to(base.device) for part in ("lora_A", "lora_B"))
-            layer.alpha = float(config["lora_alpha"])
+            parts = stored.layers.get(name, {})  # a layer that is missing adds nothing, as a reader sees it
+            for part, parameter in layer.trainable.items():
+                parameter.data = parts[part].to(base.device) if part in parts else torch.zeros_like(parameter)
+            if parts:
+                kind = stored.kind_of(name)
+                layer.scaling = scaling_of(kind["rank"], kind["alpha"], use_rslora=kind["use_rslora"])
+            layer.train(layer.training)  # norms that were kept are of other numbers
         theirs = base.logits_of(base.hidden_of(ids)).float()
     finally:
         for name, layer in adapters.items():
-            layer.lora_A.data, layer.lora_B.data, layer.alpha = kept[name]
+            layer.scaling = kept[name][0]
+            for part, parameter in layer.trainable.items():
+                parameter.data = kept[name][1][part]
+            layer.train(layer.training)
     if not ours.isfinite().all():
         raise RunError(f"{folder}: the model's logits are not finite: not saved", cure="lower --learning-rate")
     # The numbers are the same, so are the operations; the room is for devices that sum in another order each time.

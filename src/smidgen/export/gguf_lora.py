@@ -2,8 +2,9 @@
 
 Format: general.architecture is the base's, general.type "adapter", adapter.type "lora", adapter.lora.alpha one number
 for the whole file; for each layer X.weight the tensors X.weight.lora_a [r, in_features] and X.weight.lora_b
-[out_features, r]. llama.cpp applies alpha / r with the layer's own r, so what another scaling asks for (rsLoRA, an
-alpha of a layer's own) goes into lora_b.
+[out_features, r]. llama.cpp applies alpha / r with the layer's own r, so alpha is
+written as scaling r of the first layer, and where another layer's differs (rsLoRA with ranks of their own, an alpha of
+a layer's own) the rest goes into lora_b.
 """
 
 from pathlib import Path
@@ -32,12 +33,15 @@ def save_gguf_lora(base: Base, path: Path) -> None:
             "the head has an adapter, but shares its weight with the embedding: llama.cpp cannot apply that",
             cure="use --to gguf, which merges it",
         )
-    alpha = float(next(iter(adapters.values())).alpha)
+    first = next(iter(adapters.values()))
+    if any(layer.use_dora for layer in adapters.values()):
+        raise RunError("llama.cpp has no DoRA", expected="plain LoRA", cure="use --to gguf, which merges it")
+    alpha = first.scaling * first.rank
     writer = gguf.GGUFWriter(None, layout.architecture)
     write_metadata(writer, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha})
     for name, layer in adapters.items():
         theirs = layout.name(f"{name}.weight")
-        lora_B = layer.lora_B.detach().float().cpu() * (layer.alpha / alpha)
+        lora_B = layer.lora_B.detach().float().cpu() * (layer.scaling * layer.rank / alpha)
         writer.add_tensor(f"{theirs}.lora_a", layer.lora_A.detach().float().cpu().contiguous().numpy())
         writer.add_tensor(f"{theirs}.lora_b", layout.stored(f"{name}.weight", lora_B).contiguous().numpy())
     finish(writer, path)

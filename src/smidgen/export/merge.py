@@ -79,7 +79,7 @@ def merged_parameters(base: Base) -> Iterator[MergedParameter]:
 
 @torch.no_grad()
 def _linear(linear: FrozenLinear, lora: LoraLinear | None, dtype: torch.dtype) -> torch.Tensor:
-    weight = dense(linear.weight, dtype, _CPU, lora.delta if lora else None)
+    weight = dense(linear.weight, dtype, _CPU, lora.merge if lora else None)
     return weight.t().contiguous() if linear.transposed else weight
 
 

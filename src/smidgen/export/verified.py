@@ -110,14 +110,14 @@ def _reopened(path: Path, examples: Sequence[Example]) -> torch.Tensor:
 def _with_adapters_of(base: Base, path: Path, examples: Sequence[Example]) -> torch.Tensor:
     """Logits of `base` with the adapters that the file holds in the place of its own."""
     layers = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLinear)}
-    kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.alpha) for name, layer in layers.items()}
+    kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.scaling) for name, layer in layers.items()}
     try:
         for name, (lora_A, lora_B, scaling) in read_gguf_lora(base, path).items():
             layer = layers[name]
             device = layer.lora_A.device
             layer.lora_A.data, layer.lora_B.data = lora_A.to(device), lora_B.to(device)
-            layer.alpha = scaling * layer.rank
+            layer.scaling = scaling
         return label_logits(base, examples)
     finally:
         for name, layer in layers.items():
-            layer.lora_A.data, layer.lora_B.data, layer.alpha = kept[name]
+            layer.lora_A.data, layer.lora_B.data, layer.scaling = kept[name]

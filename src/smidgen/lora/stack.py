@@ -52,6 +52,7 @@ class LoraStack:
         if A is not None:
             low = x @ A.t()
         y = self.matrix.matmul(x, self._low_ranks(A, low))
+        self._rescale(y, [layer.row_norms() if layer.use_dora else None for layer in self.adapters])
         if self.bias is not None:
             y += self.bias
         return y, low
@@ -60,6 +61,8 @@ class LoraStack:
         self, g: torch.Tensor, low: torch.Tensor, *, wants_x: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
         """g [tokens, all out_features] -> (gradient of x, or None if unwanted; gradient of low; of each lora_B)."""
+        if any(layer.use_dora for layer in self.adapters):
+            g = self._rescale(g.clone(), [layer.last_row_norms for layer in self.adapters])
         grad_low = torch.empty_like(low)
         adapters = self._low_ranks(self._stacked_A(g.dtype), low, grad_low)
         if wants_x:
@@ -80,6 +83,27 @@ class LoraStack:
             return []
         stacked = grad_low.t() @ x
         return [stacked[place[2]].to(place[0].lora_A.dtype) for place in self._places if place is not None]
+
+    def backward_magnitude(self, g: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradient of each adapter's magnitude, from g as in backward_input and the input; None without DoRA.
+
+        It takes the product before rescaling, which is computed once more: to keep it would double what a layer keeps.
+        """
+        if not any(layer.use_dora for layer in self.adapters):
+            return [None] * len(self.adapters)
+        y = self.matrix.matmul(x, self._low_ranks(self._stacked_A(x.dtype), low))
+        grads: list[torch.Tensor | None] = []
+        for layer, columns, _ in filter(None, self._places):
+            total = (g[:, columns] * y[:, columns]).sum(0, dtype=torch.float32)
+            grads.append(None if layer.last_row_norms is None else total / layer.last_row_norms)
+        return grads
+
+    def _rescale(self, y: torch.Tensor, norms: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """y [tokens, all out_features] *= m / norm in the columns of DoRA's layers. norms: of each adapter's rows."""
+        for (layer, columns, _), norm in zip(filter(None, self._places), norms, strict=True):
+            if norm is not None and layer.lora_magnitude_vector is not None:
+                y[:, columns] *= layer.lora_magnitude_vector.detach() / norm
+        return y
 
     def _stacked_A(self, dtype: torch.dtype) -> torch.Tensor | None:
         return torch.cat([adapter.lora_A for adapter in self.adapters]).to(dtype) if self.adapters else None

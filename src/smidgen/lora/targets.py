@@ -1,14 +1,17 @@
-"""Which layers get an adapter: field names (q, k, v, o, gate, up, down, head) or module names -> the layers of a model.
+"""Which layers get an adapter: field names (q, k, v, o, gate, up, down, head) or module names -> the layers of a model;
+and which of them a rank or alpha of their own.
 
 The field's names mean the same in every architecture. A fused projection is one layer that holds several of them: `q`
 on a fused query-key-value layer means the whole fused layer, and the caller is told so.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from smidgen.errors import SettingsError
 
-__all__ = ["FIELDS", "fields_of", "select_targets"]
+__all__ = ["FIELDS", "check_pattern", "fields_of", "match_pattern", "select_targets"]
 
 FIELDS = ("q", "k", "v", "o", "gate", "up", "down", "head")
 
@@ -78,6 +81,22 @@ def select_targets(targets: str, names: Iterable[str], head: str) -> tuple[list[
     if missing:
         raise SettingsError([_no_match(missing, names, head)])
     return [name for name in names if name in chosen], notes
+
+
+def match_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
+    """The first key that means the layer `name`, by PEFT's rule: a regular expression for the end of its name, from a
+    dot on. None if there is none.
+    """
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def check_pattern(setting: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises SettingsError naming every key that no adapted layer takes its value from. names: the adapted layers."""
+    names = list(names)
+    used = {match_pattern(patterns, name) for name in names}
+    if idle := [key for key in patterns if key not in used]:
+        some = ", ".join(dict.fromkeys(name.split(".")[-1] for name in names))
+        raise SettingsError([f"{setting}: no adapted layer is left for {', '.join(idle)}, there are {some}"])
 
 
 def _no_match(missing: list[str], names: list[str], head: str) -> str:

@@ -85,8 +85,8 @@ class _Parts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of each adapter in turn."""
-        return [parameter for adapter in self.adapters for parameter in (adapter.lora_A, adapter.lora_B)]
+        """lora_A, lora_B and, with DoRA, the magnitude of each adapter in turn."""
+        return [parameter for adapter in self.adapters for parameter in adapter.trainable.values()]
 
 
 @dataclass
@@ -246,17 +246,20 @@ class FusedLayer(nn.Module):
         product = scratch("product", grad_product.shape, grad.dtype, grad.device)
         swiglu_backward(grad_product, kept.gate_up, grad_gate_up, product)
         down_A = parts.down.backward_A(grad_low, product)
+        down_m = parts.down.backward_magnitude(grad, product, kept.down_low)
 
         grad_normed, grad_low, gate_up_B = parts.gate_up.backward_input(grad_gate_up, kept.gate_up_low, wants_x=True)
         assert grad_normed is not None
         norm = self._norm(self.post_attention_layernorm)
         normed = kept.middle_normed if kept.middle_normed.numel() else rms_norm(kept.middle, *norm)[0]
         gate_up_A = parts.gate_up.backward_A(grad_low, normed)
+        gate_up_m = parts.gate_up.backward_magnitude(grad_gate_up, normed, kept.gate_up_low)
         grad_middle = rms_norm_backward(grad_normed, kept.middle, norm[0], kept.middle_rstd, residual=grad)
 
         grad_attended, grad_low, out_B = parts.out.backward_input(grad_middle, kept.out_low, wants_x=True)
         assert grad_attended is not None
         out_A = parts.out.backward_A(grad_low, kept.attended)
+        out_m = parts.out.backward_magnitude(grad_middle, kept.attended, kept.out_low)
         grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse, rows.segments, shape)
         rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
@@ -269,11 +272,17 @@ class FusedLayer(nn.Module):
         norm = self._norm(self.input_layernorm)
         normed = kept.normed if kept.normed.numel() else rms_norm(kept.x, *norm)[0]
         qkv_A = parts.qkv.backward_A(grad_low, normed)
+        qkv_m = parts.qkv.backward_magnitude(grad_qkv, normed, kept.qkv_low)
         grad_x = None
         if grad_normed is not None:
             grad_x = rms_norm_backward(grad_normed, kept.x, norm[0], kept.rstd, residual=grad_middle)
-        pairs = zip([*qkv_A, *out_A, *gate_up_A, *down_A], [*qkv_B, *out_B, *gate_up_B, *down_B], strict=True)
-        return grad_x, [gradient for pair in pairs for gradient in pair]
+        of_adapters = zip(
+            [*qkv_A, *out_A, *gate_up_A, *down_A],
+            [*qkv_B, *out_B, *gate_up_B, *down_B],
+            [*qkv_m, *out_m, *gate_up_m, *down_m],
+            strict=True,
+        )
+        return grad_x, [gradient for parts_of in of_adapters for gradient in parts_of if gradient is not None]
 
     @staticmethod
     def _norm(module: Any) -> tuple[torch.Tensor, float]:

@@ -319,18 +319,18 @@ def dense(
     matrix: FrozenMatrix,
     dtype: torch.dtype,
     device: torch.device,
-    added: Callable[[int, int], torch.Tensor] | None = None,
+    changed: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """W [out_features, in_features] of `dtype`, made panel by panel in float32 and rounded once, in its own memory.
 
-    added: (start, stop) -> float32 [stop - start, in_features], which is added to those rows.
+    changed: (start, rows of W from there on, float32 [rows, in_features]) -> what is to stand there.
     """
     weight = torch.empty(matrix.out_features, matrix.in_features, dtype=dtype, device=device)
     height = max(1, _DENSE_WEIGHTS // matrix.in_features)
     for start in range(0, matrix.out_features, height):
         stop = min(start + height, matrix.out_features)
         panel = matrix.rows(start, stop, torch.float32)
-        weight[start:stop] = panel if added is None else panel + added(start, stop)
+        weight[start:stop] = panel if changed is None else changed(start, panel)
     return weight
 
 

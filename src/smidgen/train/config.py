@@ -7,7 +7,7 @@ The command line's flags, the keys of `--config FILE.yaml`, the keyword argument
 import re
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from smidgen.errors import SettingsError
 from smidgen.plan.estimate import RECOMPUTE
@@ -73,12 +73,34 @@ class Settings:
 
     rank: int = _setting(16, "LoRA", "Rank r of the adapters.")
     alpha: float = _setting(32.0, "LoRA", "Scale: the adapter's output is multiplied by alpha / rank.")
+    rank_pattern: dict[str, int] | None = _setting(
+        None,
+        "LoRA",
+        "Another rank for some layers, repeatable. PATTERN is a regular expression for the end of a layer's name, such"
+        " as down_proj or 'layers.(0|1).*'; the first that matches counts.",
+        metavar="PATTERN=N",
+    )
+    alpha_pattern: dict[str, float] | None = _setting(
+        None, "LoRA", "Another alpha for some layers, in the same way.", metavar="PATTERN=X"
+    )
+    use_rslora: bool = _setting(
+        False, "LoRA", "Rank-stabilised LoRA: multiply by alpha / sqrt(rank); large ranks learn as fast as small ones."
+    )
+    use_dora: bool = _setting(
+        False, "LoRA", "DoRA: learn the length of each row of the adapted weights too. Steps take longer."
+    )
     dropout: float = _setting(0.0, "LoRA", "Dropout on the adapter's input, 0 to 1.")
     targets: str = _setting(
         "all",
         "LoRA",
         "Layers that get an adapter: all (every linear layer of the decoder), or a comma list of"
         " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default.",
+    )
+    init_adapter: str | None = _setting(
+        None,
+        "LoRA",
+        "Start from this adapter, a PEFT folder or a run, made with the same targets, rank and so on.",
+        metavar="DIR",
     )
 
     optimizer: str = _setting(
@@ -89,6 +111,9 @@ class Settings:
         choices=OPTIMIZERS,
     )
     learning_rate: float = _setting(5e-4, "Training", "Peak learning rate.")
+    lora_plus_ratio: float = _setting(
+        1.0, "Training", "LoRA+: B learns at this many times the rate of A. 16 is its authors' advice."
+    )
     schedule: str = _setting(
         "cosine", "Training", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant")
     )
@@ -166,13 +191,18 @@ def settings_from(given: dict[str, Any]) -> Settings:
     if unknown:
         raise SettingsError([f"{name}: there is no such setting" for name in unknown])
     aliases = {f.name: f.metadata["aliases"] for f in fields(Settings) if "aliases" in f.metadata}
-    return Settings(**{name: aliases.get(name, {}).get(value, value) for name, value in given.items()})
+    return Settings(**{name: _unaliased(aliases.get(name, {}), value) for name, value in given.items()})
+
+
+def _unaliased(aliases: dict[str, str], value: Any) -> Any:
+    return aliases.get(value, value) if isinstance(value, str) else value
 
 
 def _wrong_types(settings: Settings) -> list[str]:
     problems = []
     for name, hint in get_type_hints(Settings).items():
         value, kinds = getattr(settings, name), get_args(hint) or (hint,)
+        kinds = tuple(get_origin(kind) or kind for kind in kinds)
         allowed = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
@@ -188,6 +218,13 @@ def _wrong_choices(settings: Settings) -> list[str]:
     ]
 
 
+def _is_regex(key: Any) -> bool:
+    try:
+        return bool(key) and bool(re.compile(key))
+    except (re.error, TypeError):
+        return False
+
+
 def _wrong_values(s: Settings) -> list[str]:
     problems = []
 
@@ -198,8 +235,14 @@ def _wrong_values(s: Settings) -> list[str]:
     need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device)), "device", "auto, cpu, cuda, cuda:N or mps")
     need(s.rank >= 1, "rank", "1 or more")
     need(s.alpha > 0, "alpha", "more than 0")
+    ranks, alphas = s.rank_pattern or {}, s.alpha_pattern or {}
+    need(all(map(_is_regex, ranks)), "rank_pattern", "regular expressions for names of layers")
+    need(all(type(rank) is int and rank >= 1 for rank in ranks.values()), "rank_pattern", "ranks of 1 or more")
+    need(all(map(_is_regex, alphas)), "alpha_pattern", "regular expressions for names of layers")
+    need(all(type(n) in (int, float) and n > 0 for n in alphas.values()), "alpha_pattern", "alphas above 0")
     need(0 <= s.dropout < 1, "dropout", "0 or more and less than 1")
     need(s.learning_rate > 0, "learning_rate", "more than 0")
+    need(s.lora_plus_ratio > 0, "lora_plus_ratio", "more than 0")
     need(0 <= s.warmup < 1, "warmup", "a fraction of all steps, 0 or more and less than 1")
     need(s.weight_decay >= 0, "weight_decay", "0 or more")
     need(s.clip >= 0, "clip", "0 or more")

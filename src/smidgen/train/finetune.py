@@ -17,13 +17,13 @@ from smidgen.data.render import IGNORED, Example, Renderer
 from smidgen.data.report import build_report, show_row
 from smidgen.errors import DataError, RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
-from smidgen.export.adapter import read_adapter
+from smidgen.export.adapter import StoredAdapter, read_adapter
 from smidgen.export.files import check_vacant
 from smidgen.export.quantise import quantise_model
 from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
-from smidgen.lora.targets import select_targets
+from smidgen.lora.targets import check_pattern, select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_device, peak_rss_bytes
@@ -40,7 +40,7 @@ from smidgen.train.logs import check_logs, open_logs
 from smidgen.train.loop import Schedule, train
 from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, settings_for, work_of
 from smidgen.train.optimizers import check_optimizer, make_optimizer
-from smidgen.train.run import SUMMARY, Record, RunFolder, read_record
+from smidgen.train.run import SUMMARY, Record, RunFolder, adapter_folder, read_record
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
 from smidgen.units import format_count
 
@@ -83,7 +83,9 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     source = open_source(model, report)
     if needs_gptq(settings.quantize, source.checkpoint):
         check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
-    prepared = _prepare(source, data, settings, report, out)
+    if settings.init_adapter is not None:
+        settings = replace(settings, init_adapter=_absolute(settings.init_adapter))
+    prepared = _prepare(source, data, settings, report, out, _initial_adapter(settings, source, report))
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
@@ -138,7 +140,8 @@ def _resume(
     # what `auto` chose at the start is kept, whatever it would choose now
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
-    prepared = _prepare(source, data, settings, report, run)
+    initial = None if checkpoint else _initial_adapter(settings, source, report)
+    prepared = _prepare(source, data, settings, report, run, initial)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, prepared.settings, checkpoint, started, report)
@@ -153,8 +156,26 @@ def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
-def _prepare(source: Source, data: str, settings: Settings, report: Report, out: Path) -> _Prepared:
-    """Cheap checks first: data and gate come before the weights are read."""
+def _initial_adapter(settings: Settings, source: Source, report: Report) -> StoredAdapter | None:
+    """The adapter to start from. Raises RunError where there is none, or where it is known to be for another base."""
+    if settings.init_adapter is None:
+        return None
+    folder = adapter_folder(Path(settings.init_adapter), report)
+    if folder is None:
+        raise RunError(f"init_adapter: {settings.init_adapter} is no adapter", expected="a PEFT folder or a run")
+    record = read_record(folder)
+    if record and record.base_fingerprint != source.checkpoint.fingerprint():
+        raise RunError(
+            f"init_adapter: {source.checkpoint.path} is not the base that {folder} was trained on (its weights differ)",
+            cure=f"give {record.model}, or start without it",
+        )
+    return read_adapter(folder)
+
+
+def _prepare(
+    source: Source, data: str, settings: Settings, report: Report, out: Path, initial: StoredAdapter | None
+) -> _Prepared:
+    """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start."""
     give_memory_back()
     rows = read_data(data, report=report)
     seq_len = min(settings.seq_len, source.max_positions)
@@ -189,12 +210,28 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
         trust_remote_code=settings.trust_remote_code,
         report=report,
     )
+    if initial:
+        initial.check_base(base)
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
     for note in notes:
         report(Note(note))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        check_pattern(setting, getattr(settings, setting) or {}, names)
     adapters = attach_lora(
-        base.model, names, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, seed=settings.seed
+        base.model,
+        names,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
     )
+    if initial:
+        initial.copy_into(adapters)
+        report(Note(f"the adapters start from {initial.folder}"))
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
     if is_fused(base.backbone) and settings.dropout:
@@ -397,18 +434,8 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor, result_step
 
 
 def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
-    _restore_adapter(checkpoint, adapters)
+    read_adapter(checkpoint).copy_into(adapters)
     return load_state(checkpoint, adapters, optimizer)
-
-
-def _restore_adapter(checkpoint: Path, adapters: dict[str, LoraLinear]) -> None:
-    _, layers = read_adapter(checkpoint)
-    if layers.keys() != adapters.keys():
-        raise RunError(f"{checkpoint}: its adapters are on other layers than the settings say")
-    with torch.no_grad():
-        for name, layer in adapters.items():
-            layer.lora_A.copy_(layers[name]["lora_A"])
-            layer.lora_B.copy_(layers[name]["lora_B"])
 
 
 def _restore_best(
@@ -420,7 +447,7 @@ def _restore_best(
     if best == cursor.step:
         report(Note(f"the last step, {best}, has the lowest held-out loss"))
     elif is_whole(checkpoint):
-        _restore_adapter(checkpoint, adapters)
+        read_adapter(checkpoint).copy_into(adapters)
         report(Note(f"the result is the adapter of step {best}, which has the lowest held-out loss"))
     else:
         report(Warned(f"{checkpoint} is damaged: the result is the adapter of the last step instead"))

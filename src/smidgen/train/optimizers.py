@@ -27,24 +27,32 @@ _BLOCKWISE_NUMBERS = 4096  # bitsandbytes keeps smaller states in float32
 
 
 def make_optimizer(adapters: dict[str, LoraLinear], settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over all adapters. `check_optimizer` says whether it can be made."""
-    return _optimizer([p for layer in adapters.values() for p in (layer.lora_A, layer.lora_B)], settings)
+    """The optimizer that the settings name, over all adapters. `check_optimizer` says whether it can be made.
+
+    A group's `lr_ratio` is what optimizer_step multiplies the learning rate by: LoRA+ (arXiv 2402.12354) for lora_B.
+    """
+    parts = [item for layer in adapters.values() for item in layer.trainable.items()]
+    groups = [
+        {"params": [parameter for part, parameter in parts if part != "lora_B"], "lr_ratio": 1.0},
+        {"params": [parameter for part, parameter in parts if part == "lora_B"], "lr_ratio": settings.lora_plus_ratio},
+    ]
+    return _optimizer(groups, settings)
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
     common: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer in _8BIT:
         from bitsandbytes import optim
 
-        return getattr(optim, _8BIT[settings.optimizer])(parameters, **common)
+        return getattr(optim, _8BIT[settings.optimizer])(groups, **common)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
+        return torch.optim.SGD(groups, momentum=0.9, **common)
     if settings.optimizer == "adafactor":
         # PyTorch multiplies a step by max(eps, size of the parameter), which would hold lora_B, zero at the start, back
         # for hundreds of steps. With 1 it is the rate alone, as everyone else has it for adapters.
-        return torch.optim.Adafactor(parameters, eps=(None, 1.0), **common)
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, fused=fused, **common)
+        return torch.optim.Adafactor(groups, eps=(None, 1.0), **common)
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, fused=fused, **common)
 
 
 def check_optimizer(settings: Settings, device: torch.device) -> None:
@@ -59,7 +67,7 @@ def check_optimizer(settings: Settings, device: torch.device) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _optimizer([tried], settings).step()
+            _optimizer([{"params": [tried]}], settings).step()
         moved = bool((tried < 0).all())
     except ImportError:
         raise SettingsError([f"optimizer: {name} needs bitsandbytes; pip install 'smidgen[bnb]'"]) from None

@@ -25,17 +25,17 @@ import yaml
 
 from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
-from smidgen.events import Report, Saved
-from smidgen.export.adapter import save_adapter
+from smidgen.events import Note, Report, Saved
+from smidgen.export.adapter import is_adapter, save_adapter
 from smidgen.export.compare import check_saved_adapter
 from smidgen.export.files import disk_errors, new_folder, replace_file, write_json
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.train.config import Settings
 from smidgen.train.lock import LOCK
-from smidgen.train.state import Cursor, is_whole, prune_checkpoints, save_state, write_manifest
+from smidgen.train.state import Cursor, is_whole, latest_checkpoint, prune_checkpoints, save_state, write_manifest
 
-__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "read_record"]
+__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "adapter_folder", "read_record"]
 
 RECORD = "smidgen.json"
 STATISTICS = "data.json"
@@ -86,6 +86,19 @@ def read_record(folder: Path) -> Record | None:
         return Record(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise RunError(f"{file} cannot be read ({error})") from error
+
+
+def adapter_folder(path: Path, report: Report) -> Path | None:
+    """The PEFT folder that `path` means: itself, or the newest checkpoint of an unfinished run; None for a model."""
+    if is_adapter(path):
+        return path
+    if read_record(path) is None:
+        return None
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        raise RunError(f"{path} has no adapter yet", cure=f"go on with it: smidgen finetune --resume {path}")
+    report(Note(f"{path} is not finished: taking {checkpoint.name}"))
+    return checkpoint
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,9 @@ def _state_of(name: str, parameter: torch.nn.Parameter, tensors: dict[str, torch
 
 
 def _named(adapters: dict[str, LoraLinear]) -> list[tuple[str, torch.nn.Parameter]]:
-    pairs = [(f"{name}.lora_{part}", layer) for name, layer in adapters.items() for part in "AB"]
-    return [(name, getattr(layer, name.rsplit(".", 1)[-1])) for name, layer in pairs]
+    return [
+        (f"{name}.{part}", parameter) for name, layer in adapters.items() for part, parameter in layer.trainable.items()
+    ]
 
 
 def write_manifest(folder: Path) -> None:

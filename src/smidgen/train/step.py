@@ -34,7 +34,8 @@ def optimizer_step(
     """Accumulate the gradients of all `batches`, clip, update.
 
     loss_of gives a batch's summed loss. The sum is divided once, by all labelled tokens of the step, so that 1 x 4 and
-    4 x 1 rows are the same step whatever the lengths. Raises RunError for a loss or gradient that is not finite.
+    4 x 1 rows are the same step whatever the lengths. An optimizer group learns at its `lr_ratio` times learning_rate.
+    Raises RunError for a loss or gradient that is not finite.
     """
     labelled = sum(batch.num_labels for batch in batches)
     loss = 0.0
@@ -49,7 +50,7 @@ def optimizer_step(
             f"loss {loss} with gradient norm {norm}", cure="lower --learning-rate; look at the rows of this step"
         )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm, sum(batch.num_tokens for batch in batches), labelled)
