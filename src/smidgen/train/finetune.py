@@ -23,6 +23,7 @@ from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import select_targets
+from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import free_memory_bytes, peak_rss_bytes
@@ -322,7 +323,7 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor) -> dict[str
         "peak_rss_bytes": peak_rss_bytes(),
         "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
     }
-    for figure in ("exact_match", "valid_json"):
+    for figure in ANSWER_MEASURES:
         if figure in after:
             summary |= {f"{figure}_before": before.get(figure), f"{figure}_after": after[figure]}
     return summary
@@ -356,7 +357,7 @@ def _answer(prepared: _Prepared, when: str, folder: RunFolder, cursor: Cursor, r
     if not prepared.compared:
         return None
     answers = answer_rows(prepared.base, prepared.renderer, prepared.compared, when=when, report=report)
-    folder.log({"step": cursor.step, "exact_match": answers.exact_match, "valid_json": answers.valid_json})
+    folder.log({"step": cursor.step, **answers.measures})
     report(answers)
     return answers
 
