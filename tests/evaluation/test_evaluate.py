@@ -134,25 +134,38 @@ def test_settings_for_rows_change_rows(model: Path, rows: Path) -> None:
     assert max(len(row.answer) for row in few.rows) <= 6 < max(len(row.answer) for row in more.rows)
 
 
-def test_open_questions_are_answered_turn_by_turn(model: Path, run: Path, tmp_path: Path) -> None:
+QUESTIONS: list[dict[str, Any]] = [
+    {"question_id": 81, "category": "writing", "turns": ["say red 0", "say blue 1"]},
+    {"question_id": 82, "category": "math", "turns": ["say green 2"]},
+    {"question_id": 83, "category": "math", "turns": ["say grey 2"]},
+]
+
+
+def test_open_questions_are_answered_turn_by_turn(stories: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    rows = [
-        {"question_id": 81, "category": "writing", "turns": ["say red 0", "say blue 1"]},
-        {"question_id": 82, "category": "math", "turns": ["say green 2"]},
-        {"question_id": 83, "category": "math", "turns": ["say grey 2"]},
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = smidgen.evaluate(run, questions=file, out=tmp_path / "a.jsonl", max_new_tokens=24, limit=2, batch_size=1)
-    assert result["questions"] == {"out": str(tmp_path / "a.jsonl"), "questions": 2}
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    out, how = tmp_path / "a.jsonl", {"max_new_tokens": 24, "limit": 2, "batch_size": 1}
+    result = smidgen.evaluate(stories, questions=file, out=out, **how, **PLAIN)
+    assert result["questions"] == {"out": str(out), "questions": 2}
     assert result["data"] == []
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    loaded = smidgen.load(run)
-    first = loaded.generate("say red 0", max_new_tokens=24).text.strip()
-    conversation = [{"role": "user", "content": "say red 0"}, {"role": "assistant", "content": first}]
-    second = loaded.generate([*conversation, {"role": "user", "content": "say blue 1"}], max_new_tokens=24).text.strip()
-    assert lines[0] == rows[0] | {"model_id": str(run), "choices": [{"index": 0, "turns": [first, second]}]}
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    loaded = smidgen.load(stories, **PLAIN)
+
+    def answered(*turns: str) -> str:
+        roles = ("user", "assistant", "user")
+        conversation = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+        return loaded.generate(conversation, max_new_tokens=24).text.strip()
+
+    first = answered("say red 0")
+    second = answered("say red 0", first, "say blue 1")
+    assert second != answered("say red 0", "", "say blue 1"), "what was answered before is in view"
+    assert lines[0] == QUESTIONS[0] | {"model_id": str(stories), "choices": [{"index": 0, "turns": [first, second]}]}
     assert [line["question_id"] for line in lines] == [81, 82]
 
+
+def test_answers_of_the_base_stand_beside_those_of_the_run(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     events: list[Event] = []
     smidgen.evaluate(
         run, questions=file, out=tmp_path / "b.jsonl", max_new_tokens=4, against="base", report=events.append
