@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from smidgen.checkpoint.hub import download as _download
-from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
 from smidgen.data.render import Example, Renderer
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import RunError, SettingsError, SmidgenError
-from smidgen.events import Note, Report, Saved, Warned, silent
+from smidgen.evaluation.evaluate import Evaluation
+from smidgen.evaluation.evaluate import evaluate as _evaluate
+from smidgen.events import Note, Report, Saved, silent
 from smidgen.export.adapter import load_adapter
 from smidgen.export.compare import compare_models, plain_example
 from smidgen.export.files import check_new, check_vacant, folder_bytes
@@ -38,7 +39,6 @@ from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
 from smidgen.report.page import write_page
 from smidgen.train.config import settings_from
-from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
@@ -127,60 +127,42 @@ def inspect_data(
 
 def evaluate(
     model: str | Path,
-    data: str,
-    *,
+    *data: str,
+    against: str | Path | None = None,
     protocol: str | None = None,
     limit: int | None = None,
     answers: bool = True,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     seq_len: int = 1024,
     train_on_prompt: bool = False,
+    questions: str | Path | None = None,
+    out: str | Path | None = None,
     report: Report = silent,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Loss and perplexity weighted by token, and how answers compare with the data's; or the perplexity of a text file.
+    """Measure a model or a run on each of `data`, every figure with its 95 % confidence interval (measures.measure).
 
-    data: as in finetune; its test rows, else its validation rows, else all. With `protocol` ('gptq', 'llama.cpp') a
-    plain UTF-8 text. Returns rows, tokens, loss, perplexity, and exact_match, valid_json, rouge_l where they apply.
+    data: rows as in finetune (the test rows, else the validation rows, else all): loss, perplexity and how greedy
+    answers compare; plain UTF-8 text: perplexity by `protocol`, 'gptq' or 'llama.cpp'; multiple choice and last words
+    (data.tasks): accuracy. limit: the first rows, windows or questions of each. against: 'base', the base that the run
+    was trained on, or another model or run, measured on the same rows. questions: a file of open questions, answered
+    into the new file `out`. max_new_tokens: of an answer; by default 128, of open questions 1,024.
+
+    Returns model, against, data, a list of {data, kind, rows, figures} in their order (see measure.compare); with
+    against also worse, a list of {data, kind, figure}: where the model is worse beyond the interval of the difference.
     """
-    if protocol is None and Path(data).suffix in TEXT_SUFFIXES:
-        protocol = "gptq"
-        report(Note(f"{data} is plain text: perplexity by protocol gptq (windows of 2048, every token)"))
-    if protocol and protocol not in PROTOCOLS:
-        raise SettingsError([f"protocol: expected one of {', '.join(PROTOCOLS)}, found {protocol!r}"])
-    if protocol:
-        text = read_text(Path(data))
-        loaded = load(model, report=report, **loading)
-        result = text_perplexity(loaded.base, loaded.tokenizer, text, protocol, limit, report)
-        return {"protocol": protocol} | result.as_dict()
-    parts = read_data(str(data), hold_out=False, report=report)
-    rows = (parts.test or parts.validation or parts.train)[:limit]
-    loaded = load(model, report=report, **loading)
-    seq_len = min(seq_len, loaded.base.max_positions)
-    renderer = Renderer(loaded.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
-    held_out = held_out_loss(loaded.base, renderer.render_all(rows), batch_size, report)
-    scores = held_out.as_dict()
-    if answers and any(row.messages for row in rows):
-        given = answer_rows(
-            loaded.base,
-            renderer,
-            rows,
-            when="given",
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            report=report,
-        )
-        report(given)
-        scores["exact_match"] = given.exact_match
-        if given.valid_json is not None:
-            scores["valid_json"] = given.valid_json
-        else:
-            try:
-                scores["rouge_l"] = rouge_l(given.rows)
-            except ImportError:
-                report(Warned("ROUGE-L is left out: it needs pip install 'smidgen[eval]'"))
-    return scores
+    how = Evaluation(protocol, limit, answers, max_new_tokens, batch_size, seq_len, train_on_prompt)
+    return _evaluate(
+        str(model),
+        data,
+        how,
+        against=None if against is None else str(against),
+        questions=None if questions is None else str(questions),
+        out=None if out is None else Path(out),
+        report=report,
+        loading=loading,
+    )
 
 
 def merge(

@@ -4,7 +4,7 @@ Long functions take `report`, a function of one event. The command line draws a 
 a notebook may collect them, and the default ignores them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +90,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to held-out rows, `when` is 'before' or 'after' training."""
+    """Answers to held-out rows, `when` is 'before' or 'after' training.
+
+    measures: exact_match, and valid_json and json_f1, or rouge_1, rouge_2, rouge_l and bleu: each from 0 to 1.
+    """
 
     when: str
     rows: tuple[Answer, ...]
-    exact_match: float
-    valid_json: float | None
+    measures: Mapping[str, float]
 
 
 @dataclass(frozen=True)

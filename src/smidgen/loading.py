@@ -99,11 +99,13 @@ def load(
     compute_dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    adapter: bool = True,
     report: Report = silent,
 ) -> LoadedModel:
     """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
 
-    Raises RunError where the base is not the one that the adapter was trained on.
+    adapter=False: a run's base alone, stored and computed as for the run. Raises RunError where the base is not the one
+    that the adapter was trained on.
     """
     wanted = settings_from({"quantize": quantize, "compute_dtype": compute_dtype, "device": device})
     quantize, compute_dtype = wanted.quantize, wanted.compute_dtype
@@ -128,7 +130,7 @@ def load(
         trust_remote_code=trust_remote_code,
         report=report,
     )
-    if folder:
+    if folder and adapter:
         load_adapter(base, folder)
     system = record.system if record else ""
     if system:

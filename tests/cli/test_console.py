@@ -32,7 +32,7 @@ def test_square_brackets_and_colons_are_text_and_not_markup(capfd: pytest.Captur
 
 def test_a_model_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    answer = Answers("after", (Answer("q", "e", "\x1b[31mred\x07"),), 0.0, 0.0)
+    answer = Answers("after", (Answer("q", "e", "\x1b[31mred\x07"),), {"exact_match": 0.0})
     console.report(answer)
     console.finished({}, Path("run"))
     assert "\x1b" not in "".join(capfd.readouterr())
@@ -99,10 +99,10 @@ def test_loss_is_smoothed_without_a_wrong_start() -> None:
 def test_evaluations_and_answers_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.report(Evaluated(0, 2.6817, 100, 3456))
-    console.report(Answers("before", (Answer("q", "e", "a"),) * 3, 1 / 3, None))
+    console.report(Answers("before", (Answer("q", "e", "a"),) * 3, {"exact_match": 1 / 3, "rouge_l": 0.5}))
     assert capfd.readouterr().err.splitlines() == [
         "held-out loss before training: 2.6817 (100 rows, 3,456 tokens)",
-        "answers before training: exact match 33.3 % (3 rows)",
+        "answers before training: exact match 33.3 %, ROUGE-L 50 % (3 rows)",
     ]
 
 
@@ -110,8 +110,8 @@ def test_answers_that_changed_come_first_and_a_right_answer_stands_for_the_expec
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     console = Console()
-    console.report(Answers("before", (Answer("one", "1", "1"), Answer("two", "2", "no")), 0.5, None))
-    console.report(Answers("after", (Answer("one", "1", "1"), Answer("two", "2", "2")), 1.0, None))
+    console.report(Answers("before", (Answer("one", "1", "1"), Answer("two", "2", "no")), {}))
+    console.report(Answers("after", (Answer("one", "1", "1"), Answer("two", "2", "2")), {}))
     console.finished({}, Path("run"))
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     assert lines.index(["asked", "two"]) < lines.index(["asked", "one"])

@@ -63,11 +63,11 @@ def model(api: Any) -> Model:
 def a_run(report: Callable[[Any], None]) -> SimpleNamespace:
     report(Note("a reason"))
     report(Progress("quantising", 1, 1))
-    report(Answers("before", (Answer("ring me", "{}", "no"),), 0.0, None))
+    report(Answers("before", (Answer("ring me", "{}", "no"),), {"exact_match": 0.0}))
     for step in (1, 2, 3):
         report(Step(step, 3, 1.0, 1e-3, 1.0, 100, 100.0, 3.0, 10**9))
     report(Evaluated(3, 0.25, 10, 100))
-    report(Answers("after", (Answer("ring me", "{}", "{}"),), 1.0, None))
+    report(Answers("after", (Answer("ring me", "{}", "{}"),), {"exact_match": 1.0}))
     report(Saved(Path("runs/x/adapter_model.safetensors"), 1_000_000))
     return SimpleNamespace(path=Path("runs/x"), summary=SUMMARY)
 
@@ -186,18 +186,90 @@ def test_chat_keeps_the_conversation_until_reset(
     assert json.loads(outcome.out)["messages"][-1] == {"role": "assistant", "content": "Hello there"}
 
 
+def figure(value: float, against: float | None = None, worse: bool = False, spread: float = 0.1) -> dict[str, Any]:
+    """As measures.measure.compare gives them."""
+
+    def within(middle: float) -> dict[str, Any]:
+        return {"value": middle, "low": middle - spread, "high": middle + spread}
+
+    if against is None:
+        return within(value)
+    return within(value) | {"against": within(against), "difference": within(value - against), "worse": worse}
+
+
 def test_evaluate_prints_what_it_measured(smidgen: Callable[..., Any], api: Any) -> None:
     seen: dict[str, Any] = {}
 
-    def evaluate(model_run: str, data: str, **settings: Any) -> dict[str, Any]:
-        seen.update(settings)
-        return {"rows": 10, "tokens": 1234, "loss": 0.5, "perplexity": 1.6487}
+    def evaluate(model_run: str, *data: str, **settings: Any) -> dict[str, Any]:
+        seen.update(settings, data=data)
+        part = {"data": "wiki.txt", "kind": "text", "protocol": "gptq", "rows": 3, "tokens": 6141}
+        figures = {"loss": figure(0.5), "perplexity": {"value": 1.6487, "low": None, "high": None}}
+        return {"model": "m", "against": None, "data": [part | {"figures": figures}]}
 
     api.evaluate = evaluate
-    outcome = smidgen("evaluate", "m", "wiki.txt", "--protocol", "gptq", "--no-answers", "--limit", "3")
+    outcome = smidgen("evaluate", "m", "wiki.txt", "b.jsonl", "--protocol", "gptq", "--no-answers", "--limit", "3")
     assert (seen["protocol"], seen["answers"], seen["limit"]) == ("gptq", False, 3)
-    assert "1,234" in outcome.out
-    assert "1.649" in outcome.out
+    assert seen["data"] == ("wiki.txt", "b.jsonl")
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines() if line]
+    assert lines == [
+        "wiki.txt: 3 windows, 6,141 tokens, protocol gptq; 95 % intervals in brackets",
+        "m",
+        "loss 0.5 (0.4 to 0.6)",
+        "perplexity 1.649",
+    ]
+
+
+def test_evaluate_shows_two_models_side_by_side_and_what_became_worse(smidgen: Callable[..., Any], api: Any) -> None:
+    part = {"data": "arc.jsonl", "kind": "choices", "rows": 50, "figures": {"accuracy": figure(0.3, 0.6, worse=True)}}
+    rows = {
+        "data": "rows.jsonl",
+        "kind": "rows",
+        "rows": 9,
+        "tokens": 10,
+        "figures": {"loss": figure(2, 1, worse=True)},
+    }
+    worse = [{"data": p["data"], "kind": p["kind"], "figure": name} for p, name in ((part, "accuracy"), (rows, "loss"))]
+    result = {"model": "run", "against": "base", "data": [part, rows], "worse": worse}
+    api.evaluate = lambda *_, **__: result
+    outcome = smidgen("evaluate", "run", "arc.jsonl", "rows.jsonl", "--against", "base")
+    assert outcome.code == 0
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines() if line]
+    assert lines[1:3] == [
+        "base run difference",
+        "accuracy 60.0 % (50.0 to 70.0) 30.0 % (20.0 to 40.0) -30.0 % (-40.0 to -20.0)",
+    ]
+    beyond = "worse beyond the 95 % interval of the difference"
+    assert lines[-2:] == [
+        f"Forgotten: arc.jsonl: accuracy 60.0 % → 30.0 %, {beyond}, -40.0 to -20.0.",
+        f"Worse: rows.jsonl: loss 1 → 2, {beyond}, +0.9 to +1.1.",
+    ]
+    result["worse"] = []
+    assert "Nowhere worse than base beyond" in smidgen("evaluate", "run", "arc.jsonl", "--against", "base").out
+    assert json.loads(smidgen("evaluate", "run", "a", "--against", "base", "--json").out) == result
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "DATA: missing."),
+        (("--questions", "q.jsonl"), "--questions: needs --out FILE beside it."),
+        (("d.jsonl", "--out", "a.jsonl"), "--out: needs --questions FILE beside it."),
+    ],
+)
+def test_evaluate_says_what_is_missing(words: tuple[str, ...], said: str, smidgen: Callable[..., Any]) -> None:
+    outcome = smidgen("evaluate", "m", *words)
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_evaluate_takes_its_data_from_a_file_of_flags(smidgen: Callable[..., Any], api: Any, tmp_path: Path) -> None:
+    seen: list[tuple[str, ...]] = []
+    api.evaluate = lambda model, *data, **_: seen.append(data) or {"model": model, "against": None, "data": []}
+    for text in ("model_run: m\ndata: [a.jsonl, b.txt]\n", "model_run: m\ndata: a.jsonl\n"):
+        (tmp_path / "flags.yaml").write_text(text)
+        assert smidgen("evaluate", "--config", str(tmp_path / "flags.yaml")).code == 0
+    assert smidgen("evaluate", "m", "c.jsonl", "--config", str(tmp_path / "flags.yaml")).code == 0
+    assert seen == [("a.jsonl", "b.txt"), ("a.jsonl",), ("c.jsonl",)]
 
 
 def test_merge_lists_its_files(smidgen: Callable[..., Any], api: Any) -> None:

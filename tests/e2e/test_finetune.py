@@ -50,7 +50,8 @@ def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) 
     assert summary == run.summary
     assert set(summary) == {
         "run", "base_format", "loss_before", "loss_after", "exact_match_before", "exact_match_after",
-        "valid_json_before", "valid_json_after", "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes",
+        "valid_json_before", "valid_json_after", "json_f1_before", "json_f1_after",
+        "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes",
         "trainable_parameters", "stopped",
     }  # fmt: skip
     assert summary["base_format"] == "nf4-dq"
@@ -192,8 +193,8 @@ def test_every_stored_form_trains_merges_and_answers(storage: str, model: Path, 
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", quantize=storage, **QUICK)
     assert run.summary["base_format"] == storage
     assert run.summary["loss_after"] < run.summary["loss_before"] - 0.3
-    scores = smidgen.evaluate(run.path, str(rows), limit=6, max_new_tokens=20)
-    assert set(scores) == {"rows", "tokens", "loss", "perplexity", "exact_match", "valid_json"}
+    (scores,) = smidgen.evaluate(run.path, str(rows), limit=6, max_new_tokens=20)["data"]
+    assert set(scores["figures"]) == {"loss", "perplexity", "exact_match", "valid_json", "json_f1"}
     merged = smidgen.merge(run.path, tmp_path / "merged", dtype="float32")
     assert merged["max_logit_difference"] < 1e-3 and merged["same_top_token"] == 1.0
     loaded, whole = (

@@ -77,11 +77,8 @@ class Console:
             case Answers():
                 self._bars.close(but_training=True)
                 self._answers[event.when] = event
-                valid = "" if event.valid_json is None else f", valid JSON {views.percent(event.valid_json)}"
-                self._say(
-                    f"{_answers_when(event.when)}: exact match {views.percent(event.exact_match)}{valid}"
-                    f" ({len(event.rows):,} rows)"
-                )
+                shown = ", ".join(f"{views.TITLES[name]} {views.percent(v)}" for name, v in event.measures.items())
+                self._say(f"{_answers_when(event.when)}: {shown} ({len(event.rows):,} rows)")
             case Saved():
                 self._saved.append(event)
 
@@ -135,6 +132,15 @@ class Console:
         for title, renderable in views.forecast(result, plain=not self._result.is_terminal):
             self.title(title)
             self.show(renderable)
+
+    def evaluation(self, result: Mapping[str, Any]) -> None:
+        """What `smidgen evaluate` measured, a table for each file, and what became worse."""
+        for title, renderable in views.evaluation(result):
+            self.title(title)
+            self.show(renderable)
+        for line in views.worse(result):
+            self.line()
+            self.line(line, "bold")
 
     def data_report(self, report: "DataReport") -> None:
         """What `smidgen data` found."""

@@ -1,4 +1,4 @@
-"""`smidgen evaluate MODEL|RUN DATA`."""
+"""`smidgen evaluate MODEL|RUN DATA...`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +16,15 @@ def _positive(value: int) -> bool:
 
 _EVALUATION = (
     Flag(
+        "against",
+        str,
+        None,
+        "Measure this on the same rows too, and show the differences: base (that the run was trained on), or a model"
+        " or run.",
+        "Evaluation",
+        metavar="base|MODEL|RUN",
+    ),
+    Flag(
         "protocol",
         str,
         None,
@@ -23,36 +32,83 @@ _EVALUATION = (
         "Evaluation",
         choices=("gptq", "llama.cpp"),
     ),
-    Flag("limit", int, None, "Only the first N rows or windows.", "Evaluation", check=_positive, expected="1 or more"),
-    Flag("answers", bool, True, "Also answer the rows and compare: exact match, valid JSON, ROUGE-L.", "Evaluation"),
-    Flag("max_new_tokens", int, 128, "Longest answer in tokens.", "Evaluation", check=_positive, expected="1 or more"),
+    Flag(
+        "limit",
+        int,
+        None,
+        "Only the first N rows, windows or questions of each file.",
+        "Evaluation",
+        check=_positive,
+        expected="1 or more",
+    ),
+    Flag("answers", bool, True, "Also answer the rows and compare the answers with the data's.", "Evaluation"),
+    Flag(
+        "max_new_tokens",
+        int,
+        None,
+        "Longest answer in tokens.  [default: 128; to open questions 1024]",
+        "Evaluation",
+        check=_positive,
+        expected="1 or more",
+    ),
     Flag("batch_size", int, 16, "Rows computed at once.", "Evaluation", check=_positive, expected="1 or more"),
+    Flag(
+        "questions",
+        str,
+        None,
+        "Answer the open questions of this file (MT-bench, Vicuna) into --out.",
+        "Evaluation",
+        metavar="FILE",
+    ),
+    Flag("out", str, None, "New file for the answers, a JSON object a line.", "Evaluation", metavar="FILE"),
     *base_flags("seq_len", "train_on_prompt"),
 )
 
 
-@verb("evaluate", arguments=("model_run", "data"), flags=(*_EVALUATION, *BASE_FLAGS))
-def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
-    """Measure a model or a run on DATA: loss and perplexity weighted by token, and how its answers compare.
+def _check(given: Given) -> list[str]:
+    problems = []
+    if not given["data"] and not given["questions"]:
+        problems.append("data: missing")
+    for name, other in (("questions", "out"), ("out", "questions")):
+        if given[name] and not given[other]:
+            problems.append(f"{name}: needs --{other} FILE beside it")
+    return problems
 
-    Of a data set with several parts the test rows are taken, else the validation rows. A plain text file gets its
-    perplexity, by the protocol that the papers or llama.cpp use.
+
+@verb(
+    "evaluate",
+    arguments=("model_run", "data"),
+    optional=("data",),
+    several=("data",),
+    flags=(*_EVALUATION, *BASE_FLAGS),
+    check=_check,
+)
+def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
+    """Measure a model or a run on DATA, each figure with its 95 % confidence interval.
+
+    Rows to train on: loss, perplexity, and how answers compare. Plain text: perplexity, by the protocol that the papers
+    or llama.cpp use. Multiple choice (ARC, PIQA, MMLU files): accuracy. Last words (LAMBADA): accuracy. With --against
+    base a run stands beside its base, and what it has forgotten is said. Of a data set with several parts the test rows
+    are taken, else the validation rows.
 
     \b
     Examples:
       smidgen evaluate runs/demo toolcalls --limit 50
       smidgen evaluate smollm2-135m wiki.test.raw --protocol llama.cpp
+      smidgen evaluate runs/demo toolcalls arc_easy.jsonl --against base --limit 200
+      smidgen evaluate runs/demo --questions mt_bench.jsonl --out answers.jsonl
     """
     from smidgen import api
 
     result = api.evaluate(
         given["model_run"],
-        given["data"],
+        *given["data"],
         report=console.report,
         **given.pick(_EVALUATION),
         **given.pick(BASE_FLAGS),
     )
     console.close()
     console.some_answers()
-    console.results(result)
+    console.evaluation(result)
+    console.files()
     return result

@@ -125,12 +125,14 @@ def verb(
     *,
     arguments: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
+    several: tuple[str, ...] = (),
     flags: tuple[Flag, ...] = (),
     check: Callable[[Given], list[str]] | None = None,
 ) -> Callable[[Callable[[Console, Given], Mapping[str, Any]]], Verb]:
     """Makes a command of `function(console, given)`: its result is what --json prints, its docstring is the help.
 
-    arguments: positional words in their order, also keys of the --config file; those in `optional` may be left out.
+    arguments: positional words in their order, also keys of the --config file; those in `optional` may be left out,
+    those in `several` are lists.
     check: more rules over all values; returns one line for each that is broken.
     """
 
@@ -139,7 +141,8 @@ def verb(
             as_json, config = typed.pop("json"), typed.pop("config")
             console = Console(as_json=bool(as_json))
             required = tuple(a for a in arguments if a not in optional)
-            given = collect(flags, arguments, required, typed, Path(config) if config else None, check)
+            path = Path(config) if config else None
+            given = collect(flags, arguments, required, typed, path, check, several)
             for note in given.notes:
                 console.note(note)
             result = function(console, given)
@@ -148,7 +151,15 @@ def verb(
                 console.json(result)
 
         params: list[click.Parameter] = [
-            *(click.Argument([a], required=False, metavar=metavar(a)) for a in arguments),
+            *(
+                click.Argument(
+                    [a],
+                    required=False,
+                    nargs=-1 if a in several else 1,
+                    metavar=metavar(a) + ("..." if a in several else ""),
+                )
+                for a in arguments
+            ),
             *(flag.option() for flag in flags),
             GroupedOption(
                 ["--json"], is_flag=True, group="General", help="Print one JSON object as the last line of stdout."

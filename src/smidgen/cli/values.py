@@ -37,8 +37,11 @@ def collect(
     typed: Mapping[str, Any],
     config: Path | None,
     check: Callable[[Given], list[str]] | None = None,
+    several: Sequence[str] = (),
 ) -> Given:
-    """typed: name -> word of the command line, None where it was not given. Raises SettingsError with every problem."""
+    """typed: name -> word of the command line, None where it was not given; a tuple of words for the arguments in
+    `several`, which a file may give as a list. Raises SettingsError with every problem.
+    """
     from_file, problems = _read_config(config, {*arguments, *(flag.name for flag in flags)}) if config else ({}, [])
     values: dict[str, Any] = {}
     named: set[str] = set()
@@ -53,14 +56,18 @@ def collect(
             word = from_file[name]
         else:
             label[name] = spelling
-        if word is not None:
+        if word is not None and word != ():
             named.add(name)
         return word
 
     for name in arguments:
         word = take(name, metavar(name))
-        values[name] = None if word is None else str(word)
-        if word is None and name in required:
+        if name in several:
+            words = word if isinstance(word, (list, tuple)) else [word]
+            values[name] = [str(each) for each in words]
+        else:
+            values[name] = None if word is None else str(word)
+        if name not in named and name in required:
             problems.append(f"{label[name]}: missing")
     for flag in flags:
         word = take(flag.name, flag.spelling)

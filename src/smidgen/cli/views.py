@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from smidgen.data.report import DataReport
 
 __all__ = [
+    "TITLES",
     "before_after",
     "comparison",
     "data_report",
+    "evaluation",
     "facts",
     "files",
     "forecast",
@@ -27,11 +29,25 @@ __all__ = [
     "printable",
     "quantisation",
     "run_figures",
+    "worse",
 ]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ROW_CHARACTERS = 1500
-_SHARES = {"exact_match", "valid_json", "same_top_token"}
+_SHARES = {"same_top_token"}
+TITLES = {  # measures by their names in results
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "accuracy_norm": "accuracy, by length",
+    "exact_match": "exact match",
+    "valid_json": "valid JSON",
+    "json_f1": "JSON fields F1",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+}
 
 
 def printable(text: str) -> str:
@@ -62,11 +78,8 @@ def marked_row(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
 def before_after(summary: Mapping[str, Any]) -> Table:
     """Held-out figures before and after training; rows without figures are left out."""
     table = _table("", "before", "after", right=("before", "after"))
-    for title, key, form in (
-        ("held-out loss", "loss", "{:.3f}".format),
-        ("exact match", "exact_match", percent),
-        ("valid JSON", "valid_json", percent),
-    ):
+    answers = [(title, key, percent) for key, title in TITLES.items() if key not in ("loss", "perplexity")]
+    for title, key, form in (("held-out loss", "loss", "{:.3f}".format), *answers):
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
         if before is not None or after is not None:
             table.add_row(
@@ -222,6 +235,65 @@ def forecast(result: Mapping[str, Any], *, plain: bool) -> list[tuple[str, Any]]
         step = format_duration(row["step_s"]) if row["step_s"] else "-"
         others.add_row(row["change"], format_bytes(row["peak_bytes"]), f"{less:+.0%}", step)
     return [(where, table), ("Settings", facts(settings)), ("Other settings", others)]
+
+
+def evaluation(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """(title, table) of each file: its figures with their 95 % intervals, beside those of the other model if any."""
+    parts: list[tuple[str, Table]] = []
+    against = result.get("against")
+    for part in result["data"]:
+        names = [printable(str(name)) for name in ([against, result["model"]] if against else [result["model"]])]
+        table = _table("", *names, *(["difference"] if against else []), right=[*names, "difference"])
+        for name, figure in part["figures"].items():
+            cells = [_with_interval(name, figure)]
+            if against:
+                cells = [
+                    _with_interval(name, figure.get("against")),
+                    *cells,
+                    _with_interval(name, figure.get("difference"), sign="+"),
+                ]
+            table.add_row(TITLES[name], *cells)
+        counted = f"{part['rows']:,} {'windows' if part['kind'] == 'text' else 'rows'}"
+        tokens = f", {part['tokens']:,} tokens" if "tokens" in part else ""
+        protocol = f", protocol {part['protocol']}" if "protocol" in part else ""
+        parts.append((f"{part['data']}: {counted}{tokens}{protocol}; 95 % intervals in brackets", table))
+    return parts
+
+
+def worse(result: Mapping[str, Any]) -> list[str]:
+    """A line for each file on which the model became worse beyond the interval; one for none."""
+    if "worse" not in result:
+        return []
+    lines = []
+    by_name = {part["data"]: part["figures"] for part in result["data"]}
+    for found in result["worse"]:
+        name, figure = found["figure"], by_name[found["data"]][found["figure"]]
+        what = "Worse" if found["kind"] == "rows" else "Forgotten"
+        was, now = (_figure(name, value) for value in (figure["against"]["value"], figure["value"]))
+        lines.append(
+            f"{what}: {found['data']}: {TITLES[name]} {was} → {now}, worse beyond the 95 % interval of the difference,"
+            f" {_interval(name, figure['difference'], sign='+')}."
+        )
+    return lines or [f"Nowhere worse than {result['against']} beyond the 95 % intervals."]
+
+
+def _figure(name: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4g}" if name in ("loss", "perplexity") else f"{100 * value:{sign}.1f} %"
+
+
+def _with_interval(name: str, figure: Mapping[str, Any] | None, sign: str = "") -> str:
+    """'57.0 % (50.1 to 63.7)'."""
+    if figure is None:
+        return "-"
+    shown = _figure(name, figure["value"], sign)
+    if figure["low"] is None:
+        return shown
+    return f"{shown} ({_interval(name, figure, sign)})"
+
+
+def _interval(name: str, figure: Mapping[str, Any], sign: str = "") -> str:
+    low, high = (_figure(name, figure[end], sign).removesuffix(" %") for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
 def histogram(buckets: Sequence[tuple[str, int]], *, mark: str = "█", width: int = 40) -> Table:

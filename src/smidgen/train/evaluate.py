@@ -1,9 +1,8 @@
 """How good is it: held-out loss, answers compared with the data's, perplexity of a text."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from smidgen.data.records import Row
 from smidgen.data.render import Example, Renderer
 from smidgen.errors import DataError
 from smidgen.events import Answer, Answers, Progress, Report, silent
+from smidgen.measures.answers import measure_answers
+from smidgen.measures.measure import Measure, cross_entropy, perplexity
 from smidgen.model.build import Base
 from smidgen.model.generate import Sampling, generate_batch
-from smidgen.train.loss import batch_loss, chunked_cross_entropy
+from smidgen.train.loss import row_losses, token_losses
 
-__all__ = ["PROTOCOLS", "HeldOut", "answer_rows", "held_out_loss", "rouge_l", "text_perplexity"]
+__all__ = ["PROTOCOLS", "HeldOut", "answer_prompts", "answer_rows", "held_out_loss", "text_perplexity"]
 
 _CACHE_TOKENS = 1 << 14  # keys and values of all rows of a batch of answers
 PROTOCOLS = {"gptq": (2048, 0), "llama.cpp": (512, 256)}  # window, first position that counts
@@ -25,35 +26,48 @@ PROTOCOLS = {"gptq": (2048, 0), "llama.cpp": (512, 256)}  # window, first positi
 
 @dataclass(frozen=True)
 class HeldOut:
-    """loss: mean over labelled tokens (not over rows or batches), natural logarithm."""
+    """losses: summed over each row's (or window's) labelled tokens, natural logarithm; row_tokens: their number."""
 
-    loss: float
-    rows: int
-    tokens: int
+    losses: tuple[float, ...]
+    row_tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over labelled tokens, not over rows or batches."""
+        return math.fsum(self.losses) / self.tokens
+
+    @property
+    def rows(self) -> int:
+        return len(self.losses)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.row_tokens)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"perplexity": self.perplexity}
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """loss and perplexity, with the rows that intervals are resampled from."""
+        loss = cross_entropy(self.losses, self.row_tokens)
+        return {"loss": loss, "perplexity": perplexity(loss)}
 
 
-@torch.no_grad()
 def held_out_loss(base: Base, examples: Sequence[Example], batch_size: int, report: Report = silent) -> HeldOut:
-    """The mean loss over all labelled tokens; rows of similar length share a batch."""
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    total, tokens = 0.0, 0
-    for start in range(0, len(ordered), batch_size):
-        batch = make_batch(ordered[start : start + batch_size])
-        if batch.num_labels:
-            total += float(batch_loss(base, batch))
-            tokens += batch.num_labels
-        report(Progress("held-out loss", min(start + batch_size, len(ordered)), len(ordered)))
-    if not tokens:
+    """The loss over all labelled tokens, for each row in the order given; rows of similar length share a batch."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    losses, tokens = [0.0] * len(examples), [0] * len(examples)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found = row_losses(base, make_batch([examples[index] for index in chosen]))
+        for index, loss, count in zip(chosen, *(part.tolist() for part in found), strict=True):
+            losses[index], tokens[index] = loss, count
+        report(Progress("held-out loss", start + len(chosen), len(order)))
+    if not sum(tokens):
         raise DataError("none of the held-out rows has a labelled token")
-    return HeldOut(total / tokens, len(ordered), tokens)
+    return HeldOut(tuple(losses), tuple(tokens))
 
 
 def answer_rows(
@@ -66,60 +80,60 @@ def answer_rows(
     batch_size: int = 128,
     report: Report = silent,
 ) -> Answers:
-    """Greedy answers to the last turn of each row, compared with the data's answers.
+    """Greedy answers to the last turn of each row, compared with the data's answers (measures.answers).
 
     max_new_tokens: default is what the longest expected answer of the rows needs and a little more.
-    valid_json: share of answers that parse, where every expected answer is JSON; else None.
     """
     rows = [row for row in rows if row.messages]
-    tokenizer = renderer.tokenizer
     expected = [renderer.answer_text(row).strip() for row in rows]
     if max_new_tokens is None:
-        lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in expected]
+        lengths = [len(renderer.tokenizer(text, add_special_tokens=False).input_ids) for text in expected]
         max_new_tokens = max(lengths, default=0) + 8
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    prompts = [renderer.prompt_ids(row) for row in rows]
+    answers = answer_prompts(
+        base,
+        renderer,
+        [renderer.prompt_ids(row) for row in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        what=f"answers {when}",
+        report=report,
+    )
+    asked = zip(rows, expected, answers, strict=True)
+    pairs = tuple(Answer(_question(row), want, text) for row, want, (text, _) in asked)
+    return Answers(when, pairs, {name: measure.value for name, measure in measure_answers(pairs).items()})
+
+
+def answer_prompts(
+    base: Base,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    what: str,
+    report: Report = silent,
+) -> list[tuple[str, bool]]:
+    """Greedy answers to prompts of token ids, in their order, each with whether max_new_tokens, or the end of
+    the model's positions, cut it off."""
+    tokenizer, sampling = renderer.tokenizer, Sampling(max_new_tokens=max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=0)
     batch_size = max(1, min(batch_size, _CACHE_TOKENS // (longest + max_new_tokens)))
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(rows)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [("", False)] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         new = generate_batch(base, [prompts[i] for i in chosen], renderer.end_ids, sampling, len(tokenizer))
+        room = min(max_new_tokens, base.max_positions - max(len(prompts[index]) for index in chosen) + 1)
         for index, ids in zip(chosen, new, strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        report(Progress(f"answers {when}", min(start + batch_size, len(order)), len(order)))
-    pairs = tuple(Answer(_question(row), want, got) for row, want, got in zip(rows, expected, answers, strict=True))
-    matches = sum(answer.answer == answer.expected for answer in pairs)
-    asked_json = bool(pairs) and all(_is_json(answer.expected) for answer in pairs)
-    return Answers(
-        when=when,
-        rows=pairs,
-        exact_match=matches / max(1, len(pairs)),
-        valid_json=sum(_is_json(answer.answer) for answer in pairs) / len(pairs) if asked_json else None,
-    )
+            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) == room
+        report(Progress(what, start + len(chosen), len(order)))
+    return answers
 
 
 def _question(row: Row) -> str:
     """What the user said last before the answer."""
     asked = [message["content"] for message in row.messages[: row.last_assistant] if message["role"] == "user"]
     return str(asked[-1]) if asked else ""
-
-
-def _is_json(text: str) -> bool:
-    """One JSON object or array and nothing else."""
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def rouge_l(answers: Sequence[Answer]) -> float:
-    """Mean ROUGE-L F1 (Lin 2004) by rouge-score with its stemmer. Raises ImportError where that is missing."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return sum(scorer.score(a.expected, a.answer)["rougeL"].fmeasure for a in answers) / max(1, len(answers))
 
 
 @torch.no_grad()
@@ -143,15 +157,14 @@ def text_perplexity(
     if len(ids) < window:
         raise DataError(f"the text has {len(ids)} tokens", expected=f"at least one window of {window} ({protocol})")
     bos = tokenizer.bos_token_id if protocol == "llama.cpp" and ids[0] == tokenizer.bos_token_id else None
-    total, tokens, windows = 0.0, 0, len(ids) // window
-    windows = min(windows, limit or windows)
+    losses: list[float] = []
+    windows = min(len(ids) // window, limit or len(ids))
     for index in range(windows):
         part = torch.tensor(ids[index * window : (index + 1) * window], device=base.device)
         seen = part.clone()
         if bos is not None:
             seen[0] = bos
         hidden = base.hidden_of(seen[None])[0, first:-1]
-        total += float(chunked_cross_entropy(base, hidden, part[first + 1 :]))
-        tokens += window - first - 1
+        losses.append(float(token_losses(base, hidden, part[first + 1 :])[0].double().sum()))
         report(Progress("perplexity", index + 1, windows))
-    return HeldOut(total / tokens, windows, tokens)
+    return HeldOut(tuple(losses), (window - first - 1,) * windows)

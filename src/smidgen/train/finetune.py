@@ -24,6 +24,7 @@ from smidgen.kernels.library import describe_library
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import check_pattern, select_targets
+from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_device, peak_rss_bytes
@@ -363,7 +364,7 @@ def _train(
             if not prepared.compared:
                 return None
             answers = answer_rows(base, prepared.renderer, prepared.compared, when=when, report=report)
-            log({"step": step, "exact_match": answers.exact_match, "valid_json": answers.valid_json})
+            log({"step": step, **answers.measures})
             report(answers)
             return answers
 
@@ -427,7 +428,7 @@ def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor, result_step
     }
     if result_step != cursor.step:
         summary["result_step"] = result_step
-    for figure in ("exact_match", "valid_json"):
+    for figure in ANSWER_MEASURES:
         if figure in after:
             summary |= {f"{figure}_before": before.get(figure), f"{figure}_after": after[figure]}
     return summary

@@ -16,7 +16,7 @@ from smidgen.data.batch import Batch
 from smidgen.kernels.elementwise import cross_entropy_
 from smidgen.model.build import Base
 
-__all__ = ["batch_loss", "chunked_cross_entropy"]
+__all__ = ["batch_loss", "chunked_cross_entropy", "row_losses", "token_losses"]
 
 _CHUNK_LOGITS = 1 << 25  # 128 MiB of float32: 682 positions of 49,152 classes
 
@@ -85,16 +85,52 @@ def chunked_cross_entropy(
     smoothing: share of each label that is spread over all classes. chunk: positions at once; by default what keeps a
     chunk of logits below 128 MiB. A head's adapter gets its gradient.
     """
-    most = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
-    chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))  # all about as long
+    chunk = _chunk(base, len(hidden), chunk)
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, *trained)  # type: ignore[return-value]
 
 
+def _chunk(base: Base, positions: int, most: int | None = None) -> int:
+    """Positions at once; all chunks are about as long."""
+    most = most or max(16, _CHUNK_LOGITS // base.head.out_features)
+    return max(1, math.ceil(positions / max(1, math.ceil(positions / most))))
+
+
+@torch.no_grad()
+def token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [M, hidden_size], targets [M] -> (the loss of each, float32 [M]; whether it is the likeliest
+    token, bool [M]), a chunk of logits at a time.
+    """
+    losses, likeliest = [], []
+    for part, wanted in zip(*(x.split(_chunk(base, len(hidden))) for x in (hidden, targets)), strict=True):
+        logits = base.logits_of(part)
+        likeliest.append(logits.argmax(dim=1) == wanted)
+        losses.append(cross_entropy_(logits, wanted, backward=False))
+    return torch.cat(losses), torch.cat(likeliest)
+
+
 def batch_loss(base: Base, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """The loss summed over a batch's labelled positions (label i is predicted from position i - 1): float32 scalar."""
+    hidden, targets, _ = _counted(base, batch)
+    return chunked_cross_entropy(base, hidden, targets, smoothing=smoothing)
+
+
+@torch.no_grad()
+def row_losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the loss summed over each row's labelled positions, float32 [B]; how many they are, int64 [B])."""
+    hidden, targets, rows = _counted(base, batch)
+    tokens = torch.bincount(rows, minlength=len(batch.lengths))
+    sums = torch.zeros(len(batch.lengths), device=base.device)
+    if len(targets):
+        sums.index_add_(0, rows, token_losses(base, hidden, targets)[0])
+    return sums.cpu(), tokens.cpu()
+
+
+def _counted(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden states [M, hidden_size], targets [M], rows [M]) of a batch's M labelled positions."""
     hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
     following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
-    targets = following[torch.arange(following.shape[1]) < batch.lengths[:, None]].to(base.device)
+    real = torch.arange(following.shape[1]) < batch.lengths[:, None]
+    targets, rows = following[real].to(base.device), real.nonzero()[:, 0].to(base.device)
     counted = targets != -100
-    return chunked_cross_entropy(base, hidden[counted], targets[counted], smoothing=smoothing)
+    return hidden[counted], targets[counted], rows[counted]
