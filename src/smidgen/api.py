@@ -41,6 +41,7 @@ from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.run import Record, RunFolder
+from smidgen.train.sharing import estimate_sharing
 
 __all__ = [
     "Generation",
@@ -87,14 +88,26 @@ def download(spec: str, *, report: Report = silent) -> Path:
 
 
 def inspect_data(
-    model: str, data: str, *, seq_len: int = 1024, train_on_prompt: bool = False, report: Report = silent
+    model: str,
+    data: str,
+    *,
+    seq_len: int = 1024,
+    train_on_prompt: bool = False,
+    report: Report = silent,
+    **batching: Any,
 ) -> DataReport:
-    """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read."""
+    """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
+
+    batching: micro_batch, accumulation and pack of the run that is planned, for what shared prefixes will save in it.
+    """
+    settings = settings_from({"seq_len": seq_len, "train_on_prompt": train_on_prompt, **batching})
     source = open_source(str(model), report)
     rows = read_data(str(data), report=report)
     renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
     everything = [*rows.train, *rows.validation, *rows.test]
-    return build_report(renderer.render_all(everything, report), everything, source.tokenizer, layout=rows.layout)
+    examples = renderer.render_all(everything, report)
+    sharing = estimate_sharing(examples[: len(rows.train)], settings)
+    return build_report(examples, everything, source.tokenizer, layout=rows.layout, sharing=sharing)
 
 
 def evaluate(

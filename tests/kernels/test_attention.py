@@ -46,9 +46,7 @@ def _distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("lengths", "heads"), CASES)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
-def test_forward_and_gradient(
-    isa: str, lengths: list[int], heads: Heads, dtype: torch.dtype, close: float
-) -> None:
+def test_forward_and_gradient(isa: str, lengths: list[int], heads: Heads, dtype: torch.dtype, close: float) -> None:
     segments = Segments(lengths)
     qkv = torch.randn(segments.tokens, heads.width).to(dtype)
     grad = torch.randn(segments.tokens, heads.q_width).to(dtype)

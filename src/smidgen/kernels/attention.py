@@ -147,8 +147,9 @@ def attention_twin(qkv: torch.Tensor, segments: Segments, shape: Heads) -> torch
         if before or 0 < shape.window < length:
             mask = torch.ones(length, len(seen), dtype=torch.bool, device=qkv.device).tril(before)
             mask = mask.triu(before + 1 - shape.window) if shape.window else mask
+        grouped = shape.heads != shape.kv_heads
         out = F.scaled_dot_product_attention(
-            q[:, :, before:], k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+            q[:, :, before:], k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=grouped
         )
         computed.append(out[0].transpose(0, 1).reshape(length, shape.q_width))
     return torch.cat(computed)

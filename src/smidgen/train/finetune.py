@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from smidgen.data.batch import Batching
 from smidgen.data.gate import check_examples
 from smidgen.data.records import DataSet, Row, read_data
 from smidgen.data.render import IGNORED, Example, Renderer
@@ -34,6 +35,7 @@ from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.loop import Schedule, make_optimizer, train
 from smidgen.train.run import Record, RunFolder, read_record
+from smidgen.train.sharing import choose_batching
 from smidgen.train.state import Cursor, latest_checkpoint, load_state
 from smidgen.units import format_bytes, format_count
 
@@ -56,6 +58,7 @@ class _Prepared:
     renderer: Renderer
     base: Base
     adapters: dict[str, LoraLinear]
+    batching: Batching
     train: list[Example]
     held_out: list[Example]
     compared: list[Row]
@@ -163,12 +166,14 @@ def _prepare(source: Source, data: str, settings: Settings, report: Report, out:
     )
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
-    _choose_recompute(base, settings, max(len(example.input_ids) for example in examples), report)
+    longest = max(len(example.input_ids) for example in examples)
+    _choose_recompute(base, settings, max(longest, settings.pack or settings.micro_batch * longest), report)
     return _Prepared(
         source,
         renderer,
         base,
         adapters,
+        choose_batching(base, examples, settings, report),
         examples,
         held_out,
         _compared(rows, settings.compare),
@@ -230,8 +235,11 @@ def _digest(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _choose_recompute(base: Base, settings: Settings, longest: int, report: Report) -> None:
-    """Set the layers' choice; 'auto' takes the first of none, cheap, full that fits in half of the free memory."""
+def _choose_recompute(base: Base, settings: Settings, most_tokens: int, report: Report) -> None:
+    """Set the layers' choice; 'auto' takes the first of none, cheap, full that fits in half of the free memory.
+
+    most_tokens: computed at once.
+    """
     choice = settings.recompute
     fused = is_fused(base.backbone) and not settings.dropout
     if is_fused(base.backbone) and settings.dropout:
@@ -244,7 +252,7 @@ def _choose_recompute(base: Base, settings: Settings, longest: int, report: Repo
         free = free_memory_bytes()
         for choice in RECOMPUTE:
             needed = estimate_activation_bytes(
-                settings.micro_batch * longest,
+                most_tokens,
                 hidden_size=config.hidden_size,
                 intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
                 num_layers=config.num_hidden_layers,
@@ -287,6 +295,7 @@ def _train(
             optimizer,
             prepared.train,
             settings,
+            prepared.batching,
             cursor,
             save=lambda at: _save(folder, prepared, optimizer, at, settings),
             evaluate=evaluate,
@@ -297,7 +306,7 @@ def _train(
         if outcome.stopped == "interrupted":
             raise KeyboardInterrupt
         if outcome.stopped:
-            total = Schedule(len(prepared.train), settings).total_steps
+            total = Schedule([len(example.input_ids) for example in prepared.train], settings).total_steps
             done = f"stopped by {outcome.stopped} after {cursor.step} of {total} steps"
             report(Note(f"{done}; smidgen finetune --resume {folder.path} goes on"))
         evaluate(cursor)

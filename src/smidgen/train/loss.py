@@ -31,6 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         chunk: int,
+        weights: torch.Tensor | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         wants_grad = any(ctx.needs_input_grad)
@@ -43,7 +44,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = logits_of(part)
             # The gradient takes the logits' place: no operation that `logits_of` ends with needs its result again.
             gradient = logits.detach()
-            total += cross_entropy_(gradient, targets[start : start + chunk], backward=wants_grad).sum()
+            losses = cross_entropy_(gradient, targets[start : start + chunk], backward=wants_grad)
+            if weights is not None:
+                losses = losses * weights[start : start + chunk]
+                gradient *= weights[start : start + chunk, None]
+            total += losses.sum()
             if grad_hidden is not None:
                 grad_part, *grad_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
                 grad_hidden[start : start + chunk] = grad_part
@@ -57,26 +62,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_hidden * scale, None, None, None, *(grad * scale for grad in grads)
+        return grad_hidden * scale, None, None, None, None, *(grad * scale for grad in grads)
 
 
 def chunked_cross_entropy(
-    base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None
+    base: Base,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    chunk: positions at once; by default what keeps a chunk of logits below 128 MiB. A head's adapter gets its gradient.
+    chunk: positions at once; by default what keeps a chunk of logits below 128 MiB. weights: float32 [M], how often
+    each position counts. A head's adapter gets its gradient.
     """
     most = chunk or max(16, _CHUNK_LOGITS // base.head.out_features)
     chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))  # all about as long
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, *trained)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, weights, *trained)  # type: ignore[return-value]
 
 
 def batch_loss(base: Base, batch: Batch) -> torch.Tensor:
     """The loss summed over a batch's labelled positions (label i is predicted from position i - 1): float32 scalar."""
-    hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
+    hidden, places = base.hidden_of_rows(batch.input_ids, batch.lengths, batch.groups)
     following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     targets = following[torch.arange(following.shape[1]) < batch.lengths[:, None]].to(base.device)
     counted = targets != -100
-    return chunked_cross_entropy(base, hidden[counted], targets[counted])
+    places, targets, times = places[counted], targets[counted], None
+    if batch.groups:
+        places, targets, times = _merged(places, targets, base.head.out_features)
+    # index_select: positions may come several times, and its gradient sums them in a fixed order
+    return chunked_cross_entropy(base, hidden.index_select(0, places), targets, weights=times)
+
+
+def _merged(
+    places: torch.Tensor, targets: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(places, targets, how often each pair comes or None if all come once).
+
+    Rows that share a prefix share the labels in it too: their logits are computed once. The token behind the prefix is
+    each row's own, and so its last position may have as many targets as there are rows.
+    """
+    pairs, times = torch.unique(places * classes + targets, return_counts=True)
+    if len(pairs) == len(places):
+        return places, targets, None
+    return pairs // classes, pairs % classes, times.float()
