@@ -36,7 +36,7 @@ from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
-from smidgen.train.config import settings_from
+from smidgen.train.config import Settings, settings_from
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, rouge_l, text_perplexity
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
@@ -93,14 +93,18 @@ def inspect_data(
     *,
     seq_len: int = 1024,
     train_on_prompt: bool = False,
+    micro_batch: int = 4,
+    accumulation: int = 1,
+    pack: int | None = None,
     report: Report = silent,
-    **batching: Any,
 ) -> DataReport:
     """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
 
-    batching: micro_batch, accumulation and pack of the run that is planned, for what shared prefixes will save in it.
+    micro_batch, accumulation, pack: of the run that is planned; what shared prefixes save in it depends on them.
     """
-    settings = settings_from({"seq_len": seq_len, "train_on_prompt": train_on_prompt, **batching})
+    settings = Settings(
+        seq_len=seq_len, train_on_prompt=train_on_prompt, micro_batch=micro_batch, accumulation=accumulation, pack=pack
+    )
     source = open_source(str(model), report)
     rows = read_data(str(data), report=report)
     renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
