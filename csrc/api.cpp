@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 6; }  // raised with every change of a signature below
+API int smidgen_interface() { return 7; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -164,28 +164,31 @@ API int smidgen_has_threads() { return run_team != nullptr; }
 API int smidgen_has_sgemm() { return sgemm != nullptr; }
 
 API void smidgen_attention(const float* q, const float* k, const float* v, float* out, float* lse,
-                           const int64_t* starts, const int64_t* blocks, int64_t num_blocks, int64_t tokens,
-                           int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t stride, int64_t out_stride,
-                           int64_t window, float scale) {
+                           const int64_t* starts, const int64_t* prefixes, const int64_t* blocks, int64_t num_blocks,
+                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t stride,
+                           int64_t out_stride, int64_t window, float scale) {
     run(kernels->attention,
-        {q, k, v, out, lse, starts, blocks, tokens, heads, kv_heads, head_dim, stride, out_stride, window, scale, sgemm},
+        {q, k, v, out, lse, starts, prefixes, blocks, tokens, heads, kv_heads, head_dim, stride, out_stride, window,
+         scale, sgemm},
         num_blocks * kv_heads, 1);
 }
 
 // grad_q, grad_k and grad_v have q's stride; partial_k and partial_v are scratch memory of as many times
-// kv_heads * tokens * head_dim floats as the row with the most parts has parts.
+// kv_heads * tokens * head_dim floats as the group with the most parts has parts. group_starts: of the groups' tokens.
 API void smidgen_attention_backward(const float* q, const float* k, const float* v, const float* out,
                                     const float* grad_out, const float* lse, float* grad_q, float* grad_k,
                                     float* grad_v, float* partial_k, float* partial_v, const int64_t* starts,
-                                    const int64_t* parts, const int64_t* parts_of_row, int64_t rows, int64_t num_parts,
-                                    int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t stride,
-                                    int64_t out_stride, int64_t window, float scale) {
-    const Attention forward{q,      k,     v,        const_cast<float*>(out), const_cast<float*>(lse), starts, nullptr,
+                                    const int64_t* prefixes, const int64_t* groups, const int64_t* group_starts,
+                                    const int64_t* parts, const int64_t* parts_of_group, int64_t num_groups,
+                                    int64_t num_parts, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                    int64_t head_dim, int64_t stride, int64_t out_stride, int64_t window, float scale) {
+    const Attention forward{q, k, v, const_cast<float*>(out), const_cast<float*>(lse), starts, prefixes, nullptr,
                             tokens, heads, kv_heads, head_dim, stride, out_stride, window, scale, sgemm};
-    run(kernels->attention_backward, {forward, grad_out, grad_q, partial_k, partial_v, parts}, num_parts * kv_heads, 1);
+    run(kernels->attention_backward, {forward, grad_out, grad_q, partial_k, partial_v, groups, parts},
+        num_parts * kv_heads, 1);
     run(kernels->attention_reduce,
-        {partial_k, partial_v, grad_k, grad_v, starts, parts_of_row, tokens, kv_heads, head_dim, stride},
-        rows * kv_heads, 1);
+        {partial_k, partial_v, grad_k, grad_v, group_starts, parts_of_group, tokens, kv_heads, head_dim, stride},
+        num_groups * kv_heads, 1);
 }
 
 API void smidgen_attention_decode(const float* q, const float* k, const float* v, float* keys, float* values,

@@ -34,30 +34,41 @@ inline float dot(const float* a, const float* b, int64_t n) {
     return value;
 }
 
-// One block of queries, of all heads that share a key head: which tokens it holds and which keys it sees, counted from
-// its row's start. The heads' queries are stacked, so that one product serves the whole group: stacked row i is query
-// i % queries of head kv_head * group + i / queries.
-struct Block {
-    int64_t start, kv_head, group, first, queries, stacked, first_key, keys, padded;
+// Keys that lie one behind the other: columns [column, column + count) of a block's scores, from `token` on.
+struct Keys {
+    int64_t column, count, token;
+};
 
-    Block(const Attention& a, int64_t row, int64_t kv_head_, int64_t block) : start(a.starts[row]), kv_head(kv_head_) {
+// One block of queries, of all heads that share a key head: which tokens it holds and which keys it sees. Positions
+// count from the start of the row, or of the row that it goes on after. The heads' queries are stacked, so that one
+// product serves the whole group: stacked row i is query i % queries of head kv_head * group + i / queries.
+struct Block {
+    int64_t token, kv_head, group, first, queries, stacked, first_key, keys, padded, num_pieces;
+    Keys pieces[2];  // of the row before, if it sees any of that, and of its own row
+
+    Block(const Attention& a, int64_t row, int64_t kv_head_, int64_t block) : kv_head(kv_head_) {
+        const int64_t start = a.starts[row], before = a.prefixes[row];
+        const int64_t prefix = before < 0 ? 0 : a.starts[before + 1] - a.starts[before];
         group = a.heads / a.kv_heads;
-        first = block * kQueries;
-        const int64_t left = a.starts[row + 1] - start - first;
+        token = start + block * kQueries;
+        first = prefix + block * kQueries;
+        const int64_t left = a.starts[row + 1] - token;
         queries = left < kQueries ? left : kQueries;
         stacked = group * queries;
         first_key = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
         keys = first + queries - first_key;
         padded = (keys + kWidth - 1) / kWidth * kWidth;
+        const int64_t shared = first_key < prefix ? prefix - first_key : 0;
+        num_pieces = 0;
+        if (shared > 0) pieces[num_pieces++] = {0, shared, a.starts[before] + first_key};
+        pieces[num_pieces++] = {shared, keys - shared, start + first_key + shared - prefix};
     }
-    const float* k(const Attention& a) const { return a.k + (start + first_key) * a.stride + kv_head * a.head_dim; }
-    const float* v(const Attention& a) const { return a.v + (start + first_key) * a.stride + kv_head * a.head_dim; }
     // Where stacked row i lies in a matrix [tokens, stride] whose heads lie side by side.
     int64_t place(const Attention& a, int64_t i, int64_t stride) const {
-        return (start + first + i % queries) * stride + (kv_head * group + i / queries) * a.head_dim;
+        return (token + i % queries) * stride + (kv_head * group + i / queries) * a.head_dim;
     }
     float* lse(const Attention& a, int64_t i) const {
-        return a.lse + (kv_head * group + i / queries) * a.tokens + start + first + i % queries;
+        return a.lse + (kv_head * group + i / queries) * a.tokens + token + i % queries;
     }
     // Keys [begin, end) are what stacked row i sees.
     int64_t begin(const Attention& a, int64_t i) const {
@@ -92,10 +103,40 @@ inline void stack(const Attention& a, const Block& block, const float* matrix, i
     }
 }
 
+// into [stacked, padded] = scale x K^T for the keys that the block sees; x [stacked, head_dim], k: a.k or a.v.
+inline void times_keys(const Attention& a, const Block& block, const float* x, const float* k, float scale, float* into) {
+    for (int64_t i = 0; i < block.num_pieces; i++) {
+        const Keys& piece = block.pieces[i];
+        product_nt(a.sgemm, block.stacked, piece.count, a.head_dim, scale, x, a.head_dim,
+                   k + piece.token * a.stride + block.kv_head * a.head_dim, a.stride, 0.0f, into + piece.column,
+                   block.padded);
+    }
+}
+
+// into [stacked, head_dim] = scale weights K; weights [stacked, padded].
+inline void sum_of_keys(const Attention& a, const Block& block, const float* weights, const float* k, float scale,
+                        float* into) {
+    for (int64_t i = 0; i < block.num_pieces; i++) {
+        const Keys& piece = block.pieces[i];
+        product_nn(a.sgemm, block.stacked, a.head_dim, piece.count, scale, weights + piece.column, block.padded,
+                   k + piece.token * a.stride + block.kv_head * a.head_dim, a.stride, i > 0 ? 1.0f : 0.0f, into,
+                   a.head_dim);
+    }
+}
+
+// grad [tokens, head_dim] += scale weights^T x for the keys that the block sees.
+inline void add_to_keys(const Attention& a, const Block& block, const float* weights, const float* x, float scale,
+                        float* grad) {
+    for (int64_t i = 0; i < block.num_pieces; i++) {
+        const Keys& piece = block.pieces[i];
+        product_tn(a.sgemm, piece.count, a.head_dim, block.stacked, scale, weights + piece.column, block.padded, x,
+                   a.head_dim, 1.0f, grad + piece.token * a.head_dim, a.head_dim);
+    }
+}
+
 // scores = scale Q K^T, with -inf where a query must not look; from end(i), rounded up to a whole vector, on: 0.
 inline void masked_scores(const Attention& a, const Block& block, const float* q, float* scores) {
-    product_nt(a.sgemm, block.stacked, block.keys, a.head_dim, a.scale, q, a.head_dim, block.k(a), a.stride, 0.0f, scores,
-               block.padded);
+    times_keys(a, block, q, a.k, a.scale, scores);
     for (int64_t i = 0; i < block.stacked; i++) {
         float* row = scores + i * block.padded;
         const int64_t end = block.end(i), whole = (end + kWidth - 1) / kWidth * kWidth;
@@ -123,8 +164,7 @@ void attention(const Attention& a, int64_t begin, int64_t end) {
             inverse[i] = 1.0f / total;
             *block.lse(a, i) = top + (float)__builtin_log(total);
         }
-        product_nn(a.sgemm, block.stacked, a.head_dim, block.keys, 1.0f, scores, block.padded, block.v(a), a.stride, 0.0f,
-                   out, a.head_dim);
+        sum_of_keys(a, block, scores, a.v, 1.0f, out);
         for (int64_t i = 0; i < block.stacked; i++) {
             float* to = a.out + block.place(a, i, a.out_stride);
             for (int64_t d = 0; d < a.head_dim; d++) to[d] = out[i * a.head_dim + d] * inverse[i];
@@ -132,52 +172,57 @@ void attention(const Attention& a, int64_t begin, int64_t end) {
     }
 }
 
+// The gradient of the block's queries, and what they add to grad_k, grad_v [tokens, head_dim].
+inline void block_backward(const AttentionBackward& args, const Block& block, float* grad_k, float* grad_v) {
+    const Attention& a = args.forward;
+    const int64_t size = block.stacked * a.head_dim;
+    float* p = worker_scratch(0, 2 * block.stacked * block.padded);
+    float* ds = p + block.stacked * block.padded;
+    float* q = worker_scratch(1, 4 * size);
+    float *grad_out = q + size, *out = q + 2 * size, *grad_q = q + 3 * size;
+    stack(a, block, a.q, a.stride, q);
+    stack(a, block, args.grad_out, a.out_stride, grad_out);
+    stack(a, block, a.out, a.out_stride, out);
+    masked_scores(a, block, q, p);
+    times_keys(a, block, grad_out, a.v, 1.0f, ds);
+    for (int64_t i = 0; i < block.stacked; i++) {
+        float* p_row = p + i * block.padded;
+        float* ds_row = ds + i * block.padded;
+        const float lse = *block.lse(a, i);
+        const float delta = dot(grad_out + i * a.head_dim, out + i * a.head_dim, a.head_dim);
+        const int64_t stop = (block.end(i) + kWidth - 1) / kWidth * kWidth;
+        fill(ds_row, block.keys, block.padded, 0.0f);
+        for (int64_t j = 0; j < stop; j += kWidth) {
+            const Vec probability = exp(load(p_row + j) - lse);
+            store(p_row + j, probability);
+            store(ds_row + j, probability * (load(ds_row + j) - delta));
+        }
+        fill(ds_row, stop, block.padded, 0.0f);
+    }
+    sum_of_keys(a, block, ds, a.k, a.scale, grad_q);
+    add_to_keys(a, block, ds, q, a.scale, grad_k);
+    add_to_keys(a, block, p, grad_out, 1.0f, grad_v);
+    for (int64_t i = 0; i < block.stacked; i++) {
+        float* to = args.grad_q + block.place(a, i, a.stride);
+        for (int64_t d = 0; d < a.head_dim; d++) to[d] = grad_q[i * a.head_dim + d];
+    }
+}
+
 void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end) {
     const Attention& a = args.forward;
     for (int64_t task = begin; task < end; task++) {
         const int64_t* part = args.parts + task / a.kv_heads * 3;
-        const int64_t row = part[0], kv_head = task % a.kv_heads, length = a.starts[row + 1] - a.starts[row];
-        const int64_t place = ((part[1] * a.kv_heads + kv_head) * a.tokens + a.starts[row]) * a.head_dim;
-        float* grad_k = args.partial_k + place;
-        float* grad_v = args.partial_v + place;
-        fill(grad_k, 0, length * a.head_dim, 0.0f);
-        fill(grad_v, 0, length * a.head_dim, 0.0f);
-        for (int64_t b = part[1]; b * kQueries < length; b += part[2]) {
-            const Block block(a, row, kv_head, b);
-            const int64_t size = block.stacked * a.head_dim;
-            float* p = worker_scratch(0, 2 * block.stacked * block.padded);
-            float* ds = p + block.stacked * block.padded;
-            float* q = worker_scratch(1, 4 * size);
-            float *grad_out = q + size, *out = q + 2 * size, *grad_q = q + 3 * size;
-            stack(a, block, a.q, a.stride, q);
-            stack(a, block, args.grad_out, a.out_stride, grad_out);
-            stack(a, block, a.out, a.out_stride, out);
-            masked_scores(a, block, q, p);
-            product_nt(a.sgemm, block.stacked, block.keys, a.head_dim, 1.0f, grad_out, a.head_dim, block.v(a), a.stride,
-                       0.0f, ds, block.padded);
-            for (int64_t i = 0; i < block.stacked; i++) {
-                float* p_row = p + i * block.padded;
-                float* ds_row = ds + i * block.padded;
-                const float lse = *block.lse(a, i);
-                const float delta = dot(grad_out + i * a.head_dim, out + i * a.head_dim, a.head_dim);
-                const int64_t stop = (block.end(i) + kWidth - 1) / kWidth * kWidth;
-                fill(ds_row, block.keys, block.padded, 0.0f);
-                for (int64_t j = 0; j < stop; j += kWidth) {
-                    const Vec probability = exp(load(p_row + j) - lse);
-                    store(p_row + j, probability);
-                    store(ds_row + j, probability * (load(ds_row + j) - delta));
-                }
-                fill(ds_row, stop, block.padded, 0.0f);
-            }
-            product_nn(a.sgemm, block.stacked, a.head_dim, block.keys, a.scale, ds, block.padded, block.k(a), a.stride,
-                       0.0f, grad_q, a.head_dim);
-            product_tn(a.sgemm, block.keys, a.head_dim, block.stacked, a.scale, ds, block.padded, q, a.head_dim, 1.0f,
-                       grad_k + block.first_key * a.head_dim, a.head_dim);
-            product_tn(a.sgemm, block.keys, a.head_dim, block.stacked, 1.0f, p, block.padded, grad_out, a.head_dim, 1.0f,
-                       grad_v + block.first_key * a.head_dim, a.head_dim);
-            for (int64_t i = 0; i < block.stacked; i++) {
-                float* to = args.grad_q + block.place(a, i, a.stride);
-                for (int64_t d = 0; d < a.head_dim; d++) to[d] = grad_q[i * a.head_dim + d];
+        const int64_t kv_head = task % a.kv_heads, first_row = args.groups[part[0]], last_row = args.groups[part[0] + 1];
+        const int64_t matrix = (part[1] * a.kv_heads + kv_head) * a.tokens * a.head_dim;
+        float* grad_k = args.partial_k + matrix;
+        float* grad_v = args.partial_v + matrix;
+        fill(grad_k, a.starts[first_row] * a.head_dim, a.starts[last_row] * a.head_dim, 0.0f);
+        fill(grad_v, a.starts[first_row] * a.head_dim, a.starts[last_row] * a.head_dim, 0.0f);
+        int64_t number = 0;  // of a block in the group
+        for (int64_t row = first_row; row < last_row; row++) {
+            const int64_t blocks = (a.starts[row + 1] - a.starts[row] + kQueries - 1) / kQueries;
+            for (int64_t b = 0; b < blocks; b++) {
+                if (number++ % part[2] == part[1]) block_backward(args, Block(a, row, kv_head, b), grad_k, grad_v);
             }
         }
     }
@@ -186,13 +231,13 @@ void attention_backward(const AttentionBackward& args, int64_t begin, int64_t en
 void attention_reduce(const AttentionReduce& a, int64_t begin, int64_t end) {
     const int64_t head_size = a.tokens * a.head_dim;
     for (int64_t task = begin; task < end; task++) {
-        const int64_t row = task / a.kv_heads, kv_head = task % a.kv_heads;
-        for (int64_t t = a.starts[row]; t < a.starts[row + 1]; t++) {
+        const int64_t group = task / a.kv_heads, kv_head = task % a.kv_heads;
+        for (int64_t t = a.starts[group]; t < a.starts[group + 1]; t++) {
             float* grad_k = a.grad_k + t * a.stride + kv_head * a.head_dim;
             float* grad_v = a.grad_v + t * a.stride + kv_head * a.head_dim;
             for (int64_t d = 0; d < a.head_dim; d++) {
                 float k = 0, v = 0;
-                for (int64_t part = 0; part < a.parts_of_row[row]; part++) {
+                for (int64_t part = 0; part < a.parts_of_group[group]; part++) {
                     const int64_t place = (part * a.kv_heads + kv_head) * head_size + t * a.head_dim + d;
                     k += a.partial_k[place];
                     v += a.partial_v[place];

@@ -87,9 +87,10 @@ struct CrossEntropy {
     Type type;
 };
 
-// Causal attention of rows of tokens that lie one behind the other, float32. Row r is tokens starts[r] .. starts[r + 1].
+// Causal attention of rows of tokens that lie one behind the other, float32. Row r is tokens starts[r] .. starts[r + 1];
+// it goes on after the whole row prefixes[r], which goes on after none itself (-1: after none).
 // Token t has its queries, keys and values at q, k, v + t * stride, head h at + h * head_dim; heads of q share the keys
-// of head h / (heads / kv_heads). window: how many tokens back a query sees, itself included (0: all of its row).
+// of head h / (heads / kv_heads). window: how many tokens back a query sees, itself included (0: all before it).
 // lse [heads, tokens]: log of the sum of exponentials. blocks: pairs (row, block of kQueries queries in it).
 // A task is one key head of one of these blocks, for all heads that share it.
 struct Attention {
@@ -99,14 +100,16 @@ struct Attention {
     float* out;
     float* lse;
     const int64_t* starts;
+    const int64_t* prefixes;
     const int64_t* blocks;
     int64_t tokens, heads, kv_heads, head_dim, stride, out_stride, window;
     float scale;
     Sgemm sgemm;
 };
 
-// Gradients of the above. parts: triples (row, part, parts of this row): every parts-th block of queries, from `part`
-// on, is the work of one task, so that few long rows keep all threads busy. partial_k, partial_v [most parts, kv_heads,
+// Gradients of the above. Group g is rows groups[g] .. groups[g + 1]: one row, or one and those that go on after it.
+// parts: triples (group, part, parts of this group): every parts-th block of queries, from `part` on, is the work of
+// one task, so that few long rows keep all threads busy, and no two tasks add to the same place. partial_k, partial_v [most parts, kv_heads,
 // tokens, head_dim] receive what each part adds to its keys and values; summed afterwards in a fixed order, so that the
 // result does not depend on the threads. A task is one key head of one part.
 struct AttentionBackward {
@@ -115,17 +118,19 @@ struct AttentionBackward {
     float* grad_q;
     float* partial_k;
     float* partial_v;
+    const int64_t* groups;
     const int64_t* parts;
 };
 
-// grad_k, grad_v [tokens, stride] from the partial sums. parts_of_row [rows]. A task is one key head of one row.
+// grad_k, grad_v [tokens, stride] from the partial sums. starts, parts_of_group: of the groups. A task is one key head
+// of one group.
 struct AttentionReduce {
     const float* partial_k;
     const float* partial_v;
     float* grad_k;
     float* grad_v;
     const int64_t* starts;
-    const int64_t* parts_of_row;
+    const int64_t* parts_of_group;
     int64_t tokens, kv_heads, head_dim, stride;
 };
 

@@ -38,11 +38,12 @@ from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
 from smidgen.report.page import write_page
-from smidgen.train.config import settings_from
+from smidgen.train.config import Settings, settings_from
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
 from smidgen.train.run import Record, RunFolder, adapter_folder
+from smidgen.train.sharing import estimate_sharing
 
 __all__ = [
     "Generation",
@@ -115,14 +116,30 @@ def download(spec: str, *, report: Report = silent) -> Path:
 
 
 def inspect_data(
-    model: str, data: str, *, seq_len: int = 1024, train_on_prompt: bool = False, report: Report = silent
+    model: str,
+    data: str,
+    *,
+    seq_len: int = 1024,
+    train_on_prompt: bool = False,
+    micro_batch: int = 4,
+    accumulation: int = 1,
+    pack: int | None = None,
+    report: Report = silent,
 ) -> DataReport:
-    """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read."""
+    """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
+
+    micro_batch, accumulation, pack: of the run that is planned; what shared prefixes save in it depends on them.
+    """
+    settings = Settings(
+        seq_len=seq_len, train_on_prompt=train_on_prompt, micro_batch=micro_batch, accumulation=accumulation, pack=pack
+    )
     source = open_source(str(model), report)
     rows = read_data(str(data), report=report)
     renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
     everything = [*rows.train, *rows.validation, *rows.test]
-    return build_report(renderer.render_all(everything, report), everything, source.tokenizer, layout=rows.layout)
+    examples = renderer.render_all(everything, report)
+    sharing = estimate_sharing(examples[: len(rows.train)], settings)
+    return build_report(examples, everything, source.tokenizer, layout=rows.layout, sharing=sharing)
 
 
 def evaluate(

@@ -297,7 +297,7 @@ def test_doctor_prints_nested_facts(smidgen: Callable[..., Any], api: Any) -> No
 
 
 def test_data_shows_a_row_and_lengths(smidgen: Callable[..., Any], api: Any) -> None:
-    from smidgen.data.report import DataReport
+    from smidgen.data.report import DataReport, Sharing
     from smidgen.events import RowShown
 
     report = DataReport(
@@ -311,9 +311,14 @@ def test_data_shows_a_row_and_lengths(smidgen: Callable[..., Any], api: Any) -> 
         suspicious=(("a.jsonl:2", "the same as a.jsonl:1"),),
         suspicious_rows=1,
         shown=RowShown((("ask", False), ("answer", True))),
+        sharing=Sharing(micro_batch=4, accumulation=2, pack=None, tokens=1000, computed_tokens=500),
     )
-    api.inspect_data = lambda model, data, *, report, seq_len, train_on_prompt, _=report: _
-    out = smidgen("data", "m", "a.jsonl").out
+    given: dict[str, Any] = {}
+    api.inspect_data = lambda model, data, *, report, _=report, **more: given.update(more) or _
+    out = smidgen("data", "m", "a.jsonl", "--micro-batch", "8", "--accumulation", "2", "--pack", "600").out
+    assert given == {"seq_len": 1024, "train_on_prompt": False, "micro_batch": 8, "accumulation": 2, "pack": 600}
+    assert "50 % of the tokens saved (2.00 times fewer), at 4 rows at once, 8 rows a step" in " ".join(out.split())
     for said in ("ask[[answer]]", "25 of 100 tokens (25 %)", "33-50", "a.jsonl:2: the same as a.jsonl:1"):
         assert said in out
-    assert json.loads(smidgen("data", "m", "a.jsonl", "--json").out)["share"] == 0.25
+    said = json.loads(smidgen("data", "m", "a.jsonl", "--json").out)
+    assert (said["share"], said["sharing"]["saved"]) == (0.25, 0.5)

@@ -42,6 +42,9 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "micro_batch": 4,
     "accumulation": 1,
     "memory": None,
+    "pack": None,
+    "share_prefix": "auto",
+    "group_by_length": False,
     "seed": 0,
     "recompute": "auto",
     "seq_len": 1024,
@@ -95,7 +98,7 @@ FROZEN_FLAGS = {
         "calibration_len",
         "perplexity",
     },
-    "data": {"seq_len", "train_on_prompt"},
+    "data": {"seq_len", "train_on_prompt", "micro_batch", "accumulation", "pack"},
     "download": set(),
     "doctor": set(),
     "bench": {

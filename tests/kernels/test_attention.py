@@ -28,6 +28,16 @@ CASES = [
     ([130, 9], Heads(4, 2, 32, 0.2, window=7)),
     ([270], Heads(2, 1, 64, 0.125, window=100)),
 ]
+# Rows that go on after another one: one and several blocks of queries, groups above and below the length that is split,
+# windows that end in the prefix, in the row itself, and beyond both.
+SHARED = [
+    ([70, 5, 64, 1], [-1, 0, 0, 0], Heads(4, 2, 16, 0.25)),
+    ([30, 9, 100, 20, 130, 7], [-1, -1, 1, 1, 1, -1], Heads(9, 3, 64, 0.125)),
+    ([1, 3, 77], [-1, 0, 0], Heads(4, 1, 20, 0.3)),
+    ([130, 9, 40], [-1, 0, 0], Heads(4, 2, 32, 0.2, window=7)),
+    ([50, 270, 20], [-1, 0, 0], Heads(2, 1, 64, 0.125, window=100)),
+    ([50, 20], [-1, 0], Heads(2, 1, 64, 0.125, window=1000)),
+]
 
 
 def _distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -36,9 +46,7 @@ def _distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("lengths", "heads"), CASES)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
-def test_forward_and_gradient(
-    isa: str, lengths: list[int], heads: Heads, dtype: torch.dtype, close: float
-) -> None:
+def test_forward_and_gradient(isa: str, lengths: list[int], heads: Heads, dtype: torch.dtype, close: float) -> None:
     segments = Segments(lengths)
     qkv = torch.randn(segments.tokens, heads.width).to(dtype)
     grad = torch.randn(segments.tokens, heads.q_width).to(dtype)
@@ -52,6 +60,30 @@ def test_forward_and_gradient(
     assert out.dtype == ours.dtype == dtype
     assert _distance(out, exact.detach()) < close
     assert _distance(ours, exact_grad) < 3 * close  # three products one after the other
+
+
+@pytest.mark.parametrize(("lengths", "prefixes", "heads"), SHARED)
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_shared_prefix_is_computed_once_with_the_same_result(
+    isa: str, backend: str, lengths: list[int], prefixes: list[int], heads: Heads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against rows that each have their own copy of it, in float64: the copies' gradients are its gradient's terms."""
+    monkeypatch.setenv("SMIDGEN_BACKEND", backend)
+    segments = Segments(lengths, prefixes)
+    qkv = torch.randn(segments.tokens, heads.width)
+    grad = torch.randn(segments.tokens, heads.q_width)
+    out, lse = attention(qkv, segments, heads)
+    ours = attention_backward(grad, qkv, out, lse, segments, heads)
+
+    leaf = qkv.double().requires_grad_()
+    rows = leaf.split(lengths)
+    copies = [row if prefix < 0 else torch.cat([rows[prefix], row]) for row, prefix in zip(rows, prefixes, strict=True)]
+    whole = attention_twin(torch.cat(copies), Segments([len(copy) for copy in copies]), heads)
+    parts = whole.split([len(copy) for copy in copies])
+    exact = torch.cat([part[-length:] for part, length in zip(parts, lengths, strict=True)])
+    exact_grad = torch.autograd.grad(exact, leaf, grad.double())[0]
+    assert _distance(out, exact.detach()) < 2e-6
+    assert _distance(ours, exact_grad) < 6e-6
 
 
 def test_rows_do_not_see_each_other(isa: str) -> None:
@@ -90,7 +122,7 @@ def test_the_gradient_does_not_depend_on_the_threads() -> None:
     code = (
         "import torch, hashlib\n"
         "from smidgen.kernels.attention import *\n"
-        "torch.manual_seed(0); h, s = Heads(3, 1, 32, .2), Segments([300, 90, 8])\n"
+        "torch.manual_seed(0); h, s = Heads(3, 1, 32, .2), Segments([300, 90, 8], [-1, 0, -1])\n"
         "x, g = torch.randn(398, h.width), torch.randn(398, h.q_width)\n"
         "o, l = attention(x, s, h); d = attention_backward(g, x, o, l, s, h)\n"
         "print(hashlib.sha256(o.numpy().tobytes() + d.numpy().tobytes()).hexdigest())\n"

@@ -9,15 +9,15 @@ from smidgen.cli.values import Given
 
 __all__ = ["data"]
 
-_FLAGS = base_flags("seq_len", "train_on_prompt")
+_FLAGS = base_flags("seq_len", "train_on_prompt", "micro_batch", "accumulation", "pack")
 
 
 @verb("data", arguments=("model", "data"), flags=_FLAGS)
 def data(console: Console, given: Given) -> Mapping[str, Any]:
     """Show how DATA's rows become tokens and labels for MODEL; nothing is trained.
 
-    It prints a row with its trained tokens marked, how long rows are, the share of tokens that the loss counts, and
-    rows that are cut off or look wrong.
+    It prints a row with its trained tokens marked, how long rows are, the share of tokens that the loss counts, rows
+    that are cut off or look wrong, and how many tokens a run saves by computing once what rows begin with alike.
 
     \b
     Examples:

@@ -10,10 +10,29 @@ from smidgen.data.layouts import Row
 from smidgen.data.render import IGNORED, Example
 from smidgen.events import RowShown
 
-__all__ = ["DataReport", "build_report", "show_row"]
+__all__ = ["DataReport", "Sharing", "build_report", "show_row"]
 
 _BOUNDS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _SUSPICIOUS_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A forecast of what a run saves by computing once what rows of a micro-batch begin with alike.
+
+    tokens: of the rows that were looked at; computed_tokens: what is left of them. The rest are settings of the run.
+    """
+
+    micro_batch: int
+    accumulation: int
+    pack: int | None
+    tokens: int
+    computed_tokens: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the tokens that need not be computed."""
+        return 1 - self.computed_tokens / self.tokens if self.tokens else 0.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,7 @@ class DataReport:
 
     lengths: histogram of tokens a row before cutting: (upper bound, rows), the last bound is the longest row.
     truncated: rows cut at seq_len. suspicious: (where, why), the first 50; suspicious_rows counts all of them.
-    shown: the first row in pieces, each with whether the loss counts it.
+    shown: the first row in pieces, each with whether the loss counts it. sharing: of the training rows.
     """
 
     layout: str
@@ -35,6 +54,7 @@ class DataReport:
     suspicious: tuple[tuple[str, str], ...]
     suspicious_rows: int
     shown: RowShown
+    sharing: Sharing | None = None
 
     @property
     def share(self) -> float:
@@ -43,10 +63,20 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"share": self.share, "shown": [list(piece) for piece in self.shown.pieces]}
+        more = {"share": self.share, "shown": [list(piece) for piece in self.shown.pieces]}
+        if self.sharing is not None:
+            more["sharing"] = asdict(self.sharing) | {"saved": self.sharing.saved}
+        return asdict(self) | more
 
 
-def build_report(examples: Sequence[Example], rows: Sequence[Row], tokenizer: Any, *, layout: str = "") -> DataReport:
+def build_report(
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    layout: str = "",
+    sharing: Sharing | None = None,
+) -> DataReport:
     """Look at rendered rows; examples[i] is rows[i]."""
     lengths = [len(example.input_ids) + example.cut_tokens for example in examples]
     suspicious = _suspicious(examples, rows, tokenizer)
@@ -61,6 +91,7 @@ def build_report(examples: Sequence[Example], rows: Sequence[Row], tokenizer: An
         suspicious=tuple(suspicious[:_SUSPICIOUS_SHOWN]),
         suspicious_rows=len({where for where, _ in suspicious}),
         shown=show_row(examples[0], tokenizer) if examples else RowShown(()),
+        sharing=sharing,
     )
 
 

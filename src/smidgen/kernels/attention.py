@@ -2,7 +2,8 @@
 
 PyTorch's CPU kernel computes the whole square whatever the mask. Here blocks of 64 queries meet only the keys before
 them. Rows of tokens lie one behind the other, without padding, and queries, keys and values are read where the
-projection wrote them: one matrix [tokens, (heads + 2 kv_heads) * head_dim], queries first. Not recorded by autograd.
+projection wrote them: one matrix [tokens, (heads + 2 kv_heads) * head_dim], queries first. Rows that begin alike may
+have that beginning in common, as a row of its own that they go on after. Not recorded by autograd.
 The native kernel needs PyTorch's BLAS and float32; other types are converted. PyTorch's own attention is the twin.
 """
 
@@ -51,20 +52,31 @@ class Heads:
 class Segments:
     """Rows of a batch, one behind the other: their lengths, and the tables of work that the kernels walk through.
 
-    The longest work comes first, so that no thread is left with it at the end.
+    prefixes[i]: the row that row i goes on after, seeing all of it, or -1. That row goes on after none itself, and all
+    that go on after it follow it directly: a group. The longest work comes first, so that no thread is left with it at
+    the end.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int] | None = None) -> None:
         self.lengths = list(lengths)
         self.tokens = sum(self.lengths)
-        self.starts = torch.tensor([0, *accumulate(self.lengths)])
+        prefix_of = [-1] * len(self.lengths) if prefixes is None else list(prefixes)
+        self.prefixes = torch.tensor(prefix_of)
+        ends = [0, *accumulate(self.lengths)]
+        self.starts = torch.tensor(ends)
+        before = [0 if prefix < 0 else self.lengths[prefix] for prefix in prefix_of]
         blocks = [(row, block) for row, length in enumerate(self.lengths) for block in range(-(-length // _QUERIES))]
-        self.blocks = torch.tensor(sorted(blocks, key=lambda where: -where[1])).view(-1, 2)
-        parts_of_row = [max(1, min(_MOST_PARTS, length // _PART)) for length in self.lengths]
-        parts = [(row, part, parts) for row, parts in enumerate(parts_of_row) for part in range(parts)]
-        self.parts = torch.tensor(sorted(parts, key=lambda part: -self.lengths[part[0]])).view(-1, 3)
-        self.parts_of_row = torch.tensor(parts_of_row)
-        self.most_parts = max(parts_of_row, default=1)
+        self.blocks = torch.tensor(sorted(blocks, key=lambda at: -(before[at[0]] // _QUERIES + at[1]))).view(-1, 2)
+
+        first_rows = [row for row, prefix in enumerate(prefix_of) if prefix < 0]
+        self.groups = torch.tensor([*first_rows, len(self.lengths)])
+        self.group_starts = self.starts[self.groups]
+        tokens = self.group_starts.diff().tolist()
+        parts_of_group = [max(1, min(_MOST_PARTS, count // _PART)) for count in tokens]
+        parts = [(group, part, parts) for group, parts in enumerate(parts_of_group) for part in range(parts)]
+        self.parts = torch.tensor(sorted(parts, key=lambda part: -tokens[part[0]])).view(-1, 3)
+        self.parts_of_group = torch.tensor(parts_of_group)
+        self.most_parts = max(parts_of_group, default=1)
 
 
 def _library(*tensors: torch.Tensor) -> Any:
@@ -86,8 +98,9 @@ def attention(qkv: torch.Tensor, segments: Segments, shape: Heads) -> tuple[torc
     q = wide.data_ptr()
     library.smidgen_attention(
         q, q + 4 * shape.q_width, q + 4 * (shape.q_width + shape.kv_width), out.data_ptr(), lse.data_ptr(),
-        segments.starts.data_ptr(), segments.blocks.data_ptr(), len(segments.blocks), segments.tokens,
-        shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
+        segments.starts.data_ptr(), segments.prefixes.data_ptr(), segments.blocks.data_ptr(), len(segments.blocks),
+        segments.tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window,
+        shape.scale,
     )  # fmt: skip
     return out.to(qkv.dtype), lse
 
@@ -115,27 +128,31 @@ def attention_backward(
     to_k, to_v = 4 * shape.q_width, 4 * (shape.q_width + shape.kv_width)
     library.smidgen_attention_backward(
         q, q + to_k, q + to_v, out.data_ptr(), grad_out.data_ptr(), lse.data_ptr(), g, g + to_k, g + to_v,
-        partial[0].data_ptr(), partial[1].data_ptr(), segments.starts.data_ptr(), segments.parts.data_ptr(),
-        segments.parts_of_row.data_ptr(), len(segments.lengths), len(segments.parts), segments.tokens, shape.heads,
-        shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
+        partial[0].data_ptr(), partial[1].data_ptr(), segments.starts.data_ptr(), segments.prefixes.data_ptr(),
+        segments.groups.data_ptr(), segments.group_starts.data_ptr(), segments.parts.data_ptr(),
+        segments.parts_of_group.data_ptr(), len(segments.parts_of_group), len(segments.parts), segments.tokens,
+        shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
     )  # fmt: skip
     return grad.to(dtype)
 
 
 def attention_twin(qkv: torch.Tensor, segments: Segments, shape: Heads) -> torch.Tensor:
     """The same by PyTorch, row by row, differentiable."""
-    rows = []
-    for row in qkv.split(segments.lengths):
-        parts = row.split([shape.q_width, shape.kv_width, shape.kv_width], dim=1)
+    rows, computed = qkv.split(segments.lengths), []
+    for row, prefix in zip(rows, segments.prefixes.tolist(), strict=True):
+        seen = row if prefix < 0 else torch.cat([rows[prefix], row])
+        parts = seen.split([shape.q_width, shape.kv_width, shape.kv_width], dim=1)
         q, k, v = (part.unflatten(1, (-1, shape.head_dim)).transpose(0, 1)[None] for part in parts)
-        mask, length = None, len(row)
-        if shape.window and shape.window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril().triu(1 - shape.window)
+        mask, length, before = None, len(row), len(seen) - len(row)
+        if before or 0 < shape.window < length:
+            mask = torch.ones(length, len(seen), dtype=torch.bool, device=qkv.device).tril(before)
+            mask = mask.triu(before + 1 - shape.window) if shape.window else mask
+        grouped = shape.heads != shape.kv_heads
         out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
+            q[:, :, before:], k, v, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=grouped
         )
-        rows.append(out[0].transpose(0, 1).reshape(length, shape.q_width))
-    return torch.cat(rows)
+        computed.append(out[0].transpose(0, 1).reshape(length, shape.q_width))
+    return torch.cat(computed)
 
 
 def attention_decode(

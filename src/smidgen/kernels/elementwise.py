@@ -1,7 +1,8 @@
 """RMSNorm, rotary positions, SwiGLU and cross-entropy, forwards and backwards, each in one pass over memory.
 
 None of them is recorded by autograd: model/fused.py and train/loss.py call them in both directions. Everything is
-computed in float32 and rounded once to the tensors' type. The functions named *_twin say the same in plain PyTorch.
+computed in float32 and rounded once to the tensors' type (float64 stays float64, which only the twins know). The
+functions named *_twin say the same in plain PyTorch.
 """
 
 import torch
@@ -15,6 +16,11 @@ __all__ = ["cross_entropy_", "rms_norm", "rms_norm_backward", "rotate_", "swiglu
 def _library(*tensors: torch.Tensor):
     """The native library where it knows the first tensor's type."""
     return native(*tensors) if tensors[0].dtype in TYPES else None
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the type that the twins compute in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
 
 
 def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.float()
+    wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * rstd * weight).to(x.dtype), rstd.reshape(-1)
 
@@ -71,9 +77,9 @@ def rms_norm_backward_twin(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     factor = rstd.view(*x.shape[:-1], 1)
-    normed, weighted = x.float() * factor, grad_y.float() * weight
+    normed, weighted = _wide(x) * factor, _wide(grad_y) * weight
     grad_x = factor * (weighted - normed * (weighted * normed).mean(dim=-1, keepdim=True))
-    return (grad_x if residual is None else grad_x + residual.float()).to(x.dtype)
+    return (grad_x if residual is None else grad_x + residual).to(x.dtype)
 
 
 def rotate_(
@@ -100,7 +106,7 @@ def rotate_twin_(
 ) -> torch.Tensor:
     half = cosine.shape[1]
     states = x[:, : heads * head_dim].view(x.shape[0], heads, head_dim)
-    low, high = states[..., :half].float(), states[..., half : 2 * half].float()
+    low, high = _wide(states[..., :half]), _wide(states[..., half : 2 * half])
     c, s = cosine[:, None], (-sine if back else sine)[:, None]
     rotated = low * c - high * s, high * c + low * s  # both before either is written: low and high may be views
     states[..., :half], states[..., half : 2 * half] = rotated
@@ -112,22 +118,20 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     library = _library(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if library is None:
-        gate, up = gate_up.float().split(width, dim=1)
+        gate, up = _wide(gate_up).split(width, dim=1)
         return (F.silu(gate) * up).to(gate_up.dtype)
     y = torch.empty(rows, width, dtype=gate_up.dtype)
     library.smidgen_swiglu(gate_up.data_ptr(), y.data_ptr(), rows, width, TYPES[y.dtype])
     return y
 
 
-def swiglu_backward(
-    grad_y: torch.Tensor, gate_up: torch.Tensor, grad_gate_up: torch.Tensor, y: torch.Tensor
-) -> None:
+def swiglu_backward(grad_y: torch.Tensor, gate_up: torch.Tensor, grad_gate_up: torch.Tensor, y: torch.Tensor) -> None:
     """Fills grad_gate_up [rows, 2 * width] from grad_y [rows, width], and y with silu(gate) * up once more."""
     library = _library(grad_y)
     rows, width = grad_y.shape
     if library is None:
-        gate, up = gate_up.float().split(width, dim=1)
-        grad, gate_sigmoid = grad_y.float(), torch.sigmoid(gate)
+        gate, up = _wide(gate_up).split(width, dim=1)
+        grad, gate_sigmoid = _wide(grad_y), torch.sigmoid(gate)
         silu = gate * gate_sigmoid
         grad_gate_up[:, :width] = grad * up * (gate_sigmoid + silu * (1 - gate_sigmoid))
         grad_gate_up[:, width:] = grad * silu
@@ -145,7 +149,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, *, backward: boo
     """
     library = _library(logits, targets)
     if library is None:
-        wide = logits.float()
+        wide = _wide(logits)
         lse = wide.logsumexp(dim=1)
         losses = lse - wide.gather(1, targets[:, None]).squeeze(1)
         if backward:

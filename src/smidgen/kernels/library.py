@@ -20,7 +20,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 6
+_INTERFACE = 7
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -39,8 +39,8 @@ _SIGNATURES = {
     "smidgen_swiglu_backward": "ppppiit",
     "smidgen_cross_entropy": "pppiitt",
     "smidgen_panel_product": "pppp" + "iiiiiiii" + "tt",
-    "smidgen_attention": "ppppppp" + "iiiiiiiif",
-    "smidgen_attention_backward": "pppppppppppppp" + "iiiiiiiiif",
+    "smidgen_attention": "pppppppp" + "iiiiiiiif",
+    "smidgen_attention_backward": "ppppppppppppppppp" + "iiiiiiiiif",
     "smidgen_attention_decode": "pppppppiiiiiiiif",
     "smidgen_quantise_4bit": "pppppiit",
     "smidgen_quantise_int8": "pppiit",

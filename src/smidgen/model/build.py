@@ -10,7 +10,7 @@ must be known: `logits_of` covers scaling and soft-capping, and every model is c
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
+from smidgen.model.packing import pack_rows
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import LayerStream, layer_of
 from smidgen.model.weights import Weights
@@ -62,16 +63,22 @@ class Base:
         """input_ids [B, T] -> last hidden states [B, T, hidden_size]; causal, without a cache."""
         return self.backbone(input_ids=input_ids, use_cache=False)[0]
 
-    def hidden_of_rows(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T], padded on the right; lengths [B] -> last hidden states of the real tokens [sum of lengths,
-        hidden_size], row after row. Padding is not even computed where the layers are our own.
+    def hidden_of_rows(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, groups: Sequence[tuple[Sequence[int], int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids [B, T], padded on the right; lengths [B]; groups: (rows, how many tokens they begin with alike).
+
+        Returns (last hidden states [tokens computed, hidden_size], int64 [sum of lengths]: which of them is that of
+        each real token, row after row). Where the layers are our own, padding is not computed, and a prefix once.
         """
-        real = torch.arange(input_ids.shape[1]) < lengths[:, None]
         backbone: Any = self.backbone
         if is_fused(backbone) and not any(layer.drops for layer in backbone.layers):
-            return hidden_rows(backbone, input_ids[real], lengths.tolist())
+            packed = pack_rows(input_ids, lengths, groups)
+            return hidden_rows(backbone, packed), packed.places
         # attention is causal, so what counts sees no padding, and no mask is needed
-        return self.hidden_of(input_ids.to(self.device))[real.to(self.device)]
+        real = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
+        hidden = self.hidden_of(input_ids.to(self.device))[real]
+        return hidden, torch.arange(len(hidden), device=self.device)
 
     @property
     def max_positions(self) -> int:

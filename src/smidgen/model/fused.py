@@ -30,6 +30,7 @@ from smidgen.kernels.elementwise import rms_norm, rms_norm_backward, rotate_, sw
 from smidgen.kernels.scratch import scratch
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.stack import LoraStack
+from smidgen.model.packing import PackedRows
 from smidgen.quant.matrix import StackedMatrix
 
 __all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "is_known", "rows_of"]
@@ -58,16 +59,17 @@ class _LastRows:
         """cos, sin [1 or batch, length, head_dim], as transformers hands them to a layer -> Rows."""
         last = self._last
         if last is None or last[0] is not given[0] or last[1] != batch:
-            rows = rows_of([given[0].shape[1]] * batch, *(part.expand(batch, -1, -1) for part in given))
+            segments = Segments([given[0].shape[1]] * batch)
+            rows = rows_of(segments, *(part.expand(batch, -1, -1) for part in given))
             self._last = last = given[0], batch, rows
         return last[2]
 
 
-def rows_of(lengths: Sequence[int], cosine: torch.Tensor, sine: torch.Tensor) -> Rows:
+def rows_of(segments: Segments, cosine: torch.Tensor, sine: torch.Tensor) -> Rows:
     """cosine, sine [..., head_dim] as transformers' rotary embedding gives them, a vector for each token -> Rows."""
     half = cosine.shape[-1] // 2
     tables = (part[..., :half].float().reshape(-1, half).contiguous() for part in (cosine, sine))
-    return Rows(Segments(lengths), *tables)
+    return Rows(segments, *tables)
 
 
 @dataclass(frozen=True)
@@ -356,11 +358,10 @@ def is_fused(backbone: nn.Module) -> bool:
     return all(isinstance(layer, FusedLayer) for layer in layers)
 
 
-def hidden_rows(backbone: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Token ids of rows one behind the other, int64 [tokens] -> last hidden states [tokens, hidden_size]."""
-    x = backbone.embed_tokens(ids)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    rows = rows_of(lengths, *backbone.rotary_emb(x, positions[None]))
+def hidden_rows(backbone: Any, packed: PackedRows) -> torch.Tensor:
+    """Last hidden states [tokens, hidden_size] of the tokens that are computed."""
+    x = backbone.embed_tokens(packed.ids)
+    rows = rows_of(packed.segments, *backbone.rotary_emb(x, packed.positions[None]))
     for layer in backbone.layers:
         x = layer.forward_rows(x, rows)
     return backbone.norm(x)

@@ -37,7 +37,8 @@ class Machine:
 @dataclass(frozen=True)
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
-    one layer together. rows_per_step: micro-batch times accumulation. total_steps: of the whole run.
+    one layer together. rows_per_step: micro-batch times accumulation. total_steps: of the whole run. pack: tokens that
+    are computed at once, in place of so many rows.
     """
 
     lengths: tuple[int, ...]
@@ -46,11 +47,14 @@ class Work:
     ranks: int
     total_steps: int = 1
     itemsize: int = 4
-    evaluates: bool = True
+    pack: int | None = None
 
-    def tokens(self, rows: int) -> int:
-        """Of the largest micro-batch that can come."""
-        return sum(self.lengths[:rows])
+    def tokens(self, rows: int, *, pads: bool) -> int:
+        """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
+        longest = self.lengths[0]
+        if self.pack is not None:
+            return max(longest, min(self.pack, sum(self.lengths[: self.rows_per_step])))
+        return longest * min(rows, len(self.lengths)) if pads else sum(self.lengths[:rows])
 
     def mean_tokens(self) -> float:
         """Of one optimizer step."""
@@ -100,7 +104,7 @@ class Forecast:
 
 def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> Forecast:
     """Memory and time of one choice."""
-    tokens, longest = work.tokens(choice.micro_batch), work.lengths[0]
+    tokens, longest = work.tokens(choice.micro_batch, pads=not model.fused), work.lengths[0]
     item, threads = work.itemsize, machine.threads
     sizes = model.layer_bytes
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)

@@ -141,6 +141,23 @@ class Settings:
         " recompute, a smaller micro-batch with more accumulation), or it is refused. By default what is free.",
         metavar="SIZE",
     )
+    pack: int | None = _setting(
+        None,
+        "Training",
+        "Compute as many rows at once as have at most N tokens, instead of --micro-batch rows. A step still takes"
+        " micro-batch x accumulation rows. No row sees another.",
+        metavar="TOKENS",
+    )
+    share_prefix: str = _setting(
+        "auto",
+        "Training",
+        "What rows computed at once begin with alike (a system prompt, a list of tools) is computed once, with the"
+        " same gradient. auto: where that saves 5 % of the tokens or more, on smidgen's own layers.",
+        choices=("auto", "off"),
+    )
+    group_by_length: bool = _setting(
+        False, "Training", "Each step takes rows of about the same length, in random order of steps."
+    )
     seed: int = _setting(0, "Training", "Seed of the adapters, the order of rows and dropout.")
     recompute: str = _setting(
         "auto",
@@ -252,6 +269,7 @@ def _wrong_values(s: Settings) -> list[str]:
     need(s.max_steps is None or s.max_steps >= 1, "max_steps", "1 or more")
     need(s.micro_batch >= 1, "micro_batch", "1 or more")
     need(s.accumulation >= 1, "accumulation", "1 or more")
+    need(s.pack is None or s.pack >= 1, "pack", "1 or more tokens")
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")

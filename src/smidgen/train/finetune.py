@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from smidgen.data.batch import Batching
 from smidgen.data.gate import check_examples
 from smidgen.data.records import DataSet, Row, read_data
 from smidgen.data.render import IGNORED, Example, Renderer
@@ -42,6 +43,7 @@ from smidgen.train.loop import Schedule, train
 from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, settings_for, work_of
 from smidgen.train.optimizers import check_optimizer, make_optimizer
 from smidgen.train.run import SUMMARY, Record, RunFolder, adapter_folder, read_record
+from smidgen.train.sharing import choose_batching
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
 from smidgen.units import format_count
 
@@ -66,6 +68,7 @@ class _Prepared:
     renderer: Renderer
     base: Base
     adapters: dict[str, LoraLinear]
+    batching: Batching
     train: list[Example]
     held_out: list[Example]
     compared: list[Row]
@@ -238,13 +241,15 @@ def _prepare(
     if is_fused(base.backbone) and settings.dropout:
         report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
     set_recompute(base, plan.choice.recompute)
+    settings = settings_for(settings, plan)
     return _Prepared(
-        settings_for(settings, plan),
+        settings,
         plan,
         source,
         renderer,
         base,
         adapters,
+        choose_batching(base, examples, settings, report),
         examples,
         held_out,
         _compared(rows, settings.compare),
@@ -378,6 +383,7 @@ def _train(
             optimizer,
             prepared.train,
             settings,
+            prepared.batching,
             cursor,
             save=save,
             evaluate=evaluate if prepared.held_out else lambda at: False,
@@ -392,7 +398,7 @@ def _train(
                 "max_time": f"max_time; smidgen finetune --resume {folder.path} goes on",
                 "early_stopping": f"early_stopping: {settings.early_stopping} evaluations without a lower loss",
             }
-            total = Schedule(len(prepared.train), settings).total_steps
+            total = Schedule([len(example.input_ids) for example in prepared.train], settings).total_steps
             report(Note(f"stopped after {cursor.step} of {total} steps by {reasons[outcome.stopped]}"))
         if prepared.held_out:
             evaluate(cursor)

@@ -114,7 +114,7 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
         rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
         report(Note(f"no data given: every row has {settings.seq_len} tokens"))
         return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
-    return _Subject(name, checkpoint, config, rows, Schedule(len(rows), settings).total_steps)
+    return _Subject(name, checkpoint, config, rows, Schedule(rows, settings).total_steps)
 
 
 def _place(settings: Settings, report: Report) -> tuple[str, torch.dtype, bool]:

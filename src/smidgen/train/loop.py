@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smidgen.data.batch import Batch, epoch_order, make_batch
+from smidgen.data.batch import Batch, Batching, epoch_order, grouped_order
 from smidgen.data.render import Example
 from smidgen.errors import RunError
 from smidgen.events import Report, Step
@@ -29,27 +29,33 @@ __all__ = ["Outcome", "Schedule", "train"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each optimizer step takes: a function of the settings alone."""
+    """Which rows each optimizer step takes: a function of the settings and the rows' lengths in tokens alone."""
 
-    num_rows: int
+    lengths: Sequence[int]
     settings: Settings
 
     @property
+    def step_rows(self) -> int:
+        return self.settings.micro_batch * self.settings.accumulation
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / (self.settings.micro_batch * self.settings.accumulation))
+        return math.ceil(len(self.lengths) / self.step_rows)
 
     @property
     def total_steps(self) -> int:
         steps = math.ceil(self.steps_per_epoch * self.settings.epochs)
         return min(steps, self.settings.max_steps or steps)
 
-    def rows_of(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step, as indices of rows."""
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of a step, as indices."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        size = self.settings.micro_batch
-        first = position * size * self.settings.accumulation
-        rows = epoch_order(self.num_rows, self.settings.seed, epoch)[first : first + size * self.settings.accumulation]
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        seed, first = self.settings.seed, position * self.step_rows
+        if self.settings.group_by_length:
+            order = grouped_order(self.lengths, seed, epoch, self.step_rows)
+        else:
+            order = epoch_order(len(self.lengths), seed, epoch)
+        return order[first : first + self.step_rows]
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     settings: Settings,
+    batching: Batching,
     cursor: Cursor,
     *,
     save: Callable[[Cursor], None],
@@ -78,7 +85,7 @@ def train(
     max_time counts from here on, also where a run is resumed. The first Ctrl-C ends the loop after the step in
     progress; a second one at once.
     """
-    schedule = Schedule(len(examples), settings)
+    schedule = Schedule([len(example.input_ids) for example in examples], settings)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     limit_s = parse_duration(settings.max_time) if settings.max_time else math.inf
     total, first = schedule.total_steps, Cursor(cursor.step, cursor.tokens, cursor.train_s)
@@ -93,15 +100,16 @@ def train(
             if _due(cursor.step, settings.eval_interval) and evaluate(cursor):
                 return Outcome(cursor, "early_stopping")
             begun = time.perf_counter()
-            batches = [make_batch([examples[row] for row in rows]) for rows in schedule.rows_of(cursor.step)]
+            rows = [examples[row] for row in schedule.rows_of(cursor.step)]
+            batches = batching.batches(rows)
             rate = learning_rate_at(cursor.step, total, settings.learning_rate, settings.warmup, settings.schedule)
             base.model.train()
             try:
                 result = optimizer_step(loss_of, batches, parameters, optimizer, learning_rate=rate, clip=settings.clip)
             except RunError as error:
-                rows = ", ".join(examples[row].where for group in schedule.rows_of(cursor.step) for row in group)
+                where = ", ".join(row.where for row in rows)
                 raise RunError(
-                    f"step {cursor.step + 1}: {error.what}", found=f"rows {rows}", cure=error.cure
+                    f"step {cursor.step + 1}: {error.what}", found=f"rows {where}", cure=error.cure
                 ) from error
             base.model.eval()
 

@@ -32,6 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         chunk: int,
         smoothing: float,
+        weights: torch.Tensor | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         wants_grad = any(ctx.needs_input_grad)
@@ -44,7 +45,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = logits_of(part)
             # The gradient takes the logits' place: no operation that `logits_of` ends with needs its result again.
             gradient = logits.detach()
-            total += _smoothed_(gradient, targets[start : start + chunk], smoothing, backward=wants_grad).sum()
+            losses = _smoothed_(gradient, targets[start : start + chunk], smoothing, backward=wants_grad)
+            if weights is not None:
+                losses = losses * weights[start : start + chunk]
+                gradient *= weights[start : start + chunk, None]
+            total += losses.sum()
             if grad_hidden is not None:
                 grad_part, *grad_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
                 grad_hidden[start : start + chunk] = grad_part
@@ -78,16 +83,22 @@ def _smoothed_(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *,
 
 
 def chunked_cross_entropy(
-    base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk: int | None = None, smoothing: float = 0.0
+    base: Base,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int | None = None,
+    smoothing: float = 0.0,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
     smoothing: share of each label that is spread over all classes. chunk: positions at once; by default what keeps a
-    chunk of logits below 128 MiB. A head's adapter gets its gradient.
+    chunk of logits below 128 MiB. weights: float32 [M], how often each position counts. A head's adapter gets its
+    gradient.
     """
     chunk = _chunk(base, len(hidden), chunk)
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, *trained)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, weights, *trained)  # type: ignore[return-value]
 
 
 def _chunk(base: Base, positions: int, most: int | None = None) -> int:
@@ -111,26 +122,44 @@ def token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor) -> tup
 
 def batch_loss(base: Base, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """The loss summed over a batch's labelled positions (label i is predicted from position i - 1): float32 scalar."""
-    hidden, targets, _ = _counted(base, batch)
-    return chunked_cross_entropy(base, hidden, targets, smoothing=smoothing)
+    hidden, places, targets, _ = _labelled(base, batch)
+    times = None
+    if batch.groups:
+        places, targets, times = _merged(places, targets, base.head.out_features)
+    # index_select: positions may come several times, and its gradient sums them in a fixed order
+    return chunked_cross_entropy(base, hidden.index_select(0, places), targets, smoothing=smoothing, weights=times)
 
 
 @torch.no_grad()
 def row_losses(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(the loss summed over each row's labelled positions, float32 [B]; how many they are, int64 [B])."""
-    hidden, targets, rows = _counted(base, batch)
+    hidden, places, targets, rows = _labelled(base, batch)
     tokens = torch.bincount(rows, minlength=len(batch.lengths))
     sums = torch.zeros(len(batch.lengths), device=base.device)
     if len(targets):
-        sums.index_add_(0, rows, token_losses(base, hidden, targets)[0])
+        sums.index_add_(0, rows, token_losses(base, hidden.index_select(0, places), targets)[0])
     return sums.cpu(), tokens.cpu()
 
 
-def _counted(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(hidden states [M, hidden_size], targets [M], rows [M]) of a batch's M labelled positions."""
-    hidden = base.hidden_of_rows(batch.input_ids, batch.lengths)
+def _labelled(base: Base, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden states [tokens, hidden_size]; of a batch's M labelled positions: place in them, target, row [M])."""
+    hidden, places = base.hidden_of_rows(batch.input_ids, batch.lengths, batch.groups)
     following = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     real = torch.arange(following.shape[1]) < batch.lengths[:, None]
     targets, rows = following[real].to(base.device), real.nonzero()[:, 0].to(base.device)
     counted = targets != -100
-    return hidden[counted], targets[counted], rows[counted]
+    return hidden, places[counted], targets[counted], rows[counted]
+
+
+def _merged(
+    places: torch.Tensor, targets: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(places, targets, how often each pair comes or None if all come once).
+
+    Rows that share a prefix share the labels in it too: their logits are computed once. The token behind the prefix is
+    each row's own, and so its last position may have as many targets as there are rows.
+    """
+    pairs, times = torch.unique(places * classes + targets, return_counts=True)
+    if len(pairs) == len(places):
+        return places, targets, None
+    return pairs // classes, pairs % classes, times.float()

@@ -12,7 +12,7 @@ import torch
 
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
-from smidgen.lora.targets import select_targets
+from smidgen.lora.targets import match_pattern, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.plan.inventory import Inventory
 from smidgen.plan.planner import Forecast, Machine, Work, cheapest, reasons, solve
@@ -38,8 +38,10 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         if linear is None:  # the head
             parameters += settings.rank * (model.vocab_size + model.hidden_size)
             continue
-        parameters += settings.rank * (linear.out_features + linear.in_features)
-        of_layer[linear.layer] += settings.rank
+        pattern = match_pattern(settings.rank_pattern or {}, name)
+        rank = settings.rank if pattern is None else (settings.rank_pattern or {})[pattern]
+        parameters += rank * (linear.out_features + linear.in_features) + settings.use_dora * linear.out_features
+        of_layer[linear.layer] += rank
     return Work(
         lengths=tuple(sorted(lengths, reverse=True)),
         rows_per_step=settings.micro_batch * settings.accumulation,
@@ -47,6 +49,7 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         ranks=max(of_layer),
         total_steps=steps,
         itemsize=itemsize,
+        pack=settings.pack,
     )
 
 

@@ -14,7 +14,7 @@ __all__ = ["StepResult", "learning_rate_at", "optimizer_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's labelled tokens. grad_norm: before clipping. tokens: all tokens that were computed."""
+    """loss: mean over the step's labelled tokens. grad_norm: before clipping. tokens: of all its rows."""
 
     loss: float
     grad_norm: float

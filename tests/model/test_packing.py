@@ -1,0 +1,187 @@
+"""Shared prefixes: the loss and every gradient are those of rows computed one by one."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import smidgen.model.build
+import smidgen.model.fused
+from smidgen.data.batch import Batch, make_batch
+from smidgen.data.prefix import computed_tokens
+from smidgen.data.render import Example
+from smidgen.kernels.attention import Segments, attention_backward
+from smidgen.lora.attach import adapters, attach_lora
+from smidgen.model.build import Base
+from smidgen.model.fused import FusedLayer
+from smidgen.model.packing import PackedRows, pack_rows
+from smidgen.model.recompute import set_recompute
+from smidgen.train.loss import batch_loss
+from tiny import VOCAB_SIZE, build, tiny_folder
+
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "qwen3-one-key-head"]  # Mistral's window of 8 ends within the prefixes
+
+
+def _model(folder: Path, storage: str = "nf4-dq", dtype: torch.dtype = torch.float32, **lora: Any) -> Base:
+    base = build(folder, storage, dtype)
+    names = list(base.linears)  # the head too
+    attach_lora(base.model, names, **{"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0} | lora)
+    generator = torch.Generator().manual_seed(1)
+    for layer in adapters(base.model).values():  # B is zero at the start, and so would be half of the gradients
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.1
+    base.model.train()
+    return base
+
+
+def _examples(labels: str) -> list[Example]:
+    """Three rows share 20 tokens, two others 70, two are the same, one is alone. labels: 'answers' or 'all'."""
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(0, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    system, tools, twin = ids(20), ids(70), ids(15)
+    rows = [system + ids(9), tools + ids(1), ids(13), system + ids(30), twin, tools + ids(66), system + ids(4), twin]
+    starts = [20, 70, 5, 20, 14, 70, 22, 14] if labels == "answers" else [1] * 8
+    pairs = zip(rows, starts, strict=True)
+    return [Example(row, [-100] * start + row[start:], False, "") for row, start in pairs]
+
+
+def _gradient(base: Base, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    parameters = [p for layer in adapters(base.model).values() for p in (layer.lora_A, layer.lora_B)]
+    loss, total = 0.0, torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    for batch in batches:
+        summed = batch_loss(base, batch)
+        total += torch.cat([grad.reshape(-1).double() for grad in torch.autograd.grad(summed, parameters)])
+        loss += float(summed.detach())
+    return loss, total
+
+
+def _distance(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("labels", ["answers", "all"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("architecture", FUSED)
+def test_gradients_are_those_of_rows_one_by_one(
+    architecture: str, backend: str, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32: two orders of the same sums, through two layers; 1e-5 is above their rounding and below any bug."""
+    monkeypatch.setenv("SMIDGEN_BACKEND", backend)
+    base, examples = _model(tiny_folder(tmp_path, architecture)), _examples(labels)
+    expected_loss, expected = _gradient(base, [make_batch([example]) for example in examples])
+    loss, gradient = _gradient(base, [make_batch(examples, share_prefix=True)])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert _distance(gradient, expected) < 1e-5
+    assert _distance(_gradient(base, [make_batch(examples)])[1], expected) < 1e-5  # packed, nothing shared
+
+
+@pytest.mark.parametrize("labels", ["answers", "all"])
+@pytest.mark.parametrize("architecture", FUSED)
+def test_gradients_are_exact_in_float64(
+    architecture: str, labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain back end computes in float64, whose rounding is 1e-16; so nothing but rounding is left."""
+    monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+    base, examples = _model(tiny_folder(tmp_path, architecture), "none", torch.float64), _examples(labels)
+    for layer in adapters(base.model).values():
+        layer.double()
+    norm: Any = base.backbone.norm  # transformers' own computes in float32 whatever comes
+    base.backbone.norm = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=torch.float64)
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    gradient = _gradient(base, [make_batch(examples, share_prefix=True)])[1]
+    assert _distance(gradient, expected) < 1e-12
+
+
+def _positions_restart(packed: PackedRows) -> PackedRows:
+    lengths = packed.segments.lengths
+    return dataclasses.replace(packed, positions=torch.cat([torch.arange(length) for length in lengths]))
+
+
+def _prefix_unseen(packed: PackedRows) -> PackedRows:
+    return dataclasses.replace(packed, segments=Segments(packed.segments.lengths))
+
+
+def _one_branch_label(packed: PackedRows) -> PackedRows:
+    """The position before a branch predicts the first row's token for all rows, as where labels are packed too."""
+    places = packed.places.clone()
+    seen: set[int] = set()
+    for index, place in enumerate(places.tolist()):
+        places[index] = 0 if place in seen else place
+        seen.add(place)
+    return dataclasses.replace(packed, places=places)
+
+
+@pytest.mark.parametrize("fault", [_positions_restart, _prefix_unseen, _one_branch_label])
+def test_a_broken_prefix_would_be_caught(
+    fault: Callable[[PackedRows], PackedRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control arm: each is a mistake that other packings make, and far from 1e-5."""
+    base, examples = _model(tiny_folder(tmp_path)), _examples("answers")
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    monkeypatch.setattr(smidgen.model.build, "pack_rows", lambda *given: fault(pack_rows(*given)))
+    assert _distance(_gradient(base, [make_batch(examples, share_prefix=True)])[1], expected) > 1e-3
+
+
+def test_a_prefix_without_its_branches_gradient_would_be_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own_only(grad_out: torch.Tensor, *given: Any) -> torch.Tensor:
+        segments = given[-2]
+        followed = torch.isin(torch.arange(len(segments.lengths)), segments.prefixes)
+        is_prefix = followed.repeat_interleave(torch.tensor(segments.lengths))[:, None]
+        alone = attention_backward(grad_out * is_prefix, *given).clone()
+        return torch.where(is_prefix, alone, attention_backward(grad_out, *given))
+
+    base, examples = _model(tiny_folder(tmp_path)), _examples("answers")
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    monkeypatch.setattr(smidgen.model.fused, "attention_backward", own_only)
+    assert _distance(_gradient(base, [make_batch(examples, share_prefix=True)])[1], expected) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_changes_no_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, batch = _model(tiny_folder(tmp_path, "qwen3"), dtype=dtype), make_batch(_examples("all"), share_prefix=True)
+    results = []
+    for mode in ("none", "cheap", "full"):
+        set_recompute(base, mode)
+        results.append(_gradient(base, [batch])[1])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_prefix_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, examples = _model(tiny_folder(tmp_path)), _examples("answers")
+    tokens: list[int] = []
+    run = FusedLayer.run
+    monkeypatch.setattr(FusedLayer, "run", lambda self, x, *more: tokens.append(len(x)) or run(self, x, *more))
+    _gradient(base, [make_batch(examples, share_prefix=True)])
+    rows = [example.input_ids for example in examples]
+    assert tokens == [computed_tokens(rows)] * 2 == [sum(map(len, rows)) - 2 * 20 - 70 - 14] * 2
+
+
+def test_logits_of_shared_labels_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all labels counted, the prefix's own are the same in every row; only the branching ones differ."""
+    base, examples = _model(tiny_folder(tmp_path)), _examples("all")
+    rows: list[int] = []
+    logits_of = Base.logits_of
+    monkeypatch.setattr(Base, "logits_of", lambda self, hidden: rows.append(len(hidden)) or logits_of(self, hidden))
+    batch = make_batch(examples, share_prefix=True)
+    _gradient(base, [batch])
+    # of each shared prefix all labels but the one behind it are merged; the twins' last token is the same too
+    assert sum(rows) == batch.num_labels - 2 * 19 - 69 - 14
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_layers_of_transformers_compute_every_row_in_full(architecture: str, tmp_path: Path) -> None:
+    """Dropout, and layers that are not our own: the groups of a batch are no error and change nothing."""
+    dropout = 0.3 if architecture == "llama" else 0.0
+    base, examples = _model(tiny_folder(tmp_path, architecture), dropout=dropout), _examples("answers")
+    results = []
+    for share in (False, True):
+        torch.manual_seed(5)
+        results.append(_gradient(base, [make_batch(examples, share_prefix=share)])[1])
+    assert torch.equal(*results)
