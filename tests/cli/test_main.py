@@ -27,8 +27,8 @@ def test_alone_it_prints_its_help(smidgen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("tune",), "no verb 'tune'; there are demo, finetune,"),
-        (("finetune", "--rnak", "3"), "Did you mean '--rank'? See smidgen finetune --help."),
+        (("tune",), "no verb 'tune'; there are demo, plan, finetune,"),
+        (("finetune", "--learning-rat", "3"), "Did you mean '--learning-rate'? See smidgen finetune --help."),
         (("demo", "--out"), "Option '--out' requires an argument. See smidgen --help."),
         (("download", "a", "b"), "unexpected extra argument"),
         (("generate",), "MODEL|RUN: missing."),

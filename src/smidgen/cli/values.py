@@ -63,7 +63,7 @@ def collect(
     for name in arguments:
         word = take(name, metavar(name))
         if name in several:
-            words = word if isinstance(word, (list, tuple)) else [word]
+            words = word if isinstance(word, (list, tuple)) else [] if word is None else [word]
             values[name] = [str(each) for each in words]
         else:
             values[name] = None if word is None else str(word)

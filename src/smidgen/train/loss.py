@@ -64,7 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *grads = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_hidden * scale, None, None, None, None, *(grad * scale for grad in grads)
+        return grad_hidden * scale, None, None, None, None, None, *(grad * scale for grad in grads)
 
 
 def _smoothed_(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, backward: bool) -> torch.Tensor:
