@@ -51,7 +51,7 @@ def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) 
     assert set(summary) == {
         "run", "base_format", "loss_before", "loss_after", "exact_match_before", "exact_match_after",
         "valid_json_before", "valid_json_after", "json_f1_before", "json_f1_after",
-        "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes",
+        "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes",
         "trainable_parameters", "stopped",
     }  # fmt: skip
     assert summary["base_format"] == "nf4-dq"
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows
     assert smidgen.load(tmp_path / "cut").model is not None  # an unfinished run is usable
     resumed = smidgen.resume(tmp_path / "cut")
     assert adapter_bytes(whole.path) == adapter_bytes(resumed.path)
-    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes"}
+    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes"}
     assert {k: v for k, v in whole.summary.items() if k not in timing} == {
         k: v for k, v in resumed.summary.items() if k not in timing
     }
