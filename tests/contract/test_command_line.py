@@ -109,6 +109,7 @@ FROZEN_FLAGS = {
         "against",
         "against_checkpointing",
         "four_bit_tax",
+        *("quantize", "mode", "micro_batch", "layers", "memory", "rank", "targets", "resident"),
         "keep",
         "repeats",
         "isa",

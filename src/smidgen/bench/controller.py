@@ -42,7 +42,9 @@ _QUIT_S = 20
 class Worker:
     """One process that answers requests, one at a time."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], group: Path | None = None
+    ) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (close)
         self._process = subprocess.Popen(
@@ -54,6 +56,8 @@ class Worker:
             text=True,
             encoding="utf-8",
         )
+        if group is not None:  # before it has loaded anything: it waits for its first request
+            (group / "cgroup.procs").write_text(str(self._process.pid))
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises RunError with what the worker says, or said last."""
@@ -101,17 +105,24 @@ class Worker:
 
 @contextmanager
 def start_worker(
-    name: str, program: str, *, interpreter: Path | None = None, threads: int, isa: str = ""
+    name: str,
+    program: str,
+    *,
+    interpreter: Path | None = None,
+    threads: int,
+    isa: str = "",
+    group: Path | None = None,
 ) -> Iterator[Worker]:
     """A worker that ends with the block.
 
     program: the name of a module of `workers`. interpreter: runs it by its path, for peers; None: as a module of ours.
+    group: the folder of a memory cgroup that it is to live in.
     """
     if interpreter is None:
         command = [sys.executable, "-m", f"smidgen.bench.workers.{program}"]
     else:
         command = [str(interpreter), str(WORKERS / f"{program}.py")]
-    worker = Worker(name, command, {"OMP_NUM_THREADS": str(threads), **ISA_ENVIRONMENT.get(isa, {})})
+    worker = Worker(name, command, {"OMP_NUM_THREADS": str(threads), **ISA_ENVIRONMENT.get(isa, {})}, group)
     try:
         yield worker
     except BaseException:

@@ -10,10 +10,13 @@ from smidgen.cli.console import Console
 from smidgen.cli.options import Flag, verb
 from smidgen.cli.values import Given
 from smidgen.plan.estimate import RECOMPUTE
+from smidgen.plan.shapes import SHAPES
+from smidgen.units import parse_bytes
 
 __all__ = ["bench"]
 
-_WHAT = ("step", "kernels", "decode")
+_WHAT = ("step", "kernels", "decode", "memory")
+_FORMS = ("nf4-dq", "nf4", "int8", "gptq", "none")
 _SHAPES = ("smollm2-135m", "tinyllama-1.1b")  # and 'tiny', which only tests need
 
 
@@ -21,6 +24,18 @@ def _positive(value: int) -> bool:
     return value >= 1
 
 
+_MEMORY = (
+    Flag("quantize", str, "nf4-dq", "How the random weights are packed.", "Memory", choices=_FORMS),
+    Flag("mode", str, "train", "What is done.", "Memory", choices=("train", "generate")),
+    Flag("micro_batch", int, 1, "Rows at once.", "Memory", check=_positive, expected="1 or more"),
+    Flag("layers", int, None, "Cut the model to so many layers.", "Memory", check=_positive, expected="1 or more"),
+    Flag(
+        "memory", str, None, "Limit, enforced by a cgroup where one can be made: 2GiB, 1.5GB.", "Memory", metavar="SIZE"
+    ),
+    Flag("rank", int, 8, "Rank of the adapters.", "Memory", check=_positive, expected="1 or more"),
+    Flag("targets", str, "q,v", "Layers that get one, as in finetune.", "Memory"),
+    Flag("resident", bool, False, "Also measure the same with every layer in memory.", "Memory"),
+)
 _COMMON = (
     Flag("repeats", int, 7, "Rounds, after one that does not count.", "General", check=_positive, expected="1 or more"),
     Flag(
@@ -40,8 +55,8 @@ _STEP = (
         "Sizes of the model; its weights are random.",
         "Step",
         metavar="[" + "|".join(_SHAPES) + "]",
-        check=lambda value: value in {*_SHAPES, "tiny"},
-        expected="one of " + ", ".join(_SHAPES),
+        check=lambda value: value in SHAPES,
+        expected="a shape that `smidgen plan` knows",
     ),
     Flag("seq_len", int, 512, "Tokens of the one row.", "Step", check=lambda value: value >= 2, expected="2 or more"),
     Flag("recompute", str, "none", "What the backward pass computes again.", "Step", choices=RECOMPUTE),
@@ -70,29 +85,48 @@ def _check(given: Given) -> list[str]:
     problems = []
     if what is not None and what not in _WHAT:
         problems.append(f"what: expected one of {', '.join(_WHAT)}, found {what!r}")
-    elif what in _WHAT[1:]:
-        problems += [
-            f"{flag.name}: belongs to `smidgen bench step`, leave it out" for flag in _STEP if flag.name in given.named
-        ]
+    else:
+        shared = {"memory": ("shape", "seq_len", "recompute", "keep")}.get(what or "", ())
+        if what != "step":
+            problems += [
+                f"{flag.name}: belongs to `smidgen bench step`, leave it out"
+                for flag in _STEP
+                if flag.name in given.named and flag.name not in shared
+            ]
+        elif given["shape"] not in {*_SHAPES, "tiny"}:
+            problems.append(f"shape: expected one of {', '.join(_SHAPES)}, found {given['shape']!r}")
+        if what != "memory":
+            problems += [
+                f"{flag.name}: belongs to `smidgen bench memory`, leave it out"
+                for flag in _MEMORY
+                if flag.name in given.named
+            ]
+    if given["memory"] is not None:
+        try:
+            parse_bytes(given["memory"])
+        except ValueError as error:
+            problems.append(f"memory: {error}")
     unknown = [name for name in _against(given) if name not in STEP_PEERS]
     if unknown:
         problems.append(f"against: expected names out of {', '.join(STEP_PEERS)}, found {', '.join(unknown)}")
     return problems
 
 
-@verb("bench", arguments=("what",), flags=(*_STEP, *_COMMON), check=_check)
+@verb("bench", arguments=("what",), flags=(*_STEP, *_MEMORY, *_COMMON), check=_check)
 def bench(console: Console, given: Given) -> Mapping[str, Any]:
     """Measure this machine: a training step, the kernels, or generation, next to other tools.
 
-    WHAT is step (one optimizer step with LoRA on all linear layers), kernels (de-quantise, quantise, multiply) or
-    decode (prompt and generation of smollm2-135m). Sides run in processes of their own, in turn, so that a machine
-    whose speed drifts is fair to all. Nothing else should run meanwhile.
+    WHAT is step (one optimizer step with LoRA on all linear layers), kernels (de-quantise, quantise, multiply), decode
+    (prompt and generation of smollm2-135m) or memory (steps of any shape within a limit, beside their forecast). Sides
+    run in processes of their own, in turn, so that a machine whose speed drifts is fair to all. Nothing else should run
+    meanwhile.
 
     \b
     Examples:
       smidgen bench step --shape smollm2-135m --against peft-bnb
       smidgen bench step --shape tinyllama-1.1b --recompute cheap --against-checkpointing --json
       smidgen bench kernels
+      smidgen bench memory --shape llama-7b --memory 2GiB --repeats 1
     """
     if given["what"] == "step":
         from smidgen.bench.step import StepSettings, bench_step
@@ -115,6 +149,20 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
 
         result = bench_kernels(KernelSettings(repeats=given["repeats"], isa=given["isa"] or ""), console.report)
         parts = bench_views.kernels(result)
+    elif given["what"] == "memory":
+        from smidgen.bench.memory import MemorySettings, bench_memory
+
+        names = ("shape", "quantize", "mode", "seq_len", "micro_batch", "layers", "rank", "targets", "resident")
+        memory = MemorySettings(
+            **{name: given[name] for name in names},
+            recompute=given["recompute"] if "recompute" in given.named else "auto",
+            memory=parse_bytes(given["memory"]) if given["memory"] else None,
+            repeats=given["repeats"],
+            isa=given["isa"] or "",
+            keep=Path(given["keep"]) if given["keep"] else None,
+        )
+        result = bench_memory(memory, console.report)
+        parts = bench_views.memory(result)
     else:
         from smidgen.bench.decode import DecodeSettings, bench_decode
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from smidgen.bench.figures import format_rate
 from smidgen.units import format_bytes, format_duration
 
-__all__ = ["decode", "kernels", "step", "where"]
+__all__ = ["decode", "kernels", "memory", "step", "where"]
 
 Parts = list[tuple[str, Table]]
 
@@ -78,6 +78,25 @@ def decode(result: Mapping[str, Any]) -> Parts:
         )
     title = f"{result['model']}: a prompt of {result['prompt_tokens']} tokens, {result['new_tokens']} after it"
     return [(title, table)]
+
+
+def memory(result: Mapping[str, Any]) -> Parts:
+    """Forecast and measured peaks, the step, and what was read for it."""
+    table = _table("", "forecast", "measured")
+    table.add_row("anonymous", format_bytes(result["forecast_peak_bytes"]), format_bytes(result["measured_peak_bytes"]))
+    table.add_row("resident", format_bytes(result["forecast_rss_bytes"]), format_bytes(result["peak_rss_bytes"]))
+    if result["cgroup_peak_bytes"] is not None:
+        table.add_row("cgroup", format_bytes(result["limit_bytes"]), format_bytes(result["cgroup_peak_bytes"]))
+    step = _table("", "")
+    step.add_row("step" if result["mode"] == "train" else "token", _seconds(result["step_s"]))
+    if result["resident_step_s"]:
+        step.add_row("all layers in memory", _seconds(result["resident_step_s"]))
+    step.add_row("read from disk", format_bytes(result["read_bytes_per_step"]))
+    step.add_row("waited for it", _seconds(result["wait_s_per_step"]))
+    step.add_row("layers streamed", f"{result['streamed_layers']} of {result['layers']}")
+    step.add_row("recompute", result["recompute"])
+    what = f"{result['shape']}, {result['quantize']}, {result['micro_batch']} x {result['seq_len']} tokens"
+    return [(f"Memory of {what}", table), ("Time", step)]
 
 
 def where(result: Mapping[str, Any]) -> str:

@@ -1,0 +1,169 @@
+"""`smidgen bench memory`: real steps of a model of an exact shape within a limit, forecast and measured.
+
+The weights are random and packed (packed_model.py). The worker is a fresh process; with a limit, and where this machine
+lets us, it lives in a memory cgroup of that size, in which the page cache counts and nothing is swapped.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from smidgen.bench.controller import start_worker
+from smidgen.bench.machine import describe
+from smidgen.bench.packed_model import write_packed_model
+from smidgen.checkpoint.hub import cache_folder
+from smidgen.events import Note, Progress, Report, Warned, silent
+from smidgen.plan.shapes import SHAPES
+from smidgen.units import format_bytes
+
+__all__ = ["MODES", "MemorySettings", "bench_memory"]
+
+MODES = ("train", "generate")
+_CGROUP = Path("/sys/fs/cgroup/memory")  # version 1, where root may make groups
+_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """layers: of the model, cut for a quick look; None: all. memory: bytes; None: no limit. resident: also measure the
+    same steps with every layer in memory.
+    """
+
+    shape: str
+    quantize: str = "nf4-dq"
+    mode: str = "train"
+    seq_len: int = 512
+    micro_batch: int = 1
+    layers: int | None = None
+    memory: int | None = None
+    recompute: str = "auto"
+    rank: int = 8
+    targets: str = "q,v"
+    repeats: int = 1
+    resident: bool = False
+    isa: str = ""
+    keep: Path | None = None
+
+
+def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str, Any]:
+    """One warm-up step (or token) and `repeats` that count. Raises RunError where the disk has no room."""
+    config = dict(SHAPES[settings.shape])
+    if settings.layers:
+        config["num_hidden_layers"] = settings.layers
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        folder = _folder(stack, settings, config, report)
+        measured = _run(settings, config, folder, settings.memory, threads, report)
+        resident = _run(settings, config, folder, None, threads, report) if settings.resident else None
+    loaded, steps = measured["loaded"], measured["steps"]
+    return {
+        "shape": settings.shape,
+        "layers": config["num_hidden_layers"],
+        "quantize": settings.quantize,
+        "mode": settings.mode,
+        "seq_len": settings.seq_len,
+        "micro_batch": settings.micro_batch,
+        "limit_bytes": settings.memory,
+        "limit_enforced": measured["enforced"],
+        "forecast_peak_bytes": loaded["forecast_peak_bytes"],
+        "measured_peak_bytes": max(step["measured_peak_bytes"] for step in steps),
+        "forecast_rss_bytes": loaded["forecast_rss_bytes"],
+        "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
+        "cgroup_peak_bytes": measured["cgroup_peak_bytes"],
+        "step_s": median(step["step_s"] for step in steps),
+        "resident_step_s": median(step["step_s"] for step in resident["steps"]) if resident else None,
+        "resident_recompute": resident["loaded"]["recompute"] if resident else None,
+        "read_bytes_per_step": median(step["read_bytes"] for step in steps),
+        "wait_s_per_step": median(step["wait_s"] for step in steps),
+        "streamed_layers": loaded["streamed_layers"],
+        "recompute": loaded["recompute"],
+        "computed_micro_batch": loaded["micro_batch"],
+        "disk_bytes_per_s": loaded["disk_bytes_per_s"],
+        "loss": [step["loss"] for step in steps if "loss" in step],
+        "terms": loaded["terms"],
+        "repeats_wanted": settings.repeats,
+        "repeats": steps,
+        "skipped": {},
+        **describe(settings.isa, threads, loaded["versions"]),
+    }
+
+
+def _folder(stack: ExitStack, settings: MemorySettings, config: dict[str, Any], report: Report) -> Path:
+    """The model: below `keep`, used again if it is there, or one that is removed at the end."""
+    keep = settings.keep
+    if keep is None:
+        parent = cache_folder() / "bench"
+        parent.mkdir(parents=True, exist_ok=True)
+        keep = Path(stack.enter_context(TemporaryDirectory(prefix="packed-", dir=parent)))
+    folder = keep / f"{settings.shape}-{config['num_hidden_layers']}-{settings.quantize}"
+    if (folder / "config.json").is_file():
+        return folder
+    return write_packed_model(config, folder, settings.quantize, report)
+
+
+def _run(
+    settings: MemorySettings, config: dict[str, Any], folder: Path, limit: int | None, threads: int, report: Report
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(config["vocab_size"], (settings.micro_batch, settings.seq_len), generator=generator)
+    with ExitStack() as stack:
+        group = stack.enter_context(_limited(limit, report))
+        worker = stack.enter_context(
+            start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=group)
+        )
+        loaded = worker.ask(
+            "load",
+            folder=str(folder),
+            storage=settings.quantize,
+            input_ids=rows.tolist(),
+            budget=limit or 1 << 50,
+            recompute=settings.recompute,
+            rank=settings.rank,
+            targets=settings.targets,
+            train=settings.mode == "train",
+        )
+        streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
+        report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))
+        steps = []
+        for number in range(settings.repeats + 1):
+            report(Progress(f"{settings.mode} {folder.name}", number, settings.repeats + 1))
+            step = worker.ask("step") if settings.mode == "train" else worker.ask("generate", tokens=_NEW_TOKENS)
+            steps += [step] if number else []
+        report(Progress(f"{settings.mode} {folder.name}", settings.repeats + 1, settings.repeats + 1))
+        return {"loaded": loaded, "steps": steps, "enforced": group is not None, "cgroup_peak_bytes": _peak(group)}
+
+
+@contextmanager
+def _limited(limit: int | None, report: Report) -> Iterator[Path | None]:
+    """A memory cgroup of this size, gone afterwards; None without a limit, or where none can be made."""
+    if limit is None:
+        yield None
+        return
+    group = _CGROUP / f"smidgen-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / "memory.swappiness").write_text("0")
+    except OSError as error:
+        report(Warned(f"the limit is kept but not enforced: no memory cgroup can be made here ({error.strerror})"))
+        with suppress(OSError):
+            group.rmdir()
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        with suppress(OSError):
+            group.rmdir()
+
+
+def _peak(group: Path | None) -> int | None:
+    """The largest use of the group, page cache included."""
+    return None if group is None else int((group / "memory.max_usage_in_bytes").read_text())
