@@ -52,12 +52,12 @@ def score_tasks(
         padded = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
         for row, inputs in enumerate(chosen):
             padded[row, : len(inputs)] = torch.tensor(inputs)
-        hidden = base.hidden_of_rows(padded, lengths)
+        hidden, of_tokens = base.hidden_of_rows(padded, lengths)
         firsts = (lengths.cumsum(0) - lengths).tolist()
         looked_up = [(first, one) for first, inputs in zip(firsts, chosen, strict=True) for one in wanted[inputs]]
         places = [first + one.at + step for first, one in looked_up for step in range(len(one.targets))]
         targets = torch.tensor([target for _, one in looked_up for target in one.targets], device=base.device)
-        losses, likeliest = token_losses(base, hidden[torch.tensor(places, device=base.device)], targets)
+        losses, likeliest = token_losses(base, hidden[of_tokens[torch.tensor(places, device=base.device)]], targets)
         sizes = [len(one.targets) for _, one in looked_up]
         for (_, one), loss, top in zip(looked_up, losses.cpu().split(sizes), likeliest.cpu().split(sizes), strict=True):
             scores[one.task][one.choice] = -float(loss.double().sum()), bool(top.all())
