@@ -48,6 +48,7 @@ slow: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow
 
 proof: .venv/.installed-dev
+	SMIDGEN_ALL_FAULTS=1 .venv/bin/python -m pytest -m slow tests/e2e/test_faults.py
 	SMIDGEN_HOSTILE_FILES=20000 .venv/bin/python -m pytest -m slow tests/e2e/test_hostile_files.py
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "$$script"; .venv/bin/python "$$script" || exit 1; done
 

@@ -18,7 +18,9 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_change_that_a_save_makes_may_fail_or_be_the_last(tmp_path: Path) -> None:
-    """Each once with ENOSPC, EIO and SIGKILL: the newest whole checkpoint stays, and `resume` comes to the same end."""
+    """With ENOSPC, EIO or SIGKILL, or with each of them where SMIDGEN_ALL_FAULTS is set: the newest whole checkpoint
+    stays, and `resume` comes to the same end.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C compiler and LD_PRELOAD")
@@ -31,7 +33,9 @@ def test_every_change_that_a_save_makes_may_fail_or_be_the_last(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     changes = cases[0]["changes"]
-    assert changes >= 40 and len(cases) == 3 * changes  # eleven files, each made, written and flushed, and the folders
+    kinds = 3 if os.environ.get("SMIDGEN_ALL_FAULTS") else 1
+    # eleven files, each made, written and flushed, and the folders
+    assert changes >= 40 and len(cases) == kinds * changes
     for case in cases:
         said = f"{case}\n{done.stderr}"
         assert case["same"] and not case["left"], said
@@ -44,7 +48,7 @@ def test_every_change_that_a_save_makes_may_fail_or_be_the_last(tmp_path: Path) 
             assert (case["newest"] == "step-5") == (case["ended"] == "done"), said
     ended = Counter((case["kind"], case["ended"]) for case in cases)
     # what may fail without harm is the removal of old checkpoints
-    assert all(ended[kind, "RunError"] > changes / 2 for kind in ("ENOSPC", "EIO")), ended
+    assert all(ended[kind, "RunError"] > kinds * changes / 6 for kind in ("ENOSPC", "EIO")), ended
 
 
 @pytest.mark.slow

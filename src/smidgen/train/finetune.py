@@ -40,7 +40,7 @@ from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.lock import check_unlocked, locked
 from smidgen.train.logs import check_logs, open_logs
 from smidgen.train.loop import Schedule, train
-from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, settings_for, work_of
+from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, process_now, settings_for, work_of
 from smidgen.train.optimizers import check_optimizer, make_optimizer
 from smidgen.train.run import SUMMARY, Record, RunFolder, adapter_folder, read_record
 from smidgen.train.sharing import choose_batching
@@ -328,9 +328,16 @@ def _plan(
     )
     work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
-    machine = machine_now(decided.device, decided.dtype, largest)
-    budget = budget_of(settings, decided.device)
-    return plan_run(model, work, machine, settings, budget, can_stream=decided.device.type == "cpu", report=report)
+    return plan_run(
+        model,
+        work,
+        process_now(decided.device),
+        settings,
+        budget_of(settings, decided.device),
+        can_stream=decided.device.type == "cpu",
+        probe=lambda: machine_now(decided.device, decided.dtype, largest),
+        report=report,
+    )
 
 
 def _train(

@@ -23,13 +23,10 @@ from smidgen.plan.planner import Choice, Forecast, Machine, Work, cheapest, fore
 from smidgen.plan.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
-from smidgen.train.memory import budget_of, machine_now, work_of
+from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, work_of
 from smidgen.units import format_bytes
 
 __all__ = ["plan_model"]
-
-_CUDA_CONTEXT = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
-_PARTS = 4  # of a budget, when the smallest one that works is looked for
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,10 @@ def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> st
 
 def _machine(device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, *, runs_here: bool) -> Machine:
     if not runs_here:
-        return Machine(1.0, 1.0, _CUDA_CONTEXT, 0, 1)
+        return Machine(1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1)
     files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
-    machine = machine_now(torch.device(device), dtype, largest)
-    return machine if device == "cpu" else replace(machine, framework_bytes=_CUDA_CONTEXT, library_bytes=0)
+    return machine_now(torch.device(device), dtype, largest)
 
 
 def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, str]:

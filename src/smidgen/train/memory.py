@@ -3,7 +3,7 @@
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,23 @@ from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import match_pattern, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.plan.inventory import Inventory
-from smidgen.plan.planner import Forecast, Machine, Work, cheapest, reasons, solve
+from smidgen.plan.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
 from smidgen.train.config import Settings
 from smidgen.units import format_bytes, parse_bytes
 
-__all__ = ["budget_of", "give_memory_back", "machine_now", "measure_disk", "plan_run", "settings_for", "work_of"]
+__all__ = [
+    "CUDA_CONTEXT_BYTES",
+    "budget_of",
+    "give_memory_back",
+    "machine_now",
+    "measure_disk",
+    "plan_run",
+    "process_now",
+    "settings_for",
+    "work_of",
+]
 
+CUDA_CONTEXT_BYTES = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
 _MARGIN = 0.05  # of what is free is left to others where no budget was given
 _DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
 _PROBE_BYTES = 1 << 28
@@ -57,7 +68,13 @@ def machine_now(device: torch.device, dtype: torch.dtype, file: Path | None = No
     """This machine and process; file: what to measure the disk with. Takes about half a second."""
     disk = measure_disk(file) if file is not None else _DISK_BYTES_PER_S
     gflops = measure_gflops(dtype, device)
-    return Machine(gflops, disk, *resident_bytes(), torch.get_num_threads())
+    return replace(process_now(device), gflops=gflops, disk_bytes_per_s=disk)
+
+
+def process_now(device: torch.device) -> Machine:
+    """The same, its speed not measured: enough where nothing has to be traded for memory."""
+    memory = resident_bytes() if device.type == "cpu" else (CUDA_CONTEXT_BYTES, 0)
+    return Machine(1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads())
 
 
 def measure_disk(file: Path, budget_s: float = 0.5) -> float:
@@ -98,11 +115,20 @@ def plan_run(
     budget: tuple[int, str],
     *,
     can_stream: bool = True,
+    probe: Callable[[], Machine] | None = None,
     report: Report = silent,
 ) -> Forecast:
-    """The fastest way that fits, each choice reported. Raises SettingsError with the smallest budget that would do."""
+    """The fastest way that fits, each choice reported. Raises SettingsError with the smallest budget that would do.
+
+    probe: measures the machine, where its speed decides; without it `machine` has been measured.
+    """
     given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
-    found = solve(model, work, machine, budget[0], **given, can_stream=can_stream)
+    plain = "none" if settings.recompute == "auto" else settings.recompute
+    whole = Choice(settings.micro_batch, settings.accumulation, (plain,) * model.num_layers)
+    found = forecast(model, work, machine, whole)
+    if found.peak_bytes > budget[0]:
+        machine = probe() if probe else machine
+        found = solve(model, work, machine, budget[0], **given, can_stream=can_stream)
     if found is None:
         least = cheapest(model, work, machine, **given, can_stream=can_stream)
         longest = work.lengths[0]
