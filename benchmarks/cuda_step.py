@@ -31,7 +31,7 @@ SIDES = ("peft-bnb", "smidgen")
 
 def folder_of(keep: Path, shape: str, layers: int) -> Path:
     from smidgen.bench.packed_model import write_packed_model
-    from smidgen.plan.shapes import SHAPES
+    from smidgen.planning.shapes import SHAPES
 
     config = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     folder = keep / f"{shape}-{config['num_hidden_layers']}"
@@ -47,7 +47,7 @@ def ours(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, int]:
     from smidgen.model.inventory import inventory_of
     from smidgen.model.load import Source, load_base
     from smidgen.model.recompute import set_recompute
-    from smidgen.plan.planner import Choice, Machine, forecast
+    from smidgen.planning.planner import Choice, Machine, forecast
     from smidgen.train.config import Settings
     from smidgen.train.loss import batch_loss
     from smidgen.train.memory import work_of

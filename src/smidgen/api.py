@@ -103,9 +103,9 @@ def _with_page(run: Run, report: Report) -> Run:
 def plan(model: str, data: str | None = None, *, report: Report = silent, **settings: Any) -> dict[str, Any]:
     """Memory and time of a run before it is started; no weights are read.
 
-    model: as in finetune, a config.json, or a name of plan.shapes.SHAPES. settings: as in finetune; with `memory` they
-    are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes), step_s
-    (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
+    model: as in finetune, a config.json, or a name of planning.shapes.SHAPES. settings: as in finetune; with `memory`
+    they are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes),
+    step_s (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
     """
     return plan_model(str(model), data, settings_from(settings), report)
 

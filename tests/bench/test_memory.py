@@ -11,7 +11,7 @@ from smidgen.bench.packed_model import write_packed_model
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import RunError, SettingsError
 from smidgen.model.build import build_base
-from smidgen.plan.shapes import SHAPES
+from smidgen.planning.shapes import SHAPES
 
 LIMIT = 900_000_000
 

@@ -26,6 +26,12 @@ def test_public_names_are_frozen() -> None:
         assert getattr(smidgen, name) is not None
 
 
+def test_no_module_hides_a_public_name() -> None:
+    """Importing smidgen.x sets the attribute x of the package, over a function of that name."""
+    inside = {path.stem for path in (ROOT / "src" / "smidgen").iterdir()}
+    assert not inside & PUBLIC
+
+
 def test_import_smidgen_is_cheap() -> None:
     program = "import smidgen, sys; print([n for n in ('torch', 'transformers', 'numpy', 'rich') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -20,7 +20,7 @@ from smidgen.bench.machine import describe
 from smidgen.bench.packed_model import write_packed_model
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.events import Note, Progress, Report, Warned, silent
-from smidgen.plan.shapes import SHAPES
+from smidgen.planning.shapes import SHAPES
 from smidgen.units import format_bytes
 
 __all__ = ["MODES", "MemorySettings", "bench_memory"]

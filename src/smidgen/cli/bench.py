@@ -9,8 +9,8 @@ from smidgen.cli import bench_views
 from smidgen.cli.console import Console
 from smidgen.cli.options import Flag, verb
 from smidgen.cli.values import Given
-from smidgen.plan.estimate import RECOMPUTE
-from smidgen.plan.shapes import SHAPES
+from smidgen.planning.estimate import RECOMPUTE
+from smidgen.planning.shapes import SHAPES
 from smidgen.units import parse_bytes
 
 __all__ = ["bench"]

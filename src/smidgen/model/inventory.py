@@ -1,4 +1,4 @@
-"""A checkpoint, or a configuration alone -> the numbers that plan/ computes with. No weights are read."""
+"""A checkpoint, or a configuration alone -> the numbers that planning/ computes with. No weights are read."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +14,7 @@ from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import layer_of
-from smidgen.plan.inventory import Inventory, Linear, packed_bytes
+from smidgen.planning.inventory import Inventory, Linear, packed_bytes
 
 __all__ = ["inventory_of"]
 

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
-from smidgen.plan.estimate import RECOMPUTE
+from smidgen.planning.estimate import RECOMPUTE
 
 __all__ = ["set_recompute"]
 

@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from smidgen.errors import SettingsError
-from smidgen.plan.estimate import RECOMPUTE
+from smidgen.planning.estimate import RECOMPUTE
 from smidgen.units import parse_bytes, parse_duration
 
 __all__ = ["COMPUTE_DTYPES", "LOGS", "OPTIMIZERS", "QUANTIZE", "Settings", "settings_from"]

@@ -33,7 +33,7 @@ from smidgen.model.fused import is_fused
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
-from smidgen.plan.planner import Forecast
+from smidgen.planning.planner import Forecast
 from smidgen.train.best import best_step, evaluations, since_best
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss

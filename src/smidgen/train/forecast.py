@@ -18,9 +18,9 @@ from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
-from smidgen.plan.inventory import Inventory
-from smidgen.plan.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
-from smidgen.plan.shapes import SHAPES
+from smidgen.planning.inventory import Inventory
+from smidgen.planning.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
+from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, work_of
@@ -97,7 +97,7 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
         if data is not None:
             raise SettingsError(["data: needs a model with a tokenizer; leave it out and give --seq-len"])
         config = SHAPES[model] if is_shape else read_config(path.parent)
-        name, checkpoint, rows = model if is_shape else str(path.parent), None, []
+        name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
     else:
         source = open_source(model, report)
         name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config

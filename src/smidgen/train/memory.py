@@ -1,4 +1,4 @@
-"""What a run will need, and which settings fit: from settings, data and this machine to a forecast of plan/."""
+"""What a run will need, and which settings fit: from settings, data and this machine to a forecast of planning/."""
 
 import ctypes
 import os
@@ -14,8 +14,8 @@ from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import match_pattern, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
-from smidgen.plan.inventory import Inventory
-from smidgen.plan.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
+from smidgen.planning.inventory import Inventory
+from smidgen.planning.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
 from smidgen.train.config import Settings
 from smidgen.units import format_bytes, parse_bytes
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from smidgen.plan import estimate
-from smidgen.plan.estimate import RECOMPUTE
-from smidgen.plan.inventory import Inventory
+from smidgen.planning import estimate
+from smidgen.planning.estimate import RECOMPUTE
+from smidgen.planning.inventory import Inventory
 from smidgen.units import format_bytes
 
 __all__ = ["Choice", "Forecast", "Machine", "Work", "cheapest", "forecast", "reasons", "solve"]

@@ -8,7 +8,7 @@ what their modules were measured to keep.
 from collections.abc import Sequence
 from math import ceil
 
-from smidgen.plan.inventory import Inventory
+from smidgen.planning.inventory import Inventory
 
 __all__ = [
     "RECOMPUTE",

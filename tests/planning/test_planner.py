@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 
 from smidgen.model.inventory import inventory_of
-from smidgen.plan import estimate
-from smidgen.plan.inventory import Inventory, packed_bytes
-from smidgen.plan.planner import Choice, Machine, Work, cheapest, forecast, solve
-from smidgen.plan.shapes import SHAPES
+from smidgen.planning import estimate
+from smidgen.planning.inventory import Inventory, packed_bytes
+from smidgen.planning.planner import Choice, Machine, Work, cheapest, forecast, solve
+from smidgen.planning.shapes import SHAPES
 from smidgen.units import parse_bytes
 
 MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)

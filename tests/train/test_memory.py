@@ -1,0 +1,49 @@
+"""A budget of memory in a whole run: refused early, or kept with the same adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import smidgen
+import smidgen.model.stream as stream_module
+import smidgen.train.memory as memory_module
+from smidgen.errors import SettingsError
+from smidgen.events import Event, Note
+from tiny import tiny_folder, write_rows
+
+QUICK: dict[str, Any] = {"rank": 4, "micro_batch": 1, "accumulation": 4, "max_steps": 3, "compute_dtype": "float32"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "model", num_hidden_layers=6)
+
+
+def test_too_little_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(SettingsError, match=r"100.0 MB \(--memory 100MB\) is too little for model: at least"):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", memory="100MB", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_smallest_budget_gives_the_same_adapter(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside PyTorch a tiny model is nothing; PyTorch is counted as nothing here, so that the budget has to choose."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(memory_module, "resident_bytes", lambda: (0, 0))
+    monkeypatch.setattr(stream_module, "_SMALL", 64)
+    settings = {key: value for key, value in QUICK.items() if key != "max_steps"}
+    smallest = smidgen.plan(str(model), str(rows), **settings)["smallest_bytes"]
+    notes: list[Event] = []
+    free = smidgen.finetune(str(model), str(rows), tmp_path / "free", **QUICK)
+    # rows are held out by their content, so that a run's longest may be shorter than the plan's: never longer
+    kept = smidgen.finetune(
+        str(model), str(rows), tmp_path / "kept", memory=str(smallest), report=notes.append, **QUICK
+    )
+    said = [note.text for note in notes if isinstance(note, Note)]
+    assert any("layers are streamed from disk" in text for text in said)
+    one, other = ((run.path / "adapter_model.safetensors").read_bytes() for run in (free, kept))
+    assert one == other
+    assert kept.summary["forecast_peak_bytes"] <= smallest < free.summary["forecast_peak_bytes"]
