@@ -40,41 +40,24 @@ def folder_of(keep: Path, shape: str, layers: int) -> Path:
 
 def ours(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, int]:
     """(a function that takes a step and returns its loss, the forecast of the allocator's peak in bytes)."""
+    from smidgen.bench.workers.stepper import Stepper
     from smidgen.checkpoint.open import open_checkpoint
     from smidgen.data.batch import Batch
-    from smidgen.lora.attach import attach_lora
-    from smidgen.lora.targets import select_targets
     from smidgen.model.inventory import inventory_of
     from smidgen.model.load import Source, load_base
-    from smidgen.model.recompute import set_recompute
     from smidgen.planning.planner import Choice, Machine, forecast
     from smidgen.train.config import Settings
-    from smidgen.train.loss import batch_loss
     from smidgen.train.memory import work_of
-    from smidgen.train.optimizers import make_optimizer
-    from smidgen.train.step import optimizer_step
 
     checkpoint = open_checkpoint(folder)
-    settings = Settings(rank=RANK, alpha=2 * RANK, micro_batch=len(ids), seq_len=ids.shape[1])
+    settings = Settings(rank=RANK, alpha=2 * RANK, learning_rate=1e-4, micro_batch=len(ids), seq_len=ids.shape[1])
     model = inventory_of(checkpoint, checkpoint.config, "nf4-dq", itemsize=2, fuses=False)
     work = work_of(model, settings, [ids.shape[1]] * len(ids), 2)
     choice = Choice(len(ids), 1, (recompute,) * model.num_layers)
     expected = forecast(model, work, Machine(1.0, 1.0, 0, 0, 1), choice)
     base = load_base(Source(str(folder), checkpoint, tokenizer=None), compute_dtype="bfloat16", device="cuda")
-    names, _ = select_targets("all", base.linears, base.head_name)
-    adapters = attach_lora(base.model, names, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0)
-    set_recompute(base, recompute)
-    optimizer = make_optimizer(adapters, settings)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     batch = Batch(ids, ids.clone(), torch.full((len(ids),), ids.shape[1]))
-    base.model.train()
-
-    def step() -> float:
-        return optimizer_step(
-            lambda b: batch_loss(base, b), [batch], parameters, optimizer, learning_rate=1e-4, clip=1.0
-        ).loss
-
-    return step, expected.peak_bytes
+    return Stepper(base, settings, recompute, [batch]).step, expected.peak_bytes
 
 
 def theirs(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, None]:

@@ -2,17 +2,22 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from smidgen.model.inventory import inventory_of
 from smidgen.planning import estimate
 from smidgen.planning.inventory import Inventory, packed_bytes
-from smidgen.planning.planner import Choice, Machine, Work, cheapest, forecast, solve
+from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, smallest
 from smidgen.planning.shapes import SHAPES
 from smidgen.units import parse_bytes
 
 MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
+
+
+def solve(model: Inventory, job: Work, machine: Machine, budget: int, **given: Any) -> Forecast | None:
+    return fastest(forecasts(model, job, machine, **given), budget)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_more_memory_is_never_slower(seven: Inventory) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would(seven: Inventory) -> None:
     assert solve(seven, work(), MACHINE, 1 << 29, micro_batch=4) is None
-    least = cheapest(seven, work(), MACHINE, micro_batch=4)
+    least = smallest(forecasts(seven, work(), MACHINE, micro_batch=4))
     assert solve(seven, work(), MACHINE, least.peak_bytes, micro_batch=4) is not None
     assert solve(seven, work(), MACHINE, least.peak_bytes - 1, micro_batch=4) is None
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from smidgen.events import Progress, Report, silent
+from smidgen.planning.shapes import SHAPES as KNOWN
 
 __all__ = ["SHAPES", "Shape", "random_token_ids", "warm_page_cache", "write_model"]
 
@@ -33,8 +34,6 @@ class Shape:
     num_kv_heads: int
     vocab_size: int
     tied: bool
-    rope_theta: float = 10000.0
-    max_positions: int = 2048
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -63,27 +62,24 @@ class Shape:
         """Weights of adapters on all linear layers of the decoder."""
         return self.num_layers * sum(rank * (n + k) for n, k in self.linears.values())
 
+    @classmethod
+    def of(cls, name: str) -> "Shape":
+        """A Llama of planning.shapes."""
+        config = KNOWN[name]
+        return cls(
+            name,
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            vocab_size=config["vocab_size"],
+            tied=config["tie_word_embeddings"],
+        )
+
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.hidden_size // self.num_heads,
-            "vocab_size": self.vocab_size,
-            "tie_word_embeddings": self.tied,
-            "rope_theta": self.rope_theta,
-            "max_position_embeddings": self.max_positions,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "torch_dtype": "bfloat16",
-        }
+        return KNOWN[self.name]
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every tensor of the checkpoint, in the order of the model."""
@@ -98,14 +94,7 @@ class Shape:
             yield "lm_head.weight", (self.vocab_size, self.hidden_size)
 
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("smollm2-135m", 576, 1536, 30, 9, 3, 49152, True, rope_theta=100000.0, max_positions=8192),
-        Shape("tinyllama-1.1b", 2048, 5632, 22, 32, 4, 32000, False),
-        Shape("tiny", 64, 192, 2, 4, 2, 512, True),  # for the tests
-    )
-}
+SHAPES = {name: Shape.of(name) for name in ("smollm2-135m", "tinyllama-1.1b", "tiny")}  # tiny: for the tests
 
 
 def write_model(shape: Shape, folder: Path, report: Report = silent, *, seed: int = 0) -> Path:

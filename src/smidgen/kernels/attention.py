@@ -17,12 +17,11 @@ import torch.nn.functional as F
 
 from smidgen.kernels.library import native
 from smidgen.kernels.scratch import scratch
+from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART
 
 __all__ = ["Heads", "Segments", "attention", "attention_backward", "attention_decode"]
 
 _QUERIES = 64  # kQueries of csrc/kernels.h
-_PART = 128  # a row is split into about so many queries in the backward pass, so that few heads keep all threads busy
-_MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Segments:
         self.groups = torch.tensor([*first_rows, len(self.lengths)])
         self.group_starts = self.starts[self.groups]
         tokens = self.group_starts.diff().tolist()
-        parts_of_group = [max(1, min(_MOST_PARTS, count // _PART)) for count in tokens]
+        parts_of_group = [max(1, min(ATTENTION_MOST_PARTS, count // ATTENTION_PART)) for count in tokens]
         parts = [(group, part, parts) for group, parts in enumerate(parts_of_group) for part in range(parts)]
         self.parts = torch.tensor(sorted(parts, key=lambda part: -tokens[part[0]])).view(-1, 3)
         self.parts_of_group = torch.tensor(parts_of_group)

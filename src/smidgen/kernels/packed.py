@@ -12,6 +12,7 @@ import torch
 
 from smidgen.kernels.library import TYPES, native_library
 from smidgen.kernels.lowrank import LowRank
+from smidgen.kernels.sizes import PANEL_WEIGHTS
 
 __all__ = [
     "SMALL_ROWS",
@@ -31,7 +32,6 @@ __all__ = [
     "weights_int8",
 ]
 
-_PANEL_WEIGHTS = 1 << 17  # of one thread: a panel of 512 KiB stays in its cache; twice as much measured the same
 _SLICE = 512  # weights of a row that are taken at once
 _TOKENS = 256  # rows of x that a thread takes in the backward direction; each de-quantises all of W
 SMALL_ROWS = 16  # kSmallRows in csrc/kernels.h: from there on a dense panel and BLAS are as fast
@@ -156,7 +156,7 @@ class _LowRank(ctypes.Structure):
 def panel_product(weights: Weights, x: torch.Tensor, y: torch.Tensor, adapter: LowRank | None = None) -> None:
     """x [M, K] (W + scaling B A)ᵀ into y [M, N], float32, any M. Rows of x and y may lie apart. Needs sgemm."""
     m, n, k = x.shape[0], y.shape[1], x.shape[1]
-    step = _share(n, _PANEL_WEIGHTS // _slice(k))
+    step = _share(n, PANEL_WEIGHTS // _slice(k))
     native_library().smidgen_panel_product(
         ctypes.byref(weights), adapter and _addresses_of(adapter), x.data_ptr(), y.data_ptr(), m, n, k, x.stride(0),
         y.stride(0), step, step, _slice(k), 0, 0,
@@ -175,7 +175,7 @@ def panel_product_t(
     parts = None if adapter is None else g.new_empty(math.ceil(m / step), adapter.B.shape[1], n)
     native_library().smidgen_panel_product(
         ctypes.byref(weights), adapter and _addresses_of(adapter, parts), g.data_ptr(), dx.data_ptr(), m, n, k,
-        g.stride(0), dx.stride(0), step, _PANEL_WEIGHTS // _slice(k), _slice(k), 1, accumulate,
+        g.stride(0), dx.stride(0), step, PANEL_WEIGHTS // _slice(k), _slice(k), 1, accumulate,
     )  # fmt: skip
     return None if parts is None else parts.sum(0).t()
 

@@ -189,11 +189,6 @@ class LayerStream:
         largest = max((layer.nbytes for layer in self._order), default=0)
         self._slots = [_Slot(torch.empty(largest, dtype=torch.uint8)) for _ in range(min(2, len(self._order)))]
 
-    @property
-    def slot_bytes(self) -> int:
-        """Memory of the slots."""
-        return sum(slot.storage.numel() for slot in self._slots)
-
     def acquire(self, layer: _Layer) -> None:
         """Wait until the layer's buffers are in memory, and begin to read the layer that comes next."""
         if self._at >= 0 and self._order[self._at] is layer:

@@ -8,11 +8,13 @@ what their modules were measured to keep.
 from collections.abc import Sequence
 from math import ceil
 
+from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS
 from smidgen.planning.inventory import Inventory
 
 __all__ = [
     "RECOMPUTE",
     "adapter_bytes",
+    "chunk_positions",
     "kept_bytes",
     "layer_work_bytes",
     "loss_bytes",
@@ -22,12 +24,8 @@ __all__ = [
 
 RECOMPUTE = ("none", "cheap", "full")  # what a layer computes again in the backward pass, from fastest to smallest
 
+_CHUNK_LOGITS = 1 << 25  # 128 MiB of float32: 682 positions of 49,152 classes
 _FLOAT32 = 4
-_CHUNK_LOGITS = 1 << 25  # train/loss.py
-_PARTS = 4  # kernels/attention.py: a row's keys are summed in so many parts in the backward pass, each of 128 queries
-_PART = 128
-_PANEL = 1 << 17  # kernels/packed.py: weights that a thread has in float32 at once
-_DEVICE_PANEL = 1 << 24  # quant/matrix.py: the same elsewhere than on a CPU
 _MODULES = (14, 5)  # vectors of hidden_size and intermediate_size that a layer of transformers keeps for a token
 
 
@@ -86,9 +84,18 @@ def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, ite
     longest: tokens of the longest row.
     """
     _, inner, _, kv = _widths(model)
-    parts = max(1, min(_PARTS, longest // _PART))
+    parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
     work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv) if model.fused else 0
-    return work + threads * 4 * _PANEL * _FLOAT32
+    return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
+
+
+def chunk_positions(positions: int, classes: int, most: int | None = None) -> int:
+    """How many positions' logits the loss computes at once: at most `most`, by default 128 MiB of them in float32.
+
+    All chunks are about as long.
+    """
+    most = most or max(16, _CHUNK_LOGITS // classes)
+    return max(1, ceil(positions / max(1, ceil(positions / most))))
 
 
 def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
@@ -96,8 +103,7 @@ def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
 
     Counts every token as labelled.
     """
-    most = max(16, _CHUNK_LOGITS // model.vocab_size)
-    chunk = ceil(tokens / max(1, ceil(tokens / most)))  # all about as long
+    chunk = chunk_positions(tokens, model.vocab_size)
     return chunk * model.vocab_size * itemsize + 3 * itemsize * tokens * model.hidden_size
 
 

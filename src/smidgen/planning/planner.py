@@ -5,7 +5,7 @@ memory and every number of layers that are computed again, adds up the terms of 
 equally fast ones, the one that reads least from disk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +14,7 @@ from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.inventory import Inventory
 from smidgen.units import format_bytes
 
-__all__ = ["Choice", "Forecast", "Machine", "Work", "cheapest", "forecast", "reasons", "solve"]
+__all__ = ["Choice", "Forecast", "Machine", "Work", "fastest", "forecast", "forecasts", "reasons", "smallest"]
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
 _SLACK = 0.02  # of everything but the base: the allocator's, and what the terms leave out
@@ -37,15 +37,14 @@ class Machine:
 @dataclass(frozen=True)
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
-    one layer together. rows_per_step: micro-batch times accumulation. total_steps: of the whole run. pack: tokens that
-    are computed at once, in place of so many rows.
+    one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
+    in place of so many rows.
     """
 
     lengths: tuple[int, ...]
     rows_per_step: int
     parameters: int
     ranks: int
-    total_steps: int = 1
     itemsize: int = 4
     pack: int | None = None
 
@@ -170,43 +169,34 @@ def _choices(model: Inventory, work: Work, micro_batch: int, *, can_stream: bool
                     yield Choice(m, work.rows_per_step // m, mixture, streamed)
 
 
-def solve(
+def forecasts(
     model: Inventory,
     work: Work,
     machine: Machine,
-    budget: int,
     *,
     micro_batch: int,
     recompute: str = "auto",
     can_stream: bool = True,
-) -> Forecast | None:
-    """The fastest choice that fits the budget (bytes, everything counted); None if none does."""
-    best: Forecast | None = None
-    for choice in _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute):
-        found = forecast(model, work, machine, choice)
-        if found.peak_bytes <= budget and (best is None or _rank(found) < _rank(best)):
-            best = found
-    return best
+) -> list[Forecast]:
+    """Of every choice that there is: what `fastest` and `smallest` choose from."""
+    choices = _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute)
+    return [forecast(model, work, machine, choice) for choice in choices]
+
+
+def fastest(found: Iterable[Forecast], budget: int) -> Forecast | None:
+    """The fastest that fits the budget (bytes, everything counted); None if none does."""
+    return min((each for each in found if each.peak_bytes <= budget), key=_rank, default=None)
+
+
+def smallest(found: Iterable[Forecast]) -> Forecast:
+    """The one that needs least memory, whatever its speed."""
+    return min(found, key=lambda each: each.peak_bytes)
 
 
 def _rank(found: Forecast) -> tuple[float, int, int, int]:
-    """Faster first (within 1 %), then fewer bytes read, larger micro-batches, less memory."""
-    step = round(found.step_s, 3 - len(str(int(found.step_s))))
-    return step, found.read_bytes, -found.choice.micro_batch, RECOMPUTE.index(found.choice.recompute[0])
-
-
-def cheapest(
-    model: Inventory,
-    work: Work,
-    machine: Machine,
-    *,
-    micro_batch: int,
-    recompute: str = "auto",
-    can_stream: bool = True,
-) -> Forecast:
-    """The choice that needs least memory, whatever its speed."""
-    choices = _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute)
-    return min((forecast(model, work, machine, choice) for choice in choices), key=lambda found: found.peak_bytes)
+    """Faster first (to three digits), then fewer bytes read, larger micro-batches, less memory."""
+    choice = found.choice
+    return float(f"{found.step_s:.3g}"), found.read_bytes, -choice.micro_batch, RECOMPUTE.index(choice.recompute[0])
 
 
 def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[str]:

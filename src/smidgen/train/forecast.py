@@ -19,7 +19,7 @@ from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
+from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
@@ -53,13 +53,13 @@ def plan_model(model: str, data: str | None, settings: Settings, report: Report 
         )  # fmt: skip
 
     shape = inventory(storage)
-    work = work_of(shape, settings, subject.rows, dtype.itemsize, subject.steps)
+    work = work_of(shape, settings, subject.rows, dtype.itemsize)
     machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
     given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
     can_stream = device == "cpu"
-    found = solve(shape, work, machine, budget, **given, can_stream=can_stream) if budget else None
-    least = cheapest(shape, work, machine, **given, can_stream=can_stream)
+    every = forecasts(shape, work, machine, **given, can_stream=can_stream)
+    found, least = fastest(every, budget), smallest(every)
     fits = found is not None or not budget
     found = found or (least if budget else _plain(shape, work, machine, settings))
     if fits:
@@ -85,7 +85,9 @@ def plan_model(model: str, data: str | None, settings: Settings, report: Report 
             "accumulation": found.choice.accumulation, "recompute": found.choice.recompute_name,
             "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.lengths[0],
         },
-        "what_if": _what_if(shape, inventory, found, work, machine, settings, subject, runs_here=runs_here),
+        "what_if": _what_if(
+            shape, inventory, found, work, machine, settings, subject, can_stream=can_stream, runs_here=runs_here
+        ),
     }  # fmt: skip
 
 
@@ -176,6 +178,7 @@ def _what_if(
     settings: Settings,
     subject: _Subject,
     *,
+    can_stream: bool,
     runs_here: bool,
 ) -> list[dict[str, Any]]:
     """What other settings would need, one change at a time."""
@@ -188,15 +191,13 @@ def _what_if(
     for mode in ("none", "full"):
         if set(choice.recompute) != {mode}:
             rows.append((f"recompute {mode}", shape, work, replace(choice, recompute=(mode,) * layers)))
-    if machine.library_bytes:
-        for count in (layers // 2, layers):
-            streamed = tuple(range(layers))[:: layers // count] if count else ()
+    if can_stream:
+        for streamed in (tuple(range(0, layers, 2)), tuple(range(layers))):
             if len(streamed) != len(choice.streamed):
-                rows.append(
-                    (f"{len(streamed)} of {layers} layers streamed", shape, work, replace(choice, streamed=streamed))
-                )
+                name = f"{len(streamed)} of {layers} layers streamed"
+                rows.append((name, shape, work, replace(choice, streamed=streamed)))
     if settings.rank != 8:
-        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize, subject.steps)
+        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize)
         rows.append(("rank 8", shape, lower, choice))
     halved = replace(work, lengths=tuple(-(-length // 2) for length in work.lengths))
     rows.append((f"rows of {halved.lengths[0]} tokens", shape, halved, choice))

@@ -5,7 +5,6 @@ there is a label, to a chunk of positions at once, and the gradient of the hidde
 no more than one chunk of logits ever exists. The result equals the loss over full logits.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch.nn.functional as F
 from smidgen.data.batch import Batch
 from smidgen.kernels.elementwise import cross_entropy_
 from smidgen.model.build import Base
+from smidgen.planning.estimate import chunk_positions
 
 __all__ = ["batch_loss", "chunked_cross_entropy", "row_losses", "token_losses"]
-
-_CHUNK_LOGITS = 1 << 25  # 128 MiB of float32: 682 positions of 49,152 classes
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -96,15 +94,9 @@ def chunked_cross_entropy(
     chunk of logits below 128 MiB. weights: float32 [M], how often each position counts. A head's adapter gets its
     gradient.
     """
-    chunk = _chunk(base, len(hidden), chunk)
+    chunk = chunk_positions(len(hidden), base.head.out_features, chunk)
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, weights, *trained)  # type: ignore[return-value]
-
-
-def _chunk(base: Base, positions: int, most: int | None = None) -> int:
-    """Positions at once; all chunks are about as long."""
-    most = most or max(16, _CHUNK_LOGITS // base.head.out_features)
-    return max(1, math.ceil(positions / max(1, math.ceil(positions / most))))
 
 
 @torch.no_grad()
@@ -113,7 +105,8 @@ def token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor) -> tup
     token, bool [M]), a chunk of logits at a time.
     """
     losses, likeliest = [], []
-    for part, wanted in zip(*(x.split(_chunk(base, len(hidden))) for x in (hidden, targets)), strict=True):
+    chunk = chunk_positions(len(hidden), base.head.out_features)
+    for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = base.logits_of(part)
         likeliest.append(logits.argmax(dim=1) == wanted)
         losses.append(cross_entropy_(logits, wanted, backward=False))

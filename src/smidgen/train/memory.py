@@ -15,7 +15,7 @@ from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import match_pattern, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Choice, Forecast, Machine, Work, cheapest, forecast, reasons, solve
+from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.train.config import Settings
 from smidgen.units import format_bytes, parse_bytes
 
@@ -38,7 +38,7 @@ _PROBE_BYTES = 1 << 28
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
 
 
-def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsize: int, steps: int = 1) -> Work:
+def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsize: int) -> Work:
     """lengths: tokens of each training row. itemsize: of the compute type. Raises SettingsError for wrong targets."""
     by_name = {linear.name: linear for linear in model.linears if not linear.is_expert}
     names, _ = select_targets(settings.targets, [*by_name, model.head_name], model.head_name)
@@ -58,7 +58,6 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         rows_per_step=settings.micro_batch * settings.accumulation,
         parameters=parameters,
         ranks=max(of_layer),
-        total_steps=steps,
         itemsize=itemsize,
         pack=settings.pack,
     )
@@ -122,15 +121,15 @@ def plan_run(
 
     probe: measures the machine, where its speed decides; without it `machine` has been measured.
     """
-    given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
     plain = "none" if settings.recompute == "auto" else settings.recompute
     whole = Choice(settings.micro_batch, settings.accumulation, (plain,) * model.num_layers)
-    found = forecast(model, work, machine, whole)
+    found: Forecast | None = forecast(model, work, machine, whole)
     if found.peak_bytes > budget[0]:
         machine = probe() if probe else machine
-        found = solve(model, work, machine, budget[0], **given, can_stream=can_stream)
+        given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
+        every = forecasts(model, work, machine, **given, can_stream=can_stream)
+        least, found = smallest(every), fastest(every, budget[0])
     if found is None:
-        least = cheapest(model, work, machine, **given, can_stream=can_stream)
         longest = work.lengths[0]
         raise SettingsError(
             [

@@ -8,20 +8,15 @@ from typing import Any
 import torch
 
 from smidgen.bench.workers.serving import current_rss_bytes, peak_rss_bytes, reset_peak_rss, serve, versions
+from smidgen.bench.workers.stepper import Stepper
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
-from smidgen.lora.attach import attach_lora
-from smidgen.lora.targets import select_targets
 from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
-from smidgen.model.recompute import set_recompute
 from smidgen.train.config import Settings
-from smidgen.train.loss import batch_loss
 from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
-from smidgen.train.optimizers import make_optimizer
-from smidgen.train.step import optimizer_step
 
 __all__ = ["MemoryWorker"]
 
@@ -60,18 +55,18 @@ class MemoryWorker:
         compute_dtype: str = "float32",
         can_stream: bool = True,
     ) -> dict[str, Any]:
-        self.settings = Settings(
-            rank=rank, alpha=2.0 * rank, targets=targets, micro_batch=len(input_ids), recompute=recompute,
-            seq_len=max(8, len(input_ids[0])),
+        settings = Settings(
+            rank=rank, alpha=2.0 * rank, learning_rate=1e-4, targets=targets, recompute=recompute,
+            micro_batch=len(input_ids), seq_len=max(8, len(input_ids[0])),
         )  # fmt: skip
         give_memory_back()
         path = Path(folder)
         checkpoint = open_checkpoint(path)
         dtype, device = getattr(torch, compute_dtype), choose_device("cpu")
         model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
-        work = work_of(model, self.settings, [len(ids) for ids in input_ids], dtype.itemsize)
+        work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
         machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
-        plan = plan_run(model, work, machine, self.settings, (budget, "--memory"), can_stream=can_stream)
+        plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
         self.anonymous = _Anonymous()
         reset_peak_rss()
         source = Source(folder, checkpoint, tokenizer=None)
@@ -80,15 +75,12 @@ class MemoryWorker:
         )
         load_peak = peak_rss_bytes()
         loaded = current_rss_bytes()
-        if train:
-            names, _ = select_targets(targets, self.base.linears, self.base.head_name)
-            adapters = attach_lora(self.base.model, names, rank=rank, alpha=2.0 * rank, dropout=0.0, seed=0)
-            set_recompute(self.base, plan.choice.recompute)
-            self.optimizer = make_optimizer(adapters, self.settings)
         size = plan.choice.micro_batch
-        rows = torch.tensor(input_ids)
-        self.rows = rows
-        self.batches = [Batch(part, part.clone(), torch.full((len(part),), part.shape[1])) for part in rows.split(size)]
+        self.rows = torch.tensor(input_ids)
+        if train:
+            parts = self.rows.split(size)
+            batches = [Batch(part, part.clone(), torch.full((len(part),), part.shape[1])) for part in parts]
+            self.stepper = Stepper(self.base, settings, plan.choice.recompute, batches)
         return {
             "forecast_peak_bytes": plan.anonymous_bytes,
             "forecast_rss_bytes": plan.peak_bytes,
@@ -105,37 +97,32 @@ class MemoryWorker:
 
     def step(self) -> dict[str, Any]:
         """One optimizer step over all rows."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        stream = self.base.stream
-        before = (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
-        started = time.perf_counter()
-        self.base.model.train()
-        result = optimizer_step(
-            lambda batch: batch_loss(self.base, batch), self.batches, parameters, self.optimizer,
-            learning_rate=1e-4, clip=1.0,
-        )  # fmt: skip
-        self.base.model.eval()
-        return self._measured(time.perf_counter() - started, before) | {"loss": result.loss}
+        before, started = self._streamed(), time.perf_counter()
+        loss = self.stepper.step()
+        return self._measured(time.perf_counter() - started, before) | {"loss": loss}
 
     def generate(self, tokens: int) -> dict[str, Any]:
         """So many new tokens after the first row."""
-        stream = self.base.stream
-        before = (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
-        started = time.perf_counter()
+        before, started = self._streamed(), time.perf_counter()
         sampling = Sampling(max_new_tokens=tokens)
         vocab = self.base.model.config.get_text_config().vocab_size
         new = list(stream_tokens(self.base, self.rows[0].tolist(), [], sampling, vocab))
         seconds = time.perf_counter() - started
         return self._measured(seconds / max(1, len(new)), before) | {"new_tokens": len(new)}
 
-    def _measured(self, step_s: float, before: tuple[int, float]) -> dict[str, Any]:
+    def _streamed(self) -> tuple[int, float]:
+        """(bytes read, seconds waited) so far."""
         stream = self.base.stream
+        return (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
+
+    def _measured(self, step_s: float, before: tuple[int, float]) -> dict[str, Any]:
+        read, waited = self._streamed()
         return {
             "step_s": step_s,
             "measured_peak_bytes": self.anonymous.peak,
             "peak_rss_bytes": peak_rss_bytes(),
-            "read_bytes": stream.read_bytes - before[0] if stream else 0,
-            "wait_s": stream.wait_s - before[1] if stream else 0.0,
+            "read_bytes": read - before[0],
+            "wait_s": waited - before[1],
         }
 
 

@@ -10,18 +10,13 @@ from typing import Any
 import torch
 
 from smidgen.bench.workers.serving import peak_rss_bytes, reset_peak_rss, serve, timed_step, versions
+from smidgen.bench.workers.stepper import Stepper
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
-from smidgen.lora.attach import attach_lora
-from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
 from smidgen.model.load import Source, load_base
-from smidgen.model.recompute import set_recompute
 from smidgen.quant.matrix import quantise
 from smidgen.train.config import Settings
-from smidgen.train.loss import batch_loss
-from smidgen.train.optimizers import make_optimizer
-from smidgen.train.step import optimizer_step
 
 __all__ = ["StepWorker"]
 
@@ -47,42 +42,22 @@ class StepWorker:
         load_s, load_peak = time.perf_counter() - started, peak_rss_bytes()
         if storage == "none":
             _to_float32(base)
-        self.settings = Settings(
-            rank=rank, alpha=alpha, learning_rate=learning_rate, micro_batch=1, seq_len=len(input_ids)
-        )
-        names, _ = select_targets("all", base.linears, base.head_name)
-        self.adapters = attach_lora(base.model, names, rank=rank, alpha=alpha, dropout=0.0, seed=0)
-        set_recompute(base, recompute)
-        self.base = base
-        self.optimizer = make_optimizer(self.adapters, self.settings)
+        settings = Settings(rank=rank, alpha=alpha, learning_rate=learning_rate, micro_batch=1, seq_len=len(input_ids))
         ids = torch.tensor([input_ids])
-        self.batch = Batch(ids, ids.clone(), torch.tensor([len(input_ids)]))
+        batch = Batch(ids, ids.clone(), torch.tensor([len(input_ids)]))
+        self.stepper = Stepper(base, settings, recompute, [batch])
         self.probe_width = probe_width
         return {
             "load_s": load_s,
             "load_peak_rss_bytes": load_peak,
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "trainable_parameters": sum(p.numel() for layer in self.adapters.values() for p in layer.parameters()),
+            "trainable_parameters": sum(parameter.numel() for parameter in self.stepper.parameters),
             "versions": versions("smidgen", "torch", "transformers"),
         }
 
     def step(self) -> dict[str, Any]:
-        return timed_step(self._step, self.probe_width)
-
-    def _step(self) -> float:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.base.model.train()
-        result = optimizer_step(
-            lambda batch: batch_loss(self.base, batch),
-            [self.batch],
-            parameters,
-            self.optimizer,
-            learning_rate=self.settings.learning_rate,
-            clip=self.settings.clip,
-        )
-        self.base.model.eval()
-        return result.loss
+        return timed_step(self.stepper.step, self.probe_width)
 
 
 def _load(folder: Path, storage: str, compute_dtype: str) -> Base:

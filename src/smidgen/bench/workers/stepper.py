@@ -1,0 +1,45 @@
+"""The optimizer steps of `smidgen finetune` over a base in memory, for workers that measure them."""
+
+from collections.abc import Sequence
+
+from smidgen.data.batch import Batch
+from smidgen.lora.attach import attach_lora
+from smidgen.lora.targets import select_targets
+from smidgen.model.build import Base
+from smidgen.model.recompute import set_recompute
+from smidgen.train.config import Settings
+from smidgen.train.loss import batch_loss
+from smidgen.train.optimizers import make_optimizer
+from smidgen.train.step import optimizer_step
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """Adapters as the settings say on `base`, and their optimizer; a step accumulates all batches."""
+
+    def __init__(
+        self, base: Base, settings: Settings, recompute: str | Sequence[str], batches: Sequence[Batch]
+    ) -> None:
+        self.base, self.settings, self.batches = base, settings, list(batches)
+        names, _ = select_targets(settings.targets, base.linears, base.head_name)
+        adapters = attach_lora(
+            base.model, names, rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed
+        )
+        set_recompute(base, recompute)
+        self.parameters = [parameter for layer in adapters.values() for parameter in layer.parameters()]
+        self.optimizer = make_optimizer(adapters, settings)
+
+    def step(self) -> float:
+        """One step; returns its loss."""
+        self.base.model.train()
+        result = optimizer_step(
+            lambda batch: batch_loss(self.base, batch),
+            self.batches,
+            self.parameters,
+            self.optimizer,
+            learning_rate=self.settings.learning_rate,
+            clip=self.settings.clip,
+        )
+        self.base.model.eval()
+        return result.loss
