@@ -1,6 +1,7 @@
 """What all tests share: one thread, no network, the same random numbers every time."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +15,19 @@ def _same_random_numbers() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama's folder."""
+    from tiny import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small chats as .jsonl."""
+    from tiny import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")

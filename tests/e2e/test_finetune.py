@@ -1,8 +1,7 @@
-"""Whole runs on tiny models: what is written, what is equal, what goes on after an interruption."""
+"""Whole runs on tiny models: what is written, what is equal, what is refused."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,25 +15,12 @@ from safetensors.torch import load_file
 
 import smidgen
 import smidgen.errors
+from runs import adapter_bytes, stop_after
 from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Evaluated, Event, Note, RowShown, Step
-from tiny import tiny_folder, write_rows
+from tiny import tiny_folder
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-def adapter_bytes(run: Path) -> bytes:
-    return (run / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -82,105 +68,6 @@ def test_training_does_not_touch_the_callers_random_numbers(model: Path, rows: P
     assert torch.equal(torch.rand(3), expected)
 
 
-def _stop_after(step: int) -> Any:
-    def report(event: Event) -> None:
-        if isinstance(event, Step) and event.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return report
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {},
-        {"recompute": "full", "accumulation": 2, "epochs": 2.0},
-        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "lora_plus_ratio": 4.0},
-        {"use_dora": True},
-        {"use_dora": True, "dropout": 0.0, "recompute": "full", "accumulation": 2},
-        {"dropout": 0.0, "accumulation": 2, "epochs": 2.0, "pack": 150, "group_by_length": True},
-    ],
-)
-def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = QUICK | {"dropout": 0.2, "micro_batch": 3, "epochs": 1.0, "eval_interval": 2} | extra
-    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
-    assert (tmp_path / "cut" / "checkpoints" / "step-3" / "adapter_config.json").is_file()
-    assert smidgen.load(tmp_path / "cut").model is not None  # an unfinished run is usable
-    resumed = smidgen.resume(tmp_path / "cut")
-    assert adapter_bytes(whole.path) == adapter_bytes(resumed.path)
-    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes"}
-    assert {k: v for k, v in whole.summary.items() if k not in timing} == {
-        k: v for k, v in resumed.summary.items() if k not in timing
-    }
-    logged = [json.loads(line) for line in (resumed.path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged if "grad_norm" in line] == list(range(1, whole.summary["steps"] + 1))
-
-
-@pytest.mark.parametrize("left_out", ["exp_avg", "rng"])
-def test_a_resume_that_leaves_a_piece_out_would_be_caught(
-    left_out: str, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control arm: without the moments, or without the random state, the adapter must differ."""
-    from safetensors.torch import save_file
-
-    settings = QUICK | {"dropout": 0.2, "micro_batch": 3}
-    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
-    state = tmp_path / "cut" / "checkpoints" / "step-3" / "state.safetensors"
-    tensors = load_file(state)
-    for name in tensors:
-        if name.endswith("exp_avg") and left_out == "exp_avg":
-            tensors[name] = torch.zeros_like(tensors[name])
-    if left_out == "rng":
-        torch.manual_seed(99)
-        tensors["rng"] = torch.get_rng_state()
-    save_file(tensors, state)
-    monkeypatch.setattr("smidgen.train.state.is_whole", lambda folder: True)
-    assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) != adapter_bytes(whole.path)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = QUICK | {"micro_batch": 3, "save_interval": 2}
-    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(3), **settings)
-    file = tmp_path / "cut" / "checkpoints" / "step-3" / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    notes: list[str] = []
-    resumed = smidgen.resume(tmp_path / "cut", report=lambda event: notes.append(getattr(event, "text", "")))
-    assert any("from step 2" in note for note in notes)
-    assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
-
-
-def test_a_finished_run_is_returned_as_it_is(model: Path, rows: Path, tmp_path: Path) -> None:
-    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=2, **QUICK)
-    before = adapter_bytes(run.path)
-    assert smidgen.resume(run.path).summary == run.summary
-    assert adapter_bytes(run.path) == before
-
-
-def test_changed_data_or_base_is_refused_at_resume(model: Path, tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base")
-    data = write_rows(tmp_path / "rows.jsonl")
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(base), str(data), tmp_path / "run", report=_stop_after(2), **QUICK)
-    original = data.read_text()
-    data.write_text(original.replace("grey", "gray"))
-    with pytest.raises(RunError, match="is not the data that"):
-        smidgen.resume(tmp_path / "run")
-    data.write_text(original)
-    tiny_folder(base, seed=1)
-    with pytest.raises(RunError, match="is not the base that"):
-        smidgen.resume(tmp_path / "run")
-    with pytest.raises(RunError, match="is not the base that"):
-        smidgen.load(tmp_path / "run")
-
-
 def test_a_run_is_never_overwritten(model: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -219,46 +106,6 @@ def test_every_architecture_trains_and_merges(architecture: str, rows: Path, tmp
     assert merged["max_logit_difference"] < 1e-3
 
 
-def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, tmp_path: Path) -> None:
-    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", save_interval=2, **QUICK)
-    for checkpoint in (run.path / "checkpoints").iterdir():
-        assert smidgen.load(checkpoint).generate("say red 0", max_new_tokens=4).new_tokens <= 4
-    assert {c.name for c in (run.path / "checkpoints").iterdir()} == {"step-4", "step-6"}
-
-
-def _checkpoints(run: Path) -> set[str]:
-    return {folder.name for folder in (run / "checkpoints").iterdir()}
-
-
-def test_checkpoints_are_pruned_only_for_newer_ones_that_read_as_written(
-    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    how = QUICK | {"save_interval": 1, "max_steps": 4}
-    smidgen.finetune(str(model), str(rows), tmp_path / "all", keep_checkpoints=0, **how)
-    assert _checkpoints(tmp_path / "all") == {f"step-{step}" for step in range(1, 5)}
-    smidgen.finetune(str(model), str(rows), tmp_path / "one", keep_checkpoints=1, **how)
-    assert _checkpoints(tmp_path / "one") == {"step-4"}
-    from smidgen.train import run, state
-
-    monkeypatch.setattr(run, "is_whole", lambda folder: folder.name != "step-3" and state.is_whole(folder))
-    with pytest.raises(RunError, match=r"step-3 reads otherwise than it was written.*older ones stay"):
-        smidgen.finetune(str(model), str(rows), tmp_path / "bad", keep_checkpoints=1, **how)
-    assert _checkpoints(tmp_path / "bad") == {"step-2", "step-3"}
-
-
-def test_a_damaged_checkpoint_is_written_anew(model: Path, rows: Path, tmp_path: Path) -> None:
-    how = QUICK | {"save_interval": 1, "max_steps": 4, "keep_checkpoints": 0}
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(3), **how)
-    file = tmp_path / "run" / "checkpoints" / "step-3" / "state.json"
-    whole = file.read_bytes()
-    file.write_bytes(b"{}")
-    (file.parent.parent / ".tmp-step-9-x").mkdir()  # what a kill in the middle of a save leaves
-    smidgen.resume(tmp_path / "run")
-    assert json.loads(file.read_bytes())["step"] == json.loads(whole)["step"] == 3
-    assert ".tmp-step-9-x" not in _checkpoints(tmp_path / "run")
-
-
 # Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
 EFFECTS = {
     "rank": 2, "alpha": 3.0, "use_rslora": True, "use_dora": True, "rank_pattern": {"up_proj": 2},
@@ -290,20 +137,8 @@ def test_a_run_starts_from_an_existing_adapter(model: Path, rows: Path, tmp_path
     assert whole.summary["loss_before"] == first.summary["loss_after"]
     assert whole.summary["loss_after"] < whole.summary["loss_before"]
     with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(2), **how)
+        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=stop_after(2), **how)
     first.path.rename(tmp_path / "moved")
-    assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
-
-
-def test_a_run_that_has_no_checkpoint_yet_starts_from_its_adapter_again(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
-    first = smidgen.finetune(str(model), str(rows), tmp_path / "first", max_steps=3, **QUICK)
-    how = QUICK | {"init_adapter": str(first.path), "max_steps": 2}
-    whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **how)
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=_stop_after(1), **how)
-    shutil.rmtree(tmp_path / "cut" / "checkpoints")
     assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
 
 
@@ -364,16 +199,6 @@ def test_prefixes_are_not_shared_where_it_cannot_be_or_does_not_pay(model: Path,
         settings = QUICK | {"max_steps": 1} | how
         smidgen.finetune(str(model), str(rows), tmp_path / str(number), report=notes.append, **settings)
         assert [why in n.text for n in notes if isinstance(n, Note) and n.text.startswith("share_prefix off")] == [True]
-
-
-def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
-    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=50, **QUICK)
-    assert run.summary["steps"] == 1
-    assert run.summary["stopped"] == "max_time"
-    first = adapter_bytes(run.path)
-    again = smidgen.resume(run.path)  # for as long once more
-    assert again.summary["steps"] == 2
-    assert adapter_bytes(run.path) != first
 
 
 @pytest.mark.parametrize(
@@ -452,23 +277,6 @@ def test_a_position_table_is_never_left(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words " * 500)
     with pytest.raises(DataError, match="at most the model's 256 positions"):
         smidgen.evaluate(run.path, str(tmp_path / "text.txt"), protocol="llama.cpp")
-
-
-def test_a_log_torn_by_a_crash_does_not_stop_a_resume(model: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(2), **QUICK)
-    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 3, "lo')
-    assert smidgen.resume(tmp_path / "run").summary["loss_after"] is not None
-
-
-def test_settings_of_another_version_are_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=_stop_after(2), **QUICK)
-    with open(tmp_path / "run" / "settings.yaml", "a", encoding="utf-8") as file:
-        file.write("tomorrow: 1\n")
-    with pytest.raises(RunError, match="unknown settings tomorrow"):
-        smidgen.resume(tmp_path / "run")
 
 
 def test_python_understands_the_same_spellings_and_errors_as_the_command_line(

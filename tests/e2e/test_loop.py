@@ -1,40 +1,25 @@
 """The loop's options in whole runs on a tiny model, and that a resumed run decides as the uninterrupted one did."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import smidgen
+from runs import adapter_bytes, stop_after
 from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Event, Step
 from smidgen.train.state import is_whole
-from tiny import tiny_folder, write_rows
+from tiny import write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 3, "learning_rate": 5e-3, "compute_dtype": "float32"}
 DIVERGES = {"learning_rate": 1.0, "schedule": "constant", "clip": 0.0, "warmup": 0.0, "optimizer": "sgd"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def plain(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> smidgen.Run:
     return smidgen.finetune(str(model), str(rows), tmp_path_factory.mktemp("plain") / "run", **QUICK)
-
-
-def adapter_bytes(run: Path) -> bytes:
-    return (run / "adapter_model.safetensors").read_bytes()
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -43,14 +28,6 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 def losses_of(run: Path) -> dict[int, float]:
     return {line["step"]: line["held_out_loss"] for line in lines_of(run) if "held_out_loss" in line}
-
-
-def stop_after(step: int) -> Any:
-    def report(event: Event) -> None:
-        if isinstance(event, Step) and event.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return report
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,8 @@ import smidgen
 from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Answers, Event, Note, Warned
 from stories import stories_folder
-from tiny import tiny_folder, write_rows
 
 PLAIN: dict[str, Any] = {"quantize": "none", "compute_dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -59,10 +59,10 @@ def test_likelihoods_are_those_of_the_whole_logits(batch_size: int, stories: Loa
 def test_the_head_is_applied_in_chunks_to_what_is_looked_up(
     stories: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smidgen.train import loss
+    from smidgen.planning import estimate
 
     whole = score_tasks(stories.base, stories.tokenizer, TASKS, batch_size=16, what="x")
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 16 * stories.base.head.out_features)
+    monkeypatch.setattr(estimate, "_CHUNK_LOGITS", 16 * stories.base.head.out_features)
     seen: list[int] = []
     handle = stories.base.head.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
     chunked = score_tasks(stories.base, stories.tokenizer, TASKS, batch_size=16, what="x")

@@ -14,19 +14,8 @@ import smidgen
 from smidgen.errors import SettingsError
 from smidgen.events import Event, Note, Step
 from smidgen.train import logs
-from tiny import tiny_folder, write_rows
 
 HOW: dict[str, Any] = {"rank": 2, "max_steps": 4, "compute_dtype": "float32", "save_interval": 2, "eval_interval": 2}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def figures(run: Path) -> dict[str, dict[int, float]]:

@@ -1,9 +1,7 @@
-"""A whole run: data, gate, base, adapters, training, evaluation before and after, files."""
+"""A whole run: what prepare.py makes ready, training, evaluation before and after, files."""
 
-import hashlib
 import json
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,41 +9,26 @@ from typing import Any
 
 import torch
 
-from smidgen.data.batch import Batching
-from smidgen.data.gate import check_examples
-from smidgen.data.records import DataSet, Row, read_data
-from smidgen.data.render import IGNORED, Example, Renderer
-from smidgen.data.report import build_report, show_row
-from smidgen.errors import DataError, RunError
+from smidgen.data.report import show_row
+from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
-from smidgen.export.adapter import StoredAdapter, read_adapter
+from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant
-from smidgen.export.quantise import quantise_model
 from smidgen.kernels.library import describe_library
-from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
-from smidgen.lora.targets import check_pattern, select_targets
 from smidgen.measures.answers import ANSWER_MEASURES
-from smidgen.model.build import Base
-from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
-from smidgen.model.device import choose_device, peak_rss_bytes
-from smidgen.model.fused import is_fused
-from smidgen.model.inventory import inventory_of
-from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
-from smidgen.model.recompute import set_recompute
-from smidgen.planning.planner import Forecast
+from smidgen.model.device import peak_rss_bytes
+from smidgen.model.load import needs_gptq, open_source
 from smidgen.train.best import best_step, evaluations, since_best
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.lock import check_unlocked, locked
 from smidgen.train.logs import check_logs, open_logs
 from smidgen.train.loop import Schedule, train
-from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, process_now, settings_for, work_of
-from smidgen.train.optimizers import check_optimizer, make_optimizer
-from smidgen.train.run import SUMMARY, Record, RunFolder, adapter_folder, read_record
-from smidgen.train.sharing import choose_batching
+from smidgen.train.optimizers import make_optimizer
+from smidgen.train.prepare import Prepared, gptq_folder, initial_adapter, prepare
+from smidgen.train.run import SUMMARY, Record, RunFolder, read_record
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
-from smidgen.units import format_count
 
 __all__ = ["Run", "resume", "run_finetune"]
 
@@ -58,25 +41,6 @@ class Run:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything before the first step. settings: with the micro-batch that the plan chose."""
-
-    settings: Settings
-    plan: Forecast
-    source: Source
-    renderer: Renderer
-    base: Base
-    adapters: dict[str, LoraLinear]
-    batching: Batching
-    train: list[Example]
-    held_out: list[Example]
-    compared: list[Row]
-    data_sha256: str
-    system: str
-    statistics: dict[str, Any]
-
-
 def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
@@ -86,10 +50,10 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     check_logs(settings.logs)
     source = open_source(model, report)
     if needs_gptq(settings.quantize, source.checkpoint):
-        check_vacant(_gptq_folder(out), f"train on it: smidgen finetune {_gptq_folder(out)}, or remove it first")
+        check_vacant(gptq_folder(out), f"train on it: smidgen finetune {gptq_folder(out)}, or remove it first")
     if settings.init_adapter is not None:
         settings = replace(settings, init_adapter=_absolute(settings.init_adapter))
-    prepared = _prepare(source, data, settings, report, out, _initial_adapter(settings, source, report))
+    prepared = prepare(source, data, settings, report, out, initial_adapter(settings, source, report))
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
@@ -144,8 +108,8 @@ def _resume(
     # what `auto` chose at the start is kept, whatever it would choose now
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
-    initial = None if checkpoint else _initial_adapter(settings, source, report)
-    prepared = _prepare(source, data, settings, report, run, initial)
+    initial = None if checkpoint else initial_adapter(settings, source, report)
+    prepared = prepare(source, data, settings, report, run, initial)
     if prepared.data_sha256 != folder.record.data_sha256:
         raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, prepared.settings, checkpoint, started, report)
@@ -160,188 +124,8 @@ def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 
-def _initial_adapter(settings: Settings, source: Source, report: Report) -> StoredAdapter | None:
-    """The adapter to start from. Raises RunError where there is none, or where it is known to be for another base."""
-    if settings.init_adapter is None:
-        return None
-    folder = adapter_folder(Path(settings.init_adapter), report)
-    if folder is None:
-        raise RunError(f"init_adapter: {settings.init_adapter} is no adapter", expected="a PEFT folder or a run")
-    record = read_record(folder)
-    if record and record.base_fingerprint != source.checkpoint.fingerprint():
-        raise RunError(
-            f"init_adapter: {source.checkpoint.path} is not the base that {folder} was trained on (its weights differ)",
-            cure=f"give {record.model}, or start without it",
-        )
-    return read_adapter(folder)
-
-
-def _prepare(
-    source: Source, data: str, settings: Settings, report: Report, out: Path, initial: StoredAdapter | None
-) -> _Prepared:
-    """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start."""
-    give_memory_back()
-    rows = read_data(data, report=report)
-    seq_len = min(settings.seq_len, source.max_positions)
-    if seq_len < settings.seq_len:
-        report(Note(f"seq_len {seq_len}: the model has no more positions"))
-    renderer = Renderer(source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=seq_len, report=report)
-    rendered = renderer.render_all(rows.train)
-    examples = _labelled(rendered, report)
-    held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
-    check_examples([*examples, *held_out], source.tokenizer, source.vocab_size, renderer.end_ids, layout=rows.layout)
-    if held_out:
-        report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
-    elif settings.early_stopping or settings.keep_best:
-        raise DataError(
-            "no held-out rows",
-            expected="some for early_stopping and keep_best to go by",
-            cure="give a folder with train and validation files, or more rows",
-        )
-    else:
-        report(Warned("no held-out rows: the loss before and after training cannot be shown"))
-
-    check_optimizer(settings, choose_device(settings.device))
-    statistics = build_report(rendered, rows.train, source.tokenizer, layout=rows.layout)
-    if needs_gptq(settings.quantize, source.checkpoint):
-        source = _quantised(source, examples, _gptq_folder(out), settings, report)
-    decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
-    plan = _plan(source, decided, settings, examples, report)
-    base = load_base(
-        source,
-        decided=decided,
-        streamed=plan.choice.streamed,
-        trust_remote_code=settings.trust_remote_code,
-        report=report,
-    )
-    if initial:
-        initial.check_base(base)
-    names, notes = select_targets(settings.targets, base.linears, base.head_name)
-    for note in notes:
-        report(Note(note))
-    for setting in ("rank_pattern", "alpha_pattern"):
-        check_pattern(setting, getattr(settings, setting) or {}, names)
-    adapters = attach_lora(
-        base.model,
-        names,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        seed=settings.seed,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        rank_pattern=settings.rank_pattern,
-        alpha_pattern=settings.alpha_pattern,
-    )
-    if initial:
-        initial.copy_into(adapters)
-        report(Note(f"the adapters start from {initial.folder}"))
-    trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
-    report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
-    if is_fused(base.backbone) and settings.dropout:
-        report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
-    set_recompute(base, plan.choice.recompute)
-    settings = settings_for(settings, plan)
-    return _Prepared(
-        settings,
-        plan,
-        source,
-        renderer,
-        base,
-        adapters,
-        choose_batching(base, examples, settings, report),
-        examples,
-        held_out,
-        _compared(rows, settings.compare),
-        _digest([*examples, *held_out]),
-        _shared_system(rows.train),
-        statistics.as_dict() | {"held_out_rows": len(held_out)},
-    )
-
-
-def _gptq_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}-gptq")
-
-
-def _quantised(source: Source, examples: Sequence[Example], folder: Path, settings: Settings, report: Report) -> Source:
-    """The base quantised by GPTQ on the training rows into a folder beside the run, which is the run's base from then
-    on: it takes minutes, and would be another one on other rows.
-    """
-    ids = [token for example in examples for token in example.input_ids]
-    text = calibration_on_the_way(ids, "the training rows", source.tokenizer, source.max_positions, report)
-    if settings.device not in ("auto", "cpu"):
-        report(Note(f"GPTQ runs on the CPU; {settings.device} trains on what it makes"))
-    quantise_model(
-        source,
-        folder,
-        "gptq",
-        settings=GPTQ_ON_THE_WAY,
-        calibration=text,
-        trust_remote_code=settings.trust_remote_code,
-        report=report,
-    )
-    report(Note(f"the quantised base lies in {folder}: the run needs it from now on"))
-    return open_source(str(folder), report)
-
-
-def _labelled(examples: Sequence[Example], report: Report) -> list[Example]:
-    """The rows that have a label; without one a row costs time and teaches nothing. All of them if none has."""
-    kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
-    if kept and len(kept) < len(examples):
-        first = next(e.where for e in examples if all(label == IGNORED for label in e.labels))
-        report(
-            Warned(f"{len(examples) - len(kept)} rows have no trained token within seq_len and are left out ({first})")
-        )
-    return kept or list(examples)
-
-
-def _shared_system(rows: Sequence[Row]) -> str:
-    """The system message that every row begins with, "" if there is no such one."""
-    first = {row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else "" for row in rows}
-    return first.pop() if len(first) == 1 else ""
-
-
-def _compared(rows: DataSet, count: int) -> list[Row]:
-    return [row for row in rows.test or rows.validation if row.messages][:count]
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
-    return digest.hexdigest()
-
-
-def _plan(
-    source: Source, decided: Decided, settings: Settings, examples: Sequence[Example], report: Report
-) -> Forecast:
-    """What the run will need, before weights are read. Raises SettingsError where the memory does not suffice."""
-    checkpoint, item = source.checkpoint, decided.dtype.itemsize
-    model = inventory_of(
-        checkpoint,
-        checkpoint.config,
-        decided.storage,
-        name=checkpoint.path.name,
-        itemsize=item,
-        fuses=decided.device.type == "cpu" and not settings.dropout,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
-    largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
-    return plan_run(
-        model,
-        work,
-        process_now(decided.device),
-        settings,
-        budget_of(settings, decided.device),
-        can_stream=decided.device.type == "cpu",
-        probe=lambda: machine_now(decided.device, decided.dtype, largest),
-        report=report,
-    )
-
-
 def _train(
-    prepared: _Prepared, folder: RunFolder, settings: Settings, checkpoint: Path | None, started: float, report: Report
+    prepared: Prepared, folder: RunFolder, settings: Settings, checkpoint: Path | None, started: float, report: Report
 ) -> Run:
     base, adapters = prepared.base, prepared.adapters
     optimizer = make_optimizer(adapters, settings)
@@ -422,7 +206,7 @@ def _train(
     return Run(folder.path, summary)
 
 
-def _summary(prepared: _Prepared, folder: RunFolder, cursor: Cursor, result_step: int) -> dict[str, Any]:
+def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step: int) -> dict[str, Any]:
     """What summary.json says, of the adapter of `result_step`; the figures before and after come from the log, where a
     resumed run finds them too.
     """
