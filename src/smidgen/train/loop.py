@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -50,12 +51,20 @@ class Schedule:
     def rows_of(self, step: int) -> list[int]:
         """The rows of a step, as indices."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        seed, first = self.settings.seed, position * self.step_rows
-        if self.settings.group_by_length:
-            order = grouped_order(self.lengths, seed, epoch, self.step_rows)
-        else:
-            order = epoch_order(len(self.lengths), seed, epoch)
-        return order[first : first + self.step_rows]
+        first = position * self.step_rows
+        return self._order_of(epoch)[first : first + self.step_rows]
+
+    @cached_property
+    def _order_of(self) -> Callable[[int], list[int]]:
+        """Epoch -> its order of all rows; the last one is kept, since every step of an epoch asks for it."""
+
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> list[int]:
+            if self.settings.group_by_length:
+                return grouped_order(self.lengths, self.settings.seed, epoch, self.step_rows)
+            return epoch_order(len(self.lengths), self.settings.seed, epoch)
+
+        return order
 
 
 @dataclass(frozen=True)
