@@ -162,12 +162,13 @@ def test_a_run_that_has_no_checkpoint_yet_starts_from_its_adapter_again(
 
 
 def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
-    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=50, **QUICK)
-    assert run.summary["steps"] == 1
+    # How many steps fit in the time is the machine's affair; that it stops long before the end is not.
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=500, **QUICK)
+    assert 1 <= run.summary["steps"] < 100
     assert run.summary["stopped"] == "max_time"
     first = adapter_bytes(run.path)
     again = smidgen.resume(run.path)  # for as long once more
-    assert again.summary["steps"] == 2
+    assert run.summary["steps"] < again.summary["steps"] < 200
     assert adapter_bytes(run.path) != first
 
 
