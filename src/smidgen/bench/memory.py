@@ -32,7 +32,7 @@ _NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """layers: of the model, cut for a quick look; None: all. vocab_size: another vocabulary than the shape's; 0: its own.
+    """layers: of the model, cut for a quick look; None: all. vocab_size: in place of the shape's own; 0: that one.
     memory: bytes; None: no limit. resident: also measure the same steps with every layer in memory.
     """
 

@@ -38,7 +38,7 @@ class Machine:
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
-    in place of so many rows.
+    in place of so many rows. state_bytes: of the optimizer for each parameter.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +47,7 @@ class Work:
     ranks: int
     itemsize: int = 4
     pack: int | None = None
+    state_bytes: float = 8
 
     def tokens(self, rows: int, *, pads: bool) -> int:
         """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
@@ -113,7 +114,10 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     small = {
         "framework": machine.framework_bytes,
         "norms and biases": model.norm_bytes,
-        **estimate.adapter_bytes(work.parameters),
+        **estimate.adapter_bytes(
+            work.parameters, work.state_bytes, kept, model.num_layers,
+            accumulates=choice.accumulation > 1 or work.pack is not None,
+        ),
         "kept activations": kept,
         "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger
         "loss chunk": loss,

@@ -17,6 +17,7 @@ from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_g
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.train.config import Settings
+from smidgen.train.optimizers import STATE_BYTES
 from smidgen.units import format_bytes, parse_bytes
 
 __all__ = [
@@ -60,6 +61,7 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         ranks=max(of_layer),
         itemsize=itemsize,
         pack=settings.pack,
+        state_bytes=STATE_BYTES[settings.optimizer],
     )
 
 
