@@ -17,8 +17,8 @@ from smidgen.units import format_bytes
 __all__ = ["Choice", "Forecast", "Machine", "Work", "fastest", "forecast", "forecasts", "reasons", "smallest"]
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
-_SLACK = 0.02  # of everything but the base: the allocator's, and what the terms leave out
-_RUNTIME = 32 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
+_SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
+_RUNTIME = 16 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
 
 
 @dataclass(frozen=True)
