@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 
 import smidgen.model.build
 import smidgen.model.fused
+import smidgen.model.segments
 from smidgen.data.batch import Batch, make_batch
 from smidgen.data.prefix import computed_tokens
 from smidgen.data.render import Example
@@ -235,6 +236,21 @@ def test_transformers_layers_pack_with_the_gradients_of_rows_one_by_one(
         assert _distance(gradient, expected) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "mistral", "gemma2", "gpt-oss"])
+def test_one_mask_for_all_segments_gives_the_same_gradients(
+    architecture: str, unfused: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with many short segments, done here."""
+    base, batch = unfused(tmp_path, architecture, storage="none"), make_batch(_examples("all"), share_prefix=True)
+    base.packs = True
+    expected = _gradient(base, [batch])[1]
+    monkeypatch.setattr(smidgen.model.segments, "_are_one_block", lambda *given: True)
+    assert refuse_packing(base, 136) == ""
+    base.packs = True
+    base.model.train()
+    assert _distance(_gradient(base, [batch])[1], expected) < 1e-5
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt-neox", "opt", "stablelm", "llama", "mistral"])
 def test_transformers_layers_pack_exactly_in_float64(
     architecture: str, unfused: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -347,7 +363,6 @@ def test_models_that_mix_rows_elsewhere_are_refused_and_padded(
 
 @pytest.mark.parametrize("window", [0, 3, 7])
 def test_the_mask_of_all_segments_is_that_of_each(window: int) -> None:
-    """The one large mask, which a GPU takes for many short segments."""
     segments = Segments([5, 9, 4, 6, 3], [-1, -1, 1, 1, -1])
     masks, like = SegmentMasks(segments), torch.empty(0)
     expected = torch.full((segments.tokens, segments.tokens), -torch.inf)

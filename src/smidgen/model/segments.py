@@ -100,7 +100,7 @@ def attend_in_segments(
     rows = packed_rows()
     assert attention_mask is None and rows is not None
     window, plain = sliding_window or 0, softcap is None and s_aux is None
-    at_once = query.is_cuda and len(rows.segments.lengths) > 2 and rows.segments.tokens <= _BLOCK_TOKENS
+    at_once = _are_one_block(rows.segments, query.device)
     computed = []
     for own, prefix in rows.pieces(at_once=at_once):
         q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
@@ -121,6 +121,10 @@ def attend_in_segments(
             out = _attend(q, k, v, mask, scaling, softcap, s_aux, dropout)
         computed.append(out)
     return torch.cat(computed, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _are_one_block(segments: Segments, device: torch.device) -> bool:
+    return device.type == "cuda" and len(segments.lengths) > 2 and segments.tokens <= _BLOCK_TOKENS
 
 
 def _attend(
