@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -366,9 +367,12 @@ def test_the_mask_of_all_segments_is_that_of_each(window: int) -> None:
     segments = Segments([5, 9, 4, 6, 3], [-1, -1, 1, 1, -1])
     masks, like = SegmentMasks(segments), torch.empty(0)
     expected = torch.full((segments.tokens, segments.tokens), -torch.inf)
-    for own, prefix in masks.pieces(at_once=False):
-        queries, before = own.stop - own.start, prefix.stop - prefix.start
+    spans = [slice(start, stop) for start, stop in pairwise(segments.starts.tolist())]
+    for own, queries, prefix in zip(spans, segments.lengths, segments.prefixes.tolist(), strict=True):
+        before = segments.lengths[prefix] if prefix >= 0 else 0
         mask = masks.causal(queries, before + queries, window, like)
-        expected[own, prefix], expected[own, own] = mask[:, :before], mask[:, before:]
+        expected[own, own] = mask[:, before:]
+        if before:
+            expected[own, spans[prefix]] = mask[:, :before]
     assert torch.equal(masks.block(window, like), expected)
     assert masks.block(window, like) is masks.block(window, like)  # one for all layers

@@ -8,10 +8,9 @@ and sinks are done as the layers ask for them. What a layer might do besides is 
 each model once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from smidgen.kernels.attention import Segments
 __all__ = ["SegmentMasks", "as_before", "attend_in_segments", "packed_rows", "segment_attention"]
 
 _NAME = "smidgen_segments"  # transformers makes no mask for a name that it does not know
-_BLOCK_TOKENS = 2048  # up to so many on a GPU one masked square costs less than starting kernels for each segment
+# Up to so many, one masked square on a GPU should cost less than starting kernels for each segment: by arithmetic (some
+# ten kernels of 5 us a segment against 0.3 ms), not yet measured.
+_BLOCK_TOKENS = 2048
 
 
 class SegmentMasks:
@@ -32,15 +33,6 @@ class SegmentMasks:
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
         self._masks: dict[Any, torch.Tensor] = {}
-
-    def pieces(self, *, at_once: bool) -> Iterator[tuple[slice, slice]]:
-        """(the tokens of a segment, those of its prefix, which may be none); at_once: all tokens are one piece."""
-        if at_once:
-            yield slice(0, self.segments.tokens), slice(0, 0)
-            return
-        spans = [slice(end - length, end) for end, length in zip(self._ends, self.segments.lengths, strict=True)]
-        for span, prefix in zip(spans, self.segments.prefixes.tolist(), strict=True):
-            yield span, slice(0, 0) if prefix < 0 else spans[prefix]
 
     def causal(self, queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:
         """Of a segment's queries, which are the last of its keys. window: tokens a query sees, itself included."""
@@ -58,7 +50,7 @@ class SegmentMasks:
             lengths, prefixes = torch.tensor(self.segments.lengths), self.segments.prefixes
             segment = torch.arange(len(lengths)).repeat_interleave(lengths).to(like.device)
             before = torch.where(prefixes < 0, 0, lengths[prefixes])  # tokens of the prefix
-            starts = torch.tensor(self._ends) - lengths - before
+            starts = self.segments.starts[:-1] - before
             place = torch.arange(len(segment), device=like.device)
             position = place - starts.to(like.device)[segment]
             own = (segment[:, None] == segment) & (place[:, None] >= place)
@@ -67,11 +59,7 @@ class SegmentMasks:
 
         return self._kept((window,), seen, like)
 
-    @property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.segments.lengths))
-
-    def _kept(self, key: tuple[int, ...], seen: Any, like: torch.Tensor) -> torch.Tensor:
+    def _kept(self, key: tuple[int, ...], seen: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Additive and kept: autograd saves one for all layers, where of a boolean one each layer saves a copy."""
         if (key, like.dtype) not in self._masks:
             mask = torch.zeros((), dtype=like.dtype, device=like.device)
@@ -100,26 +88,20 @@ def attend_in_segments(
     rows = packed_rows()
     assert attention_mask is None and rows is not None
     window, plain = sliding_window or 0, softcap is None and s_aux is None
-    at_once = _are_one_block(rows.segments, query.device)
-    computed = []
-    for own, prefix in rows.pieces(at_once=at_once):
-        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
-        if prefix.stop:
-            k, v = (torch.cat([states[:, :, prefix], states[:, :, own]], dim=2) for states in (key, value))
+    how = (scaling, softcap, s_aux, dropout)
+    if _are_one_block(rows.segments, query.device):
+        return _attend(query, key, value, rows.block(window, query), *how).transpose(1, 2).contiguous(), None
+    # split, not slices: the gradient of each slice would be a tensor of all tokens
+    parts = (states.split(rows.segments.lengths, dim=2) for states in (query, key, value))
+    (q_parts, k_parts, v_parts), computed = parts, []
+    for own, prefix in enumerate(rows.segments.prefixes.tolist()):
+        q, k, v = q_parts[own], k_parts[own], v_parts[own]
+        if prefix >= 0:
+            k, v = torch.cat([k_parts[prefix], k], dim=2), torch.cat([v_parts[prefix], v], dim=2)
         queries, keys, mask = q.shape[2], k.shape[2], None
-        if at_once:
-            mask = rows.block(window, q)
-        elif not plain or keys > queries or 0 < window < keys:
+        if not plain or keys > queries or 0 < window < keys:
             mask = rows.causal(queries, keys, window, q)
-        grouped = q.shape[1] // k.shape[1]
-        if mask is not None and grouped > 1:  # with a mask, CUDA's fast kernels take no groups
-            k, v = k.repeat_interleave(grouped, dim=1), v.repeat_interleave(grouped, dim=1)
-        if mask is None or plain:
-            how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "is_causal": mask is None}
-            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=mask is None and grouped > 1, **how)
-        else:
-            out = _attend(q, k, v, mask, scaling, softcap, s_aux, dropout)
-        computed.append(out)
+        computed.append(_attend(q, k, v, mask, *how))
     return torch.cat(computed, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -131,13 +113,21 @@ def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """What PyTorch's attention does not do. [1, heads, tokens, ...], mask additive -> [1, heads, queries, ...]."""
+    """[1, heads, tokens, ...], mask additive, or None: causal -> [1, heads, queries, ...]."""
+    grouped = q.shape[1] // k.shape[1]
+    if mask is None:
+        how: dict[str, Any] = {"is_causal": True, "enable_gqa": grouped > 1}
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **how)
+    if grouped > 1:  # with a mask, CUDA's fast kernels take no groups
+        k, v = k.repeat_interleave(grouped, dim=1), v.repeat_interleave(grouped, dim=1)
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
