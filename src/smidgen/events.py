@@ -56,7 +56,10 @@ class RowShown:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. loss is the mean over this step's labelled tokens."""
+    """One optimizer step. loss is the mean over this step's labelled tokens.
+
+    tokens: of all rows so far, each in full; padding does not count, and a prefix that rows share counts in each.
+    """
 
     step: int
     total_steps: int

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import smidgen
+import smidgen.model.segments
 from gguf_models import write_gguf
 from packers import pack_folder
-from smidgen.data.batch import Batch
+from smidgen.data.batch import Batch, make_batch
+from smidgen.data.render import Example
 from smidgen.kernels.lowrank import LowRank
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
@@ -21,6 +23,7 @@ from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.grouped import BITS, GroupedMatrix, pack
 from smidgen.quant.matrix import FrozenMatrix, quantise
 from smidgen.train.loss import batch_loss
+from smidgen.train.sharing import refuse_packing
 from tiny import CONFIGS, build, tiny_folder, write_rows
 
 pytestmark = [
@@ -130,6 +133,36 @@ def test_loss_and_gradients_of_each_architecture(architecture: str, tmp_path: Pa
     assert gradients.keys() == gradients_there.keys() and gradients
     for name, gradient in gradients.items():  # float32 sums in another order, through two layers
         assert (gradients_there[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("block_tokens", [0, 2048])  # each segment on its own, and one masked square
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "falcon"])  # which cannot pack
+def test_packed_rows_have_the_gradients_of_rows_one_by_one(
+    architecture: str, block_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smidgen.model.segments, "_BLOCK_TOKENS", block_tokens)
+    base = build(tiny_folder(tmp_path / "model", architecture), device=CUDA)
+    names, _ = select_targets("all", base.linears, base.head_name)
+    layers = attach_lora(base.model, names, rank=4, alpha=8, dropout=0.0, seed=0).values()
+    parameters = [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers:
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+    ids = torch.randint(0, 256, (70,), generator=generator).tolist()
+    rows = [ids[:20] + ids[30:40], ids[50:63], ids[:20] + ids[40:70], ids[:20] + ids[63:67]]
+    examples = [Example(row, [-100, *row[1:]], False, "") for row in rows]
+
+    def gradient(batches: list[Batch]) -> torch.Tensor:
+        base.model.train()
+        loss = torch.stack([batch_loss(base, batch) for batch in batches]).sum()
+        return torch.cat([part.flatten().double() for part in torch.autograd.grad(loss, parameters)])
+
+    expected = gradient([make_batch([example]) for example in examples])
+    assert refuse_packing(base, 50) == ""
+    base.packs = True
+    for share in (True, False):
+        found = gradient([make_batch(examples, share_prefix=share)])
+        assert (found - expected).norm() <= 1e-4 * expected.norm()  # float32 sums in another order, other kernels
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq", "gguf", "int8", "nf4", "none"])

@@ -172,9 +172,11 @@ def test_an_adapter_that_does_not_fit_is_no_start(model: Path, rows: Path, tmp_p
     assert run.is_dir()
 
 
-def test_packing_and_shared_prefixes_change_nothing_but_rounding(model: Path, rows: Path, tmp_path: Path) -> None:
-    """Rows that begin alike, other rows at once: the same steps. AdamW divides by the gradient's size, so rounding
-    grows: 1e-3 of a loss that falls by a quarter."""
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_packing_and_shared_prefixes_change_nothing_but_rounding(architecture: str, rows: Path, tmp_path: Path) -> None:
+    """Rows that begin alike, other rows at once: the same steps, on smidgen's layers and on transformers'. AdamW
+    divides by the gradient's size, so rounding grows: 1e-3 of a loss that falls by a fifth."""
+    model = tiny_folder(tmp_path / "model", architecture)
     losses = {}
     off: dict[str, Any] = {"share_prefix": "off"}
     arms = {"off": off, "shared": {}, "packed": {"pack": 120}, "apart": off | {"pack": 1}}
@@ -186,14 +188,14 @@ def test_packing_and_shared_prefixes_change_nothing_but_rounding(model: Path, ro
         losses[name] = [line["loss"] for line in logged if "loss" in line]
         said = [note.text for note in notes if isinstance(note, Note) and note.text.startswith("share_prefix")]
         assert [text.partition(" ")[0] for text in said] == ([] if "share_prefix" in how else ["share_prefix:"])
-    assert losses["off"][-1] < 0.75 * losses["off"][0]
+    assert losses["off"][-1] < 0.8 * losses["off"][0]
     for name in ("shared", "packed", "apart"):
         assert losses[name] == pytest.approx(losses["off"], rel=1e-3)
 
 
 def test_prefixes_are_not_shared_where_it_cannot_be_or_does_not_pay(model: Path, rows: Path, tmp_path: Path) -> None:
     for number, (how, why) in enumerate(
-        [({"dropout": 0.1}, "transformers' layers cannot"), ({"micro_batch": 1}, "begin alike in 0%")]
+        [({"dropout": 0.1}, "dropout of its own"), ({"micro_batch": 1}, "begin alike in 0%")]
     ):
         notes: list[Event] = []
         settings = QUICK | {"max_steps": 1} | how

@@ -1,15 +1,19 @@
-"""Shared prefixes: the loss and every gradient are those of rows computed one by one."""
+"""Packed rows and shared prefixes: the loss and every gradient are those of rows computed one by one."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import AttentionInterface
 
 import smidgen.model.build
 import smidgen.model.fused
+import smidgen.model.segments
 from smidgen.data.batch import Batch, make_batch
 from smidgen.data.prefix import computed_tokens
 from smidgen.data.render import Example
@@ -19,10 +23,30 @@ from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
 from smidgen.model.packing import PackedRows, pack_rows
 from smidgen.model.recompute import set_recompute
+from smidgen.model.segments import SegmentMasks, attend_in_segments
 from smidgen.train.loss import batch_loss
-from tiny import VOCAB_SIZE, build, tiny_folder
+from smidgen.train.sharing import refuse_packing
+from tiny import CONFIGS, VOCAB_SIZE, build, tiny_folder
 
 FUSED = ["llama", "mistral", "qwen2", "qwen3", "qwen3-one-key-head"]  # Mistral's window of 8 ends within the prefixes
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
+    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
+MORE: dict[str, Any] = {
+    "gpt-oss": transformers.GptOssConfig(
+        **_SHAPE, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    ),
+    "bloom": transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=272),
+    "lfm2": transformers.Lfm2Config(**_SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+}
+REFUSED = ["falcon", "bloom", "lfm2"]  # attentions that cannot be exchanged, and a convolution
+# Windows and a soft-cap that tell at these lengths; the models' own are larger.
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 1.0},
+    "mixtral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+}
 
 
 def _model(folder: Path, storage: str = "nf4-dq", dtype: torch.dtype = torch.float32, **lora: Any) -> Base:
@@ -185,3 +209,170 @@ def test_layers_of_transformers_compute_every_row_in_full(architecture: str, tmp
         torch.manual_seed(5)
         results.append(_gradient(base, [make_batch(examples, share_prefix=share)])[1])
     assert torch.equal(*results)
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Base]:
+    """Any architecture by transformers' own layers, as on CUDA; not yet known to pack."""
+    monkeypatch.setattr(smidgen.model.build, "fuse_layers", lambda model: 0)
+    for name, config in MORE.items():
+        monkeypatch.setitem(CONFIGS, name, config)
+    return lambda path, name, **how: _model(tiny_folder(path, name, **CHANGES.get(name, {})), **how)
+
+
+@pytest.mark.parametrize("labels", ["answers", "all"])
+@pytest.mark.parametrize("architecture", [name for name in [*CONFIGS, "gpt-oss"] if name not in REFUSED])
+def test_transformers_layers_pack_with_the_gradients_of_rows_one_by_one(
+    architecture: str, labels: str, unfused: Callable[..., Base], tmp_path: Path
+) -> None:
+    """float32: see above. The expected gradient is transformers' own, without anything of ours in its attention."""
+    base, examples = unfused(tmp_path, architecture, storage="none"), _examples(labels)
+    expected_loss, expected = _gradient(base, [make_batch([example]) for example in examples])
+    assert refuse_packing(base, 136) == "" and not base.packs
+    base.packs = True
+    base.model.train()
+    for share in (True, False):
+        loss, gradient = _gradient(base, [make_batch(examples, share_prefix=share)])
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert _distance(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mistral", "gemma2", "gpt-oss"])
+def test_one_mask_for_all_segments_gives_the_same_gradients(
+    architecture: str, unfused: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with many short segments, done here."""
+    base, batch = unfused(tmp_path, architecture, storage="none"), make_batch(_examples("all"), share_prefix=True)
+    base.packs = True
+    expected = _gradient(base, [batch])[1]
+    monkeypatch.setattr(smidgen.model.segments, "_are_one_block", lambda *given: True)
+    assert refuse_packing(base, 136) == ""
+    base.packs = True
+    base.model.train()
+    assert _distance(_gradient(base, [batch])[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt-neox", "opt", "stablelm", "llama", "mistral"])
+def test_transformers_layers_pack_exactly_in_float64(
+    architecture: str, unfused: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+    base, examples = unfused(tmp_path, architecture, storage="none", dtype=torch.float64), _examples("all")
+    for name, module in list(base.model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):  # transformers' own compute in float32 whatever comes
+            norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon, dtype=torch.float64)  # type: ignore[arg-type, union-attr]
+            base.model.set_submodule(name, norm)
+    for layer in adapters(base.model).values():
+        layer.double()
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    base.packs = True
+    assert _distance(_gradient(base, [make_batch(examples, share_prefix=True)])[1], expected) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "stablelm", "gpt-neox"])
+def test_layers_computed_again_attend_as_they_did(
+    architecture: str, unfused: Callable[..., Base], tmp_path: Path
+) -> None:
+    base, batch = unfused(tmp_path, architecture), make_batch(_examples("answers"), share_prefix=True)
+    base.packs = True
+    results = []
+    for mode in ("none", "full"):
+        set_recompute(base, mode)
+        results.append(_gradient(base, [batch])[1])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_fused_layers_with_dropout_pack_too(recompute: str, tmp_path: Path) -> None:
+    """transformers' layers stand in for them then. So little dropout drops nothing, and gradients can be compared."""
+    base, examples = _model(tiny_folder(tmp_path, "mistral"), dropout=1e-9), _examples("answers")
+    set_recompute(base, recompute)
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    base.packs = True
+    assert _distance(_gradient(base, [make_batch(examples)])[1], expected) < 1e-5
+
+
+def _one_segment(packed: PackedRows) -> PackedRows:
+    return dataclasses.replace(packed, segments=Segments([packed.segments.tokens]))
+
+
+@pytest.mark.parametrize("fault", [_one_segment, _positions_restart, _prefix_unseen, _one_branch_label])
+def test_broken_packing_would_be_caught_by_the_tests_and_before_a_run(
+    fault: Callable[[PackedRows], PackedRows],
+    unfused: Callable[..., Base],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The control arm: rows that see each other, wrong positions, rows without their prefix, a label for all rows."""
+    base, examples = unfused(tmp_path, "phi3"), _examples("answers")
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    monkeypatch.setattr(smidgen.model.build, "pack_rows", lambda *given: fault(pack_rows(*given)))
+    assert "does not compute packed rows as rows apart" in refuse_packing(base, 136)
+    base.packs = True
+    base.model.train()
+    assert _distance(_gradient(base, [make_batch(examples, share_prefix=True)])[1], expected) > 1e-3
+
+
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    yield
+    AttentionInterface.register("smidgen_segments", attend_in_segments)
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize(
+    ("architecture", "ignored"),
+    [("gemma2", "softcap"), ("gemma2", "sliding_window"), ("phi3", "sliding_window"), ("gpt-oss", "s_aux")],
+)
+def test_what_an_attention_ignores_is_found_before_a_run(
+    architecture: str, ignored: str, unfused: Callable[..., Base], tmp_path: Path
+) -> None:
+    """As an architecture would be that asks for something that is not known here."""
+    base = unfused(tmp_path, architecture, storage="none")
+    assert refuse_packing(base, 20) == ""
+    _ignore(ignored)
+    assert "does not compute packed rows as rows apart" in refuse_packing(base, 20)
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_window_counts_where_rows_are_longer(tmp_path: Path) -> None:
+    """The trial's rows are short; a window that only longer rows to come leave makes one of them longer."""
+    base = _model(tiny_folder(tmp_path, "phi3", sliding_window=40))
+    assert refuse_packing(base, 60) == ""
+    _ignore("sliding_window")
+    assert refuse_packing(base, 40) == ""
+    assert refuse_packing(base, 60) != ""
+
+
+def _ignore(argument: str) -> None:
+    AttentionInterface.register(
+        "smidgen_segments", lambda *given, **how: attend_in_segments(*given, **how | {argument: None})
+    )
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_models_that_mix_rows_elsewhere_are_refused_and_padded(
+    architecture: str, unfused: Callable[..., Base], tmp_path: Path
+) -> None:
+    base, examples = unfused(tmp_path, architecture), _examples("answers")
+    why = refuse_packing(base, 136)
+    assert why.startswith(type(base.model).__name__) and "\n" not in why
+    base.model.train()
+    expected = _gradient(base, [make_batch([example]) for example in examples])[1]
+    assert _distance(_gradient(base, [make_batch(examples, share_prefix=True)])[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 3, 7])
+def test_the_mask_of_all_segments_is_that_of_each(window: int) -> None:
+    segments = Segments([5, 9, 4, 6, 3], [-1, -1, 1, 1, -1])
+    masks, like = SegmentMasks(segments), torch.empty(0)
+    expected = torch.full((segments.tokens, segments.tokens), -torch.inf)
+    spans = [slice(start, stop) for start, stop in pairwise(segments.starts.tolist())]
+    for own, queries, prefix in zip(spans, segments.lengths, segments.prefixes.tolist(), strict=True):
+        before = segments.lengths[prefix] if prefix >= 0 else 0
+        mask = masks.causal(queries, before + queries, window, like)
+        expected[own, own] = mask[:, before:]
+        if before:
+            expected[own, spans[prefix]] = mask[:, :before]
+    assert torch.equal(masks.block(window, like), expected)
+    assert masks.block(window, like) is masks.block(window, like)  # one for all layers

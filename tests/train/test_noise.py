@@ -15,9 +15,13 @@ LENGTHS = [9, 40, 25]
 ALPHA = 5.0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # rows one behind the other, and padded
-def test_each_row_gets_uniform_noise_by_its_own_length_and_only_in_training(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "packs"), [("llama", True), ("gemma3", True), ("gemma3", False)])
+def test_each_row_gets_uniform_noise_by_its_own_length_and_only_in_training(
+    architecture: str, packs: bool, tmp_path: Path
+) -> None:
+    """Rows one behind the other, in the two shapes that layers take, and padded."""
     base = build(tiny_folder(tmp_path, architecture))
+    base.packs = packs
     batch = make_batch([Example([number] * length, [1] * length, False, "") for number, length in enumerate(LENGTHS)])
     embedding = base.model.get_input_embeddings()
     seen: list[torch.Tensor] = []
@@ -40,9 +44,8 @@ def test_each_row_gets_uniform_noise_by_its_own_length_and_only_in_training(arch
         torch.manual_seed(7)
         assert torch.equal(embedded(), again)  # from torch's generator, which a checkpoint keeps
     assert torch.equal(embedded(), plain)  # nothing is left behind
-    rows = (
-        noise.split(LENGTHS) if noise.dim() == 2 else [row[:length] for row, length in zip(noise, LENGTHS, strict=True)]
-    )
+    rows = noise.flatten(0, -2).split(LENGTHS if packs else max(LENGTHS))
+    rows = [row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
     for row, length in zip(rows, LENGTHS, strict=True):
         bound = ALPHA / math.sqrt(length * 64)
         # float32 loses the last bits of the noise in the sum; of >= 9 x 64 draws the largest is near to the bound

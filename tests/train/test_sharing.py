@@ -1,15 +1,18 @@
 """The forecast of shared prefixes, and what `auto` makes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import smidgen
 from smidgen.data.render import Example
 from smidgen.errors import SettingsError
+from smidgen.events import Event, Note
 from smidgen.train.config import Settings
-from smidgen.train.sharing import estimate_sharing
-from tiny import tiny_folder, write_rows
+from smidgen.train.evaluate import held_out_loss
+from smidgen.train.sharing import choose_batching, estimate_sharing
+from tiny import build, tiny_folder, write_rows
 
 SYSTEM = list(range(100, 140))
 
@@ -46,3 +49,40 @@ def test_data_forecasts_the_saving_of_a_file(tmp_path: Path) -> None:
     assert 0.05 < few.saved < many.saved < 0.5
     with pytest.raises(SettingsError, match="pack"):
         smidgen.inspect_data(str(model), str(rows), pack=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "packs", "shares", "said"),
+    [
+        ("llama", {}, True, True, ["share_prefix: rows computed at once begin alike, that saves 60%"]),
+        ("llama", {"dropout": 0.1}, True, False, ["share_prefix off: each row has dropout of its own"]),
+        ("llama", {"neftune_alpha": 5.0}, True, False, ["share_prefix off: each row has noise of its own"]),
+        ("gemma2", {}, True, True, ["rows are packed, without padding", "share_prefix: rows computed at once"]),
+        ("gemma2", {"share_prefix": "off"}, True, False, ["rows are packed, without padding"]),
+        ("gemma2", {"micro_batch": 1}, False, False, ["share_prefix off: rows computed at once begin alike in 0%"]),
+        ("gemma2", {"micro_batch": 1, "pack": 9}, True, False, ["rows are packed", "share_prefix off"]),
+        ("falcon", {}, False, False, ["rows are padded to the longest of their batch: Falcon", "share_prefix off: "]),
+        ("falcon", {"share_prefix": "off", "pack": 99}, False, False, ["rows are padded"]),
+    ],
+)  # fmt: skip
+def test_what_is_chosen_is_said(
+    architecture: str, settings: dict[str, Any], packs: bool, shares: bool, said: list[str], tmp_path: Path
+) -> None:
+    base, notes = build(tiny_folder(tmp_path, architecture)), list[Event]()
+    batching = choose_batching(base, _examples(16), Settings(**{"dropout": 0.0} | settings), notes.append)
+    assert (base.packs, batching.pads, batching.share_prefix) == (packs, not packs, shares)
+    assert batching.pack == settings.get("pack")
+    texts = [note.text for note in notes if isinstance(note, Note)]
+    assert [text[: len(start)] for text, start in zip(texts, said, strict=True)] == said
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_the_held_out_loss_of_each_row_is_the_same_padded_packed_and_shared(architecture: str, tmp_path: Path) -> None:
+    """float32, sums in another order: 1e-5 of a loss of 50 labels."""
+    base, examples = build(tiny_folder(tmp_path, architecture)), _examples(10)[::-1]
+    plain = held_out_loss(base, examples, 4)
+    base.packs = True
+    for share in (False, True):
+        found = held_out_loss(base, examples, 4, share_prefix=share)
+        assert found.row_tokens == plain.row_tokens
+        assert found.losses == pytest.approx(plain.losses, rel=1e-5)

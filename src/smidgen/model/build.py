@@ -25,7 +25,8 @@ from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
-from smidgen.model.packing import pack_rows
+from smidgen.model.packing import PackedRows, pack_rows
+from smidgen.model.segments import SegmentMasks, segment_attention
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import LayerStream, layer_of
 from smidgen.model.weights import Weights
@@ -44,7 +45,8 @@ class Base:
     """A causal LM with a frozen, packed base.
 
     model: transformers' own class, `model(input_ids).logits`. linears: name -> FrozenLinear of every linear layer of
-    the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none').
+    the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none'). packs: whether
+    transformers' layers are known to compute packed rows right (train/sharing.py finds out); fused layers always do.
     """
 
     model: PreTrainedModel
@@ -53,6 +55,7 @@ class Base:
     compute_dtype: torch.dtype
     device: torch.device
     stream: LayerStream | None = None
+    packs: bool = False
 
     @property
     def backbone(self) -> nn.Module:
@@ -69,16 +72,24 @@ class Base:
         """input_ids [B, T], padded on the right; lengths [B]; groups: (rows, how many tokens they begin with alike).
 
         Returns (last hidden states [tokens computed, hidden_size], int64 [sum of lengths]: which of them is that of
-        each real token, row after row). Where the layers are our own, padding is not computed, and a prefix once.
+        each real token, row after row). Where rows are packed, padding is not computed, and a prefix once.
         """
         backbone: Any = self.backbone
-        if is_fused(backbone) and not any(layer.drops for layer in backbone.layers):
+        fused = is_fused(backbone) and not any(layer.drops for layer in backbone.layers)
+        if fused or self.packs:
             packed = pack_rows(input_ids, lengths, groups)
-            return hidden_rows(backbone, packed), packed.places
+            hidden = hidden_rows(backbone, packed) if fused else self._hidden_packed(packed)
+            return hidden, packed.places.to(self.device)
         # attention is causal, so what counts sees no padding, and no mask is needed
         real = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
         hidden = self.hidden_of(input_ids.to(self.device))[real]
         return hidden, torch.arange(len(hidden), device=self.device)
+
+    def _hidden_packed(self, packed: PackedRows) -> torch.Tensor:
+        """Last hidden states [tokens computed, hidden_size], by transformers' layers."""
+        ids, positions = (part[None].to(self.device) for part in (packed.ids, packed.positions))
+        with segment_attention(self.model.config.get_text_config(), SegmentMasks(packed.segments)):
+            return self.backbone(input_ids=ids, position_ids=positions, use_cache=False)[0][0]
 
     @property
     def max_positions(self) -> int:

@@ -9,11 +9,12 @@ each norm, rotation and gate. What is kept for the backward pass is a choice of 
     full    the layer's input                          the layer is computed again
 
 The layer keeps transformers' submodules and their names, so adapters attach as ever, and falls back on transformers'
-own forward for what is not known here: padding masks, key caches, LoRA dropout.
+own forward for what is not known here: padding masks, key caches, LoRA dropout. Packed rows it takes either way.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from smidgen.kernels.scratch import scratch
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.stack import LoraStack
 from smidgen.model.packing import PackedRows
+from smidgen.model.segments import as_before, packed_rows
 from smidgen.quant.matrix import StackedMatrix
 
 __all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "is_known", "rows_of"]
@@ -59,7 +61,8 @@ class _LastRows:
         """cos, sin [1 or batch, length, head_dim], as transformers hands them to a layer -> Rows."""
         last = self._last
         if last is None or last[0] is not given[0] or last[1] != batch:
-            segments = Segments([given[0].shape[1]] * batch)
+            packed = packed_rows()
+            segments = packed.segments if packed else Segments([given[0].shape[1]] * batch)
             rows = rows_of(segments, *(part.expand(batch, -1, -1) for part in given))
             self._last = last = given[0], batch, rows
         return last[2]
@@ -170,7 +173,10 @@ class FusedLayer(nn.Module):
             rows = self._last_rows.of(arguments["position_embeddings"], hidden_states.shape[0])
             return self.forward_rows(hidden_states.flatten(0, 1), rows).view_as(hidden_states)
         if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(self._original[0], hidden_states, use_reentrant=False, **arguments)  # type: ignore[return-value]
+            attends = partial(as_before, self.self_attn.config)  # type: ignore[union-attr, arg-type]
+            return checkpoint(  # type: ignore[return-value]
+                self._original[0], hidden_states, use_reentrant=False, context_fn=attends, **arguments
+            )
         return self._original[0](hidden_states, **arguments)
 
     def forward_rows(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """What layers keep for the backward pass, and what they compute again."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
+from smidgen.model.segments import as_before
 from smidgen.planning.estimate import RECOMPUTE
 
 __all__ = ["set_recompute"]
@@ -24,6 +26,9 @@ def set_recompute(base: Base, modes: str | Sequence[str]) -> None:
     if not any(isinstance(module, GradientCheckpointingLayer) for module in base.model.modules()):
         return
     if "full" in each and not layers:
-        base.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        attends = partial(as_before, base.model.config.get_text_config())
+        base.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": attends}
+        )
     else:
         base.model.activation_checkpointing_disable()

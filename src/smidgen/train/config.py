@@ -152,7 +152,7 @@ class Settings:
         "auto",
         "Training",
         "What rows computed at once begin with alike (a system prompt, a list of tools) is computed once, with the"
-        " same gradient. auto: where that saves 5 % of the tokens or more, on smidgen's own layers.",
+        " same gradient. auto: where that saves 5 % of the tokens or more and rows need not be padded.",
         choices=("auto", "off"),
     )
     group_by_length: bool = _setting(

@@ -55,13 +55,20 @@ class HeldOut:
         return {"loss": loss, "perplexity": perplexity(loss)}
 
 
-def held_out_loss(base: Base, examples: Sequence[Example], batch_size: int, report: Report = silent) -> HeldOut:
-    """The loss over all labelled tokens, for each row in the order given; rows of similar length share a batch."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+def held_out_loss(
+    base: Base, examples: Sequence[Example], batch_size: int, report: Report = silent, *, share_prefix: bool = False
+) -> HeldOut:
+    """The loss over all labelled tokens, for each row in the order given; rows of similar length share a batch.
+
+    share_prefix: instead rows that begin alike do, and what they begin with is computed once.
+    """
+    ids = [example.input_ids for example in examples]
+    order = sorted(range(len(ids)), key=lambda index: ids[index] if share_prefix else [len(ids[index])])
     losses, tokens = [0.0] * len(examples), [0] * len(examples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        found = row_losses(base, make_batch([examples[index] for index in chosen]))
+        batch = make_batch([examples[index] for index in chosen], share_prefix=share_prefix)
+        found = row_losses(base, batch)
         for index, loss, count in zip(chosen, *(part.tolist() for part in found), strict=True):
             losses[index], tokens[index] = loss, count
         report(Progress("held-out loss", start + len(chosen), len(order)))

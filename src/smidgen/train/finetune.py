@@ -148,7 +148,8 @@ def _train(
         def evaluate(at: Cursor) -> bool:
             """Whether early stopping has seen enough. What was measured before an interruption is not again."""
             if "held_out_loss" not in folder.logged_at(at.step):
-                result = held_out_loss(base, prepared.held_out, settings.micro_batch, report)
+                share = prepared.batching.share_prefix
+                result = held_out_loss(base, prepared.held_out, settings.micro_batch, report, share_prefix=share)
                 log({"step": at.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
                 report(Evaluated(at.step, result.loss, result.rows, result.tokens))
             found = evaluations(folder.logged(), settings.eval_interval)

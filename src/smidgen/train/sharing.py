@@ -1,6 +1,8 @@
-"""How the rows of a step are computed: at how many rows at once, and whether what they begin with alike pays."""
+"""How the rows of a step are computed: how many at once, packed or padded, and whether sharing a beginning pays."""
 
 from collections.abc import Sequence
+
+import torch
 
 from smidgen.data.batch import Batching
 from smidgen.data.render import Example
@@ -11,10 +13,11 @@ from smidgen.model.fused import is_fused
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
-__all__ = ["choose_batching", "estimate_sharing"]
+__all__ = ["choose_batching", "estimate_sharing", "refuse_packing"]
 
 _STEPS = 100  # of the first epoch are looked at; they are in random order
 _LEAST_SAVED = 0.05  # of the tokens
+_MOST_DISTANT = 0.2  # of a token's hidden states in norm; a first token that sees another row is farther off
 
 
 def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing:
@@ -34,17 +37,62 @@ def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing
 
 def choose_batching(base: Base, examples: Sequence[Example], settings: Settings, report: Report) -> Batching:
     """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why."""
-    own = is_fused(base.backbone) and not settings.dropout
+    packs = is_fused(base.backbone)
+    if not packs and (settings.micro_batch > 1 or settings.pack):
+        refused = refuse_packing(base, max(len(example.input_ids) for example in examples))
+        packs = not refused
+        if refused:
+            report(Note(f"rows are padded to the longest of their batch: {refused}"))
+        else:
+            report(Note("rows are packed, without padding: a trial on this model gave what it gives for rows apart"))
+    base.packs = packs
     share = False
-    if settings.share_prefix == "auto" and settings.neftune_alpha:
-        report(Note("share_prefix off: each row has noise of its own"))
+    if settings.share_prefix == "auto" and (settings.neftune_alpha or settings.dropout):
+        report(Note(f"share_prefix off: each row has {'noise' if settings.neftune_alpha else 'dropout'} of its own"))
     elif settings.share_prefix == "auto":
         saved = estimate_sharing(examples, settings).saved
         if saved < _LEAST_SAVED:
             report(Note(f"share_prefix off: rows computed at once begin alike in {saved:.0%} of their tokens"))
-        elif not own:
-            report(Note(f"share_prefix off: transformers' layers cannot, it would save {saved:.0%} of the tokens"))
+        elif not packs:
+            report(Note(f"share_prefix off: rows are padded, it would save {saved:.0%} of the tokens"))
         else:
             share = True
             report(Note(f"share_prefix: rows computed at once begin alike, that saves {saved:.0%} of the tokens"))
-    return Batching(settings.micro_batch, settings.pack, share_prefix=share, pads=not own)
+    return Batching(settings.micro_batch, settings.pack, share_prefix=share, pads=not packs)
+
+
+@torch.no_grad()
+def refuse_packing(base: Base, longest: int) -> str:
+    """Why transformers' layers cannot compute packed rows; "" where a trial gave the hidden states of rows apart.
+
+    longest: tokens of the longest row to come. Some layers mix positions elsewhere than in an attention that can be
+    exchanged (convolutions, recurrences), or add to it what is not known here; no list of names would stay complete.
+    Random rows tell: one alone, two that share a prefix. Where the configuration names a window or chunk that such a
+    row fits into, but a row to come does not, the trial's last row is longer.
+    """
+    config = base.model.config.get_text_config()
+    sizes = [size for name, size in config.to_dict().items() if "window" in name or "chunk" in name]
+    windows = [size for size in sizes if isinstance(size, int) and 0 < size < longest]
+    lengths = [11, 13, max([17, *(min(size + 9, longest) for size in windows)])]
+    ids = torch.randint(base.head.out_features, (3, max(lengths)), generator=torch.Generator().manual_seed(0))
+    ids[2, :8] = ids[1, :8]
+    base.model.eval()
+    pairs = zip(ids, lengths, strict=True)
+    apart = torch.cat([base.hidden_of(row[None, :length].to(base.device))[0] for row, length in pairs])
+    try:
+        base.packs = False
+        padded, _ = base.hidden_of_rows(ids, torch.tensor(lengths))
+        base.packs = True
+        hidden, places = base.hidden_of_rows(ids, torch.tensor(lengths), [((0,), 0), ((1, 2), 8)])
+    except Exception as error:  # whatever a model's code makes of arguments that it does not expect
+        return f"{type(base.model).__name__} cannot pack them ({type(error).__name__})"
+    finally:
+        base.packs = False
+    # Rounding is what padding changes, and where that is nothing, some steps of the type: no other computation.
+    distance, rounding = (
+        float(((found - apart).norm(dim=1) / apart.norm(dim=1)).max()) for found in (hidden[places], padded)
+    )
+    steps = 8 * torch.finfo(base.compute_dtype).eps
+    if distance <= min(_MOST_DISTANT, max(steps, 1e-4) + 4 * rounding):
+        return ""
+    return f"{type(base.model).__name__} does not compute packed rows as rows apart ({distance:.1%} off)"
