@@ -72,7 +72,7 @@ class Base:
         each real token, row after row). Where the layers are our own, padding is not computed, and a prefix once.
         """
         backbone: Any = self.backbone
-        if is_fused(backbone) and not any(layer.drops for layer in backbone.layers):
+        if is_fused(backbone) and not any(layer.needs_modules for layer in backbone.layers):
             packed = pack_rows(input_ids, lengths, groups)
             return hidden_rows(backbone, packed), packed.places
         # attention is causal, so what counts sees no padding, and no mask is needed
@@ -88,7 +88,7 @@ class Base:
 
     @property
     def head(self) -> Any:
-        """The output head: a FrozenLinear, or a LoraLinear over it."""
+        """The output head: a FrozenLinear, or what learns over it (lora/linear.py, model/trained.py)."""
         return self.model.get_output_embeddings()
 
     @property

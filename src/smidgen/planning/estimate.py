@@ -98,13 +98,15 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
     return max(1, ceil(positions / max(1, ceil(positions / most))))
 
 
-def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
-    """Logits of one chunk of positions, hidden states of the labelled positions and their gradient.
+def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
+    """Logits of one chunk of positions, hidden states of the labelled positions and their gradient; for what the head
+    learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute type.
 
     Counts every token as labelled.
     """
     chunk = chunk_positions(tokens, model.vocab_size)
-    return chunk * model.vocab_size * itemsize + 3 * itemsize * tokens * model.hidden_size
+    learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
+    return chunk * model.vocab_size * itemsize + 3 * itemsize * tokens * model.hidden_size + learnt
 
 
 def adapter_bytes(parameters: int) -> dict[str, int]:

@@ -38,7 +38,7 @@ class Machine:
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
-    in place of so many rows.
+    in place of so many rows. head_parameters: those of `parameters` that the head computes with.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +47,7 @@ class Work:
     ranks: int
     itemsize: int = 4
     pack: int | None = None
+    head_parameters: int = 0
 
     def tokens(self, rows: int, *, pads: bool) -> int:
         """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
@@ -109,7 +110,7 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
     kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item)
     backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item)
-    loss = estimate.loss_bytes(model, tokens, item)
+    loss = estimate.loss_bytes(model, tokens, item, work.head_parameters)
     small = {
         "framework": machine.framework_bytes,
         "norms and biases": model.norm_bytes,

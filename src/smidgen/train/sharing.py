@@ -7,7 +7,7 @@ from smidgen.data.render import Example
 from smidgen.data.report import Sharing
 from smidgen.events import Note, Report
 from smidgen.model.build import Base
-from smidgen.model.fused import is_fused
+from smidgen.model.fused import is_fused, learns_norms
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
@@ -34,7 +34,7 @@ def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing
 
 def choose_batching(base: Base, examples: Sequence[Example], settings: Settings, report: Report) -> Batching:
     """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why."""
-    own = is_fused(base.backbone) and not settings.dropout
+    own = is_fused(base.backbone) and not settings.dropout and not learns_norms(base.backbone)
     share = False
     if settings.share_prefix == "auto" and settings.neftune_alpha:
         report(Note("share_prefix off: each row has noise of its own"))
