@@ -180,9 +180,7 @@ def test_a_weight_that_peft_has_parted_stays_parted(modules: list[str], tmp_path
 def test_tokens_that_peft_has_trained_are_loaded(indices: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     folder = tiny_folder(tmp_path / "base")
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj"], trainable_token_indices=indices, init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices, init_lora_weights=False)
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
