@@ -67,11 +67,10 @@ def test_a_run_trains_merges_and_answers(
 
 
 def test_only_what_is_named_learns(tied: Path, calls: Path, tmp_path: Path) -> None:
-    """The plain run's tensors, and beside them those of the setting alone; all of them moved from where they started."""
+    """The plain run's tensors, and beside them those of the setting alone; all have left their start."""
     runs = {}
-    for name, how in {
-        "plain": {}, "ends": ENDS, "head": {"modules_to_save": "lm_head"}, "norm": {"modules_to_save": "norm"}, "new": NEW,
-    }.items():  # fmt: skip
+    head, norm = {"modules_to_save": "lm_head"}, {"modules_to_save": "norm"}
+    for name, how in {"plain": {}, "ends": ENDS, "head": head, "norm": norm, "new": NEW}.items():
         runs[name] = _tensors(smidgen.finetune(str(tied), str(calls), tmp_path / name, max_steps=3, **QUICK | how).path)
     lora = runs["plain"].keys()
     both = {"model.embed_tokens.weight", "lm_head.weight"}  # one weight, whichever is named

@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="lm_head has an adapter or is trained whole"):
         _trained(folder, "tokens", targets="head")
     base, _, _ = _trained(folder, "embedding")
-    with pytest.raises(SettingsError, match="model.embed_tokens has an adapter or is trained whole"):
+    with pytest.raises(SettingsError, match=r"model.embed_tokens has an adapter or is trained whole"):
         attach_tokens(base, {embedding_name(base): [3]})
 
 

@@ -140,7 +140,7 @@ def _target_modules(names: list[str], base: Base) -> list[str]:
 
 
 def _shortest(names: list[str], base: Base, matches: Callable[[str, str], bool]) -> list[str]:
-    """Last parts of the names where PEFT, by the rule `matches`, takes exactly these modules for them; else the names."""
+    """Last parts of the names where PEFT takes exactly these modules for them (rule `matches`), else the names."""
     last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
     theirs = [
         name for name, _ in base.model.named_modules() if not re.search(r"\.base(\.|$)", name)

@@ -128,7 +128,7 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
 
 
 def _new_tokens(base: Base, tokenizer: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The vocabulary of the base's file with the tokens that training has added: never cut, as the tokenizer has them."""
+    """The vocabulary of the base's file with the tokens that training has added, which are never cut."""
     parts = [part for part in learning_parts(base.model).values() if isinstance(part, TokenRows)]
     if not parts:
         return {}

@@ -57,7 +57,8 @@ def plain_dtype(base: Base) -> torch.dtype:
     if base.checkpoint.format == "gguf":
         return torch.float16
     embedding: Any = base.model.get_input_embeddings()
-    return (embedding.base if isinstance(embedding, TrainedModule | TokenRows) else embedding).weight.dtype
+    stored: Any = embedding.base if isinstance(embedding, TrainedModule | TokenRows) else embedding
+    return stored.weight.dtype
 
 
 def quantise_model(

@@ -24,8 +24,8 @@ from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import dense
 
 __all__ = [
-    "DELTA", "Adapters", "Part", "TokenEmbedding", "TokenHead", "TokenRows", "TrainedModule", "attach_modules", "attach_tokens",
-    "embedding_name", "initialise_tokens", "is_tied", "learning_parts", "trainable_names",
+    "DELTA", "Adapters", "Part", "TokenEmbedding", "TokenHead", "TokenRows", "TrainedModule", "attach_modules",
+    "attach_tokens", "embedding_name", "initialise_tokens", "is_tied", "learning_parts", "trainable_names",
 ]  # fmt: skip
 
 DELTA = "trainable_tokens_delta"

@@ -32,7 +32,8 @@ class Inventory:
 
     linears: of the decoder, experts too. head_bytes: of an untied head as stored; 0 for a tied one. norm_bytes: norms,
     biases and other small parameters, in the compute type. mapped: whether the linear layers' bytes are views of the
-    model file. modules: name and numbers of what can be trained whole, embeddings, head and norms. fused: whether smidgen's own layers compute it (model/fused.py). head_norms: of q and k, as in Qwen 3.
+    model file. fused: whether smidgen's own layers compute it (model/fused.py). head_norms: of q and k, as in Qwen 3.
+    modules: name and numbers of what can be trained whole: embeddings, head and norms.
     """
 
     name: str
