@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 7; }  // raised with every change of a signature below
+API int smidgen_interface() { return 8; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -229,10 +229,11 @@ API void smidgen_product(const Weights* weights, const float* x, float* y, int64
 // adapter: null, or what is added to W.
 API void smidgen_panel_product(const Weights* weights, const LowRank* adapter, const float* x, float* y, int64_t m,
                                int64_t n, int64_t k, int64_t x_stride, int64_t y_stride, int64_t step, int64_t panel,
-                               int64_t slice, int backward, int accumulate) {
+                               int64_t slice, int64_t columns, int backward, int accumulate) {
     if (m <= 0 || n <= 0 || k <= 0) return;
-    const PanelProduct args{*weights, adapter, x, y, m, n, k, x_stride, y_stride, step, panel, slice, accumulate, sgemm};
-    const int64_t tasks = ((backward ? m : n) + step - 1) / step;
+    const PanelProduct args{*weights, adapter, x,     y,     m,       n,          k,    x_stride,
+                            y_stride, step,    panel, slice, columns, accumulate, sgemm};
+    const int64_t tasks = backward ? ((m + step - 1) / step) * ((k + columns - 1) / columns) : (n + step - 1) / step;
     run(backward ? kernels->panel_product_t : kernels->panel_product, args, tasks, 1);
 }
 

@@ -233,14 +233,15 @@ struct LowRank {
 
 // Products in float32 with many rows of x, by panels: a thread de-quantises some rows of W into its own cache and
 // multiplies them there at once, `slice` weights of each row at a time. Forwards y [m, n] = x [m, k] W^T, and a task is one
-// panel of `step` rows of W. Backwards y [m, k] (+)= x [m, n] W, and a task is `step` rows of x, with all panels of `panel`
-// rows in turn. slice: k or a multiple of 256. adapter: null, or what is added to W.
+// panel of `step` rows of W. Backwards y [m, k] (+)= x [m, n] W, and a task is `step` rows of x and `columns` of W, with all
+// panels of `panel` rows in turn. slice, columns: k or a multiple of 256. adapter: null, or what is added to W; backwards
+// only where columns is k.
 struct PanelProduct {
     Weights weights;
     const LowRank* adapter;
     const float* x;
     float* y;
-    int64_t m, n, k, x_stride, y_stride, step, panel, slice, accumulate;
+    int64_t m, n, k, x_stride, y_stride, step, panel, slice, columns, accumulate;
     Sgemm sgemm;
 };
 

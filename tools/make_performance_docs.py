@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md, docs/quality.md and README.md from benchmarks/results/*.json.
+"""Writes the tables of docs/{performance,quality,memory}.md and README.md from benchmarks/results/*.json.
 
 Only what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced, in whichever page has these markers. A test
 compares the pages with what this makes.
@@ -13,7 +13,7 @@ from typing import Any
 from smidgen.bench.figures import format_rate
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "quality.md", ROOT / "README.md")
+PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "memory")), ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 Result = dict[str, Any]
 
@@ -167,6 +167,83 @@ def quality_table(result: Result) -> str:
     return _with_place(table(titles, rows), result)
 
 
+def forecasts_table(result: Result) -> str:
+    """A line for each combination of a shape and settings."""
+    rows = []
+    for run in result["runs"]:
+        how = run["settings"]
+        adapters = f"r={how.get('rank', 8)} {how.get('targets', 'q,v')}"
+        streamed = f", {run['streamed_layers']} layers streamed" if run["streamed_layers"] else ""
+        rows.append(
+            [
+                f"{how['shape']}, {how['layers']} layers"
+                + (f", {how['vocab_size']:,} classes" if "vocab_size" in how else ""),
+                f"{how.get('micro_batch', 1)} x {how['seq_len']:,}",
+                how.get("quantize", "nf4-dq") + (f", {how['compute_dtype']}" if "compute_dtype" in how else ""),
+                f"{run['recompute']}{streamed}",
+                adapters,
+                *(f"{run[key] / 1e6:,.0f} MB" for key in ("forecast_bytes", "measured_bytes")),
+                f"{run['ratio']:.3f}",
+            ]
+        )
+    titles = ["model", "rows x tokens", "base", "computed again", "adapters", "forecast", "measured", "ratio"]
+    counts = (
+        f"{result['combinations']} combinations: {result['good']} within the aim, {result['under']} under the peak,"
+        f" {result['over']} too far over it; ratios from {result['smallest_ratio']:.3f} to"
+        f" {result['largest_ratio']:.3f}."
+    )
+    return f"{counts}\n\n{_with_place(table(titles, rows), result)}"
+
+
+def seed_memory_table(result: Result) -> str:
+    """A table for each seed."""
+    parts = []
+    for seed in dict.fromkeys(cell["table"] for cell in result["cells"]):
+        rows = []
+        for cell in (cell for cell in result["cells"] if cell["table"] == seed):
+            days = f"{cell['epoch_days']:,.0f} days" if "epoch_days" in cell else "-"
+            rows.append(
+                [
+                    cell["shape"],
+                    {"none": "16 bits"}.get(cell["quantize"], cell["quantize"]),
+                    f"{cell['micro_batch']} x {cell['seq_len']:,}",
+                    f"{cell['theirs']} GB" if cell["theirs"] else "out of memory",
+                    _gigabytes(cell["peak_bytes"]),
+                    cell["how"],
+                    days if cell["mode"] == "train" else "-",
+                ]
+            )
+        titles = ["model", "base", "rows x tokens", f"{seed}, its card", "smidgen, whole process", "how", "52,002 rows"]
+        parts.append(table(titles, rows))
+    return _with_place("\n\n".join(parts), result)
+
+
+def budgets_table(result: Result) -> str:
+    """One sentence and a line for each job."""
+    jobs: dict[str, list[Result]] = {}
+    for run in result["runs"]:
+        name = f"{run['shape']}, {run['layers']} layers, {run['micro_batch']} x {run['seq_len']}"
+        jobs.setdefault(f"{name}, {run.get('quantize', 'nf4-dq')}", []).append(run)
+    rows = []
+    for name, runs in jobs.items():
+        done = [run for run in runs if run["feasible"]]
+        limits = [run["budget_bytes"] for run in done]
+        below = next(run for run in runs if not run["feasible"])
+        rows.append(
+            [
+                name,
+                f"{below['budget_bytes'] / 1e6:,.0f} MB: {below['end']}",
+                f"{min(limits) / 1e6:,.0f} to {max(limits) / 1e6:,.0f} MB",
+                f"{sum(run['end'] == 'finished' for run in done)} of {len(done)}",
+                max(f"{run.get('streamed_layers', 0):2d}" for run in done).strip(),
+            ]
+        )
+    refused = f"{result['refused']} of {result['infeasible']} refused"
+    text = f"{result['finished']} of {result['feasible']} finished, {refused}."
+    titles = ["job", "below the smallest", "limits", "finished", "most layers streamed"]
+    return f"{text}\n\n{_with_place(table(titles, rows), result)}"
+
+
 def readme_table(results: dict[str, Result]) -> str:
     """The short version: one line for each claim, under AVX2 where that was measured: it is what most machines have."""
     results = {name: results.get(f"{name}-avx2", result) for name, result in _by_name(results).items()}
@@ -203,6 +280,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "snips_trl": ("snips_trl.py", snips_table),
     "gptq_quality": ("gptq_quality.py", perplexity_table),
     "quality": ("quality.py", quality_table),
+    "forecasts": ("forecasts.py", forecasts_table),
+    "seed_memory": ("seed_memory.py", seed_memory_table),
+    "budgets": ("budgets.py", budgets_table),
 }
 
 

@@ -1,6 +1,7 @@
 """Products with packed weights for many rows, on hostile shapes, and the C interface as Python calls it."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,26 @@ def _matrix(form: str, shape: tuple[int, int], blocksize: int) -> FrozenMatrix:
     blocksize=st.sampled_from([32, 64, 256, 4096]),
     rows=st.integers(17, 300),
     n=st.integers(1, 220),
-    k=st.one_of(st.integers(1, 150), st.sampled_from([1023, 1024, 1100, 1601])),  # long rows go in slices
+    k=st.one_of(st.integers(1, 150), st.sampled_from([1023, 1024, 1100, 2300, 2560])),  # slices; two threads' columns
     apart=st.integers(0, 5),
     accumulate=st.booleans(),
     rank=st.sampled_from([0, 1, 3, 16]),
+    threads=st.sampled_from([1, 2]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_of_many_rows(
-    isa: str, form: str, blocksize: int, rows: int, n: int, k: int, apart: int, accumulate: bool, rank: int
+    isa: str,
+    form: str,
+    blocksize: int,
+    rows: int,
+    n: int,
+    k: int,
+    apart: int,
+    accumulate: bool,
+    rank: int,
+    threads: int,
 ) -> None:
+    torch.set_num_threads(threads)
     matrix = _matrix(form, (n, k), blocksize)
     dense = matrix.rows(0, n, torch.float32).double()
     x, g = torch.randn(rows, k + apart)[:, apart:], torch.randn(rows, n + apart)[:, apart:]
@@ -51,7 +63,7 @@ def test_products_of_many_rows(
     adapter = LowRank(A, B, 0.5, low, torch.full((rows, rank + apart), torch.nan)[:, apart:]) if rank else None
     matrix.write_product(x, y, adapter)
     grad_B = matrix.write_product_t(g, dx, adapter, accumulate=accumulate)
-    # float32 sums of up to 1,600 terms: a few roundings of the sum of magnitudes
+    # float32 sums of up to 2,560 terms: a few roundings of the sum of magnitudes
     exact, tolerance = 0.5 * low.double() @ B.double().t(), {"rtol": 1e-5, "atol": 1e-4 if k < 200 else 1e-3}
     torch.testing.assert_close(y.double(), x.double() @ dense.t() + exact, **tolerance)
     adapted = dense + 0.5 * B.double() @ A.double()
@@ -59,6 +71,13 @@ def test_products_of_many_rows(
     if adapter is not None and adapter.grad_low is not None and grad_B is not None:
         torch.testing.assert_close(adapter.grad_low.double(), 0.5 * g.double() @ B.double(), **tolerance)
         torch.testing.assert_close(grad_B.double(), 0.5 * g.double().t() @ low.double(), **tolerance)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_expanded_rows_are_multiplied_too() -> None:

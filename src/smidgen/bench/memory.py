@@ -32,8 +32,8 @@ _NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """layers: of the model, cut for a quick look; None: all. memory: bytes; None: no limit. resident: also measure the
-    same steps with every layer in memory.
+    """layers: of the model, cut for a quick look; None: all. vocab_size: in place of the shape's own; 0: that one.
+    memory: bytes; None: no limit. resident: also measure the same steps with every layer in memory.
     """
 
     shape: str
@@ -42,6 +42,8 @@ class MemorySettings:
     seq_len: int = 512
     micro_batch: int = 1
     layers: int | None = None
+    vocab_size: int = 0
+    compute_dtype: str = "float32"
     memory: int | None = None
     recompute: str = "auto"
     rank: int = 8
@@ -57,6 +59,8 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
     config = dict(SHAPES[settings.shape])
     if settings.layers:
         config["num_hidden_layers"] = settings.layers
+    config["vocab_size"] = settings.vocab_size or config["vocab_size"]
+    config["max_position_embeddings"] = max(settings.seq_len, config["max_position_embeddings"])
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         folder = _folder(stack, settings, config, report)
@@ -66,7 +70,11 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
     return {
         "shape": settings.shape,
         "layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
         "quantize": settings.quantize,
+        "compute_dtype": settings.compute_dtype,
+        "rank": settings.rank,
+        "targets": settings.targets,
         "mode": settings.mode,
         "seq_len": settings.seq_len,
         "micro_batch": settings.micro_batch,
@@ -102,7 +110,7 @@ def _folder(stack: ExitStack, settings: MemorySettings, config: dict[str, Any], 
         parent = cache_folder() / "bench"
         parent.mkdir(parents=True, exist_ok=True)
         keep = Path(stack.enter_context(TemporaryDirectory(prefix="packed-", dir=parent)))
-    folder = keep / f"{settings.shape}-{config['num_hidden_layers']}-{settings.quantize}"
+    folder = keep / f"{settings.shape}-{config['num_hidden_layers']}-{config['vocab_size']}-{settings.quantize}"
     if (folder / "config.json").is_file():
         return folder
     return write_packed_model(config, folder, settings.quantize, report)
@@ -128,6 +136,7 @@ def _run(
             rank=settings.rank,
             targets=settings.targets,
             train=settings.mode == "train",
+            compute_dtype=settings.compute_dtype,
         )
         streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
         report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))

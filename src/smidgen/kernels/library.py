@@ -20,7 +20,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 7
+_INTERFACE = 8
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -38,7 +38,7 @@ _SIGNATURES = {
     "smidgen_swiglu": "ppiit",
     "smidgen_swiglu_backward": "ppppiit",
     "smidgen_cross_entropy": "pppiitt",
-    "smidgen_panel_product": "pppp" + "iiiiiiii" + "tt",
+    "smidgen_panel_product": "pppp" + "iiiiiiiii" + "tt",
     "smidgen_attention": "pppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "ppppppppppppppppp" + "iiiiiiiiif",
     "smidgen_attention_decode": "pppppppiiiiiiiif",

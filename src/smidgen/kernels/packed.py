@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 _SLICE = 512  # weights of a row that are taken at once
-_TOKENS = 256  # rows of x that a thread takes in the backward direction; each de-quantises all of W
+_LONGEST_BLOCK = 256  # of weights that are decoded together, in any form
+_TOKENS = 256  # rows of x that a thread takes in the backward direction where each de-quantises all of W
+_MOST_TOKENS = 1024  # the same where each has columns of W to itself
 SMALL_ROWS = 16  # kSmallRows in csrc/kernels.h: from there on a dense panel and BLAS are as fast
 WEIGHT_TYPES = {**TYPES, torch.float16: 2}  # of stored weights
 
@@ -159,7 +161,7 @@ def panel_product(weights: Weights, x: torch.Tensor, y: torch.Tensor, adapter: L
     step = _share(n, PANEL_WEIGHTS // _slice(k))
     native_library().smidgen_panel_product(
         ctypes.byref(weights), adapter and _addresses_of(adapter), x.data_ptr(), y.data_ptr(), m, n, k, x.stride(0),
-        y.stride(0), step, step, _slice(k), 0, 0,
+        y.stride(0), step, step, _slice(k), k, 0, 0,
     )  # fmt: skip
 
 
@@ -171,13 +173,18 @@ def panel_product_t(
     As panel_product.
     """
     m, n, k = g.shape[0], g.shape[1], dx.shape[1]
-    step = _share(m, _TOKENS)
-    parts = None if adapter is None else g.new_empty(math.ceil(m / step), adapter.B.shape[1], n)
+    columns = _columns(k)
+    apart = columns < k  # then no thread has all that an adapter needs
+    step = min(m, _MOST_TOKENS) if apart else _share(m, _TOKENS)
+    fused = None if apart else adapter
+    parts = None if fused is None else g.new_empty(math.ceil(m / step), fused.B.shape[1], n)
     native_library().smidgen_panel_product(
-        ctypes.byref(weights), adapter and _addresses_of(adapter, parts), g.data_ptr(), dx.data_ptr(), m, n, k,
-        g.stride(0), dx.stride(0), step, PANEL_WEIGHTS // _slice(k), _slice(k), 1, accumulate,
+        ctypes.byref(weights), fused and _addresses_of(fused, parts), g.data_ptr(), dx.data_ptr(), m, n, k,
+        g.stride(0), dx.stride(0), step, PANEL_WEIGHTS // _slice(k), _slice(k), columns, 1, accumulate,
     )  # fmt: skip
-    return None if parts is None else parts.sum(0).t()
+    if adapter is None or parts is None:
+        return None if adapter is None else adapter.backward(g, dx)
+    return parts.sum(0).t()
 
 
 def _addresses_of(adapter: LowRank, grad_b: torch.Tensor | None = None) -> Any:
@@ -193,6 +200,15 @@ def _addresses_of(adapter: LowRank, grad_b: torch.Tensor | None = None) -> Any:
 def _slice(width: int) -> int:
     """How much of a row of W is taken at once: BLAS copies x once for each panel, so panels should have many rows."""
     return width if width < 2 * _SLICE else _SLICE
+
+
+def _columns(width: int) -> int:
+    """How many columns of W a thread takes in the backward direction: all, where equal shares would be too narrow."""
+    threads, blocks = torch.get_num_threads(), math.ceil(width / _LONGEST_BLOCK)
+    share = math.ceil(blocks / threads)
+    if threads == 1 or width < 2 * _SLICE * threads or share * threads > 1.05 * blocks:
+        return width
+    return share * _LONGEST_BLOCK
 
 
 def _share(count: int, most: int) -> int:

@@ -40,7 +40,7 @@ def _widths(model: Inventory) -> tuple[int, int, int, int]:
 
 
 def kept_bytes(model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32) -> int:
-    """What the layers keep for the backward pass, layer by layer as `recompute` says, and the backbone's output.
+    """What the layers keep for the backward pass, layer by layer as `recompute` says.
 
     ranks: of all adapters of a layer together (the products x Aᵀ). Left out: nothing of a token's size.
     """
@@ -56,7 +56,7 @@ def kept_bytes(model: Inventory, tokens: int, recompute: Sequence[str], ranks: i
         of_hidden, of_inner = _MODULES
         none = itemsize * (of_hidden * hidden + of_inner * inner + ranks)
         of_layer = {"none": none, "cheap": none, "full": itemsize * hidden}
-    return tokens * (sum(of_layer[choice] for choice in recompute) + 3 * itemsize * hidden)
+    return tokens * sum(of_layer[choice] for choice in recompute)
 
 
 def layer_work_bytes(
@@ -74,7 +74,7 @@ def layer_work_bytes(
         backward += itemsize * 4 * inner
     again = 0
     if "full" in recompute:
-        again = kept_bytes(model, 1, ("none",), ranks, itemsize) - 2 * itemsize * hidden
+        again = kept_bytes(model, 1, ("none",), ranks, itemsize) - itemsize * hidden
     return tokens * (backward + again)
 
 
@@ -99,20 +99,29 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
 
 def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
-    """Logits of one chunk of positions, hidden states of the labelled positions and their gradient; for what the head
-    learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute type.
+    """Logits of one chunk of positions, what the last norm keeps, hidden states of the labelled positions and their
+    gradient; for what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the
+    compute type.
 
     Counts every token as labelled.
     """
     chunk = chunk_positions(tokens, model.vocab_size)
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
-    return chunk * model.vocab_size * itemsize + 3 * itemsize * tokens * model.hidden_size + learnt
+    return chunk * model.vocab_size * itemsize + 6 * itemsize * tokens * model.hidden_size + learnt
 
 
-def adapter_bytes(parameters: int) -> dict[str, int]:
-    """Adapters, their gradients and AdamW's two moments, all float32."""
+def adapter_bytes(
+    parameters: int, state_bytes: float, kept: int, layers: int, *, accumulates: bool, head_parameters: int = 0
+) -> dict[str, int]:
+    """Adapters and gradients in float32, and `state_bytes` of the optimizer for each parameter.
+
+    Gradients come while kept activations (`kept` bytes, of so many layers) go, layer by layer: what counts is how much
+    more they are in the end. The head's come first, and with accumulation all are there from the start.
+    """
     size = _FLOAT32 * parameters
-    return {"adapters": size, "gradients": size, "optimizer": 2 * size}
+    first = size if accumulates else _FLOAT32 * head_parameters
+    gradients = first + max(0, size - first - kept + kept // layers)
+    return {"adapters": size, "gradients": gradients, "optimizer": round(state_bytes * parameters)}
 
 
 def stream_bytes(model: Inventory, streamed: Sequence[int]) -> int:

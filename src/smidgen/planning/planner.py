@@ -17,8 +17,8 @@ from smidgen.units import format_bytes
 __all__ = ["Choice", "Forecast", "Machine", "Work", "fastest", "forecast", "forecasts", "reasons", "smallest"]
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
-_SLACK = 0.02  # of everything but the base: the allocator's, and what the terms leave out
-_RUNTIME = 32 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
+_SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
+_RUNTIME = 16 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Machine:
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
-    in place of so many rows. head_parameters: those of `parameters` that the head computes with.
+    in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
+    that the head computes with.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +48,7 @@ class Work:
     ranks: int
     itemsize: int = 4
     pack: int | None = None
+    state_bytes: float = 8
     head_parameters: int = 0
 
     def tokens(self, rows: int, *, pads: bool) -> int:
@@ -114,7 +116,10 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     small = {
         "framework": machine.framework_bytes,
         "norms and biases": model.norm_bytes,
-        **estimate.adapter_bytes(work.parameters),
+        **estimate.adapter_bytes(
+            work.parameters, work.state_bytes, kept, model.num_layers,
+            accumulates=choice.accumulation > 1 or work.pack is not None, head_parameters=work.head_parameters,
+        ),
         "kept activations": kept,
         "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger
         "loss chunk": loss,

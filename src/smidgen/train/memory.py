@@ -18,6 +18,7 @@ from smidgen.model.stream import layer_of
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.train.config import Settings
+from smidgen.train.optimizers import STATE_BYTES
 from smidgen.units import format_bytes, parse_bytes
 
 __all__ = [
@@ -63,6 +64,7 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         ranks=max(of_layer),
         itemsize=itemsize,
         pack=settings.pack,
+        state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
     )
 

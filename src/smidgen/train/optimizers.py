@@ -20,7 +20,10 @@ from smidgen.errors import SettingsError
 from smidgen.model.trained import Adapters
 from smidgen.train.config import Settings
 
-__all__ = ["check_optimizer", "make_optimizer"]
+__all__ = ["STATE_BYTES", "check_optimizer", "make_optimizer"]
+
+# for each parameter; an adapter's matrices are long, so that adafactor's row and column are little
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged-adamw8bit": 2.1, "sgd": 4.0, "adafactor": 0.2}
 
 _8BIT = {"adamw8bit": "AdamW8bit", "paged-adamw8bit": "PagedAdamW8bit"}
 _BLOCKWISE_NUMBERS = 4096  # bitsandbytes keeps smaller states in float32

@@ -1,0 +1,91 @@
+"""Fifty budgets that can be kept, each a hard limit: real steps in a memory cgroup of that size, page cache included.
+
+For each model and data the budgets lie between the smallest that is possible and what the fastest settings need; one
+below the smallest must be refused.
+Where no memory cgroup can be made nothing is enforced, and the result says so. Twenty minutes.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import skip, write_result
+
+from smidgen.bench.memory import MemorySettings, bench_memory
+from smidgen.checkpoint.hub import cache_folder
+from smidgen.errors import RunError
+from smidgen.model.inventory import inventory_of
+from smidgen.planning.planner import forecasts, smallest
+from smidgen.planning.shapes import SHAPES
+from smidgen.train.config import Settings
+from smidgen.train.memory import process_now, work_of
+
+KEPT = cache_folder() / "bench" / "budgets.json"
+_WHERE = (0.0, 0.15, 0.4, 0.7, 1.0)  # between the smallest and what the fastest needs
+_MARGIN = 1.02  # over the smallest forecast of this process: the worker's own libraries differ by a few megabytes
+
+JOBS = [
+    {"shape": "smollm2-135m", "layers": 12, "seq_len": 256, "micro_batch": 4},
+    {"shape": "smollm2-135m", "layers": 12, "seq_len": 1024, "micro_batch": 1},
+    {"shape": "smollm2-135m", "layers": 30, "seq_len": 256, "micro_batch": 2, "targets": "all-linear"},
+    {"shape": "smollm2-360m", "layers": 8, "seq_len": 512, "micro_batch": 2},
+    {"shape": "tinyllama-1.1b", "layers": 6, "seq_len": 256, "micro_batch": 1},
+    {"shape": "tinyllama-1.1b", "layers": 6, "seq_len": 256, "micro_batch": 4, "quantize": "gptq"},
+    {"shape": "tinyllama-1.1b", "layers": 6, "seq_len": 128, "micro_batch": 2, "quantize": "int8", "rank": 32},
+    {"shape": "qwen2.5-0.5b", "layers": 6, "seq_len": 256, "micro_batch": 2},
+    {"shape": "stablelm-base-alpha-3b", "layers": 2, "seq_len": 128, "micro_batch": 2},
+    {"shape": "llama-7b", "layers": 3, "seq_len": 128, "micro_batch": 2},
+]
+
+
+def _range(job: dict[str, Any]) -> tuple[int, int]:
+    """(smallest forecast, that of the fastest settings)."""
+    job = {"rank": 8, "targets": "q,v", "quantize": "nf4-dq", **job}
+    config = {**SHAPES[job["shape"]], "num_hidden_layers": job["layers"]}
+    model = inventory_of(None, config, job["quantize"], name=job["shape"])
+    settings = Settings(rank=job["rank"], targets=job["targets"], micro_batch=job["micro_batch"], accumulation=1)
+    work = work_of(model, settings, [job["seq_len"]] * job["micro_batch"], 4)
+    every = forecasts(model, work, process_now(torch.device("cpu")), micro_batch=job["micro_batch"])
+    return smallest(every).peak_bytes, every[0].peak_bytes
+
+
+def _run(job: dict[str, Any], budget: int) -> dict[str, Any]:
+    try:
+        found = bench_memory(MemorySettings(memory=budget, **job))
+    except RunError as error:
+        return {"end": "refused" if "is too little" in str(error) else "failed", "why": str(error)}
+    keys = ("step_s", "peak_rss_bytes", "cgroup_peak_bytes", "limit_enforced", "streamed_layers", "recompute")
+    return {"end": "finished", **{key: found[key] for key in (*keys, "computed_micro_batch", "forecast_rss_bytes")}}
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--again", action="store_true", help="measure all of them anew")
+given = parser.parse_args()
+if not Path("/sys/fs/cgroup/memory").is_dir():
+    skip("no memory cgroup (version 1) can be made here")
+kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() and not given.again else {}
+for job in JOBS:
+    least, most = _range(job)
+    for where in (-1.0, *_WHERE):
+        budget = round(least * 0.8 if where < 0 else least * _MARGIN + where * (most - least))
+        name = json.dumps({**job, "where": where})
+        if name not in kept:
+            kept[name] = {**job, "budget_bytes": budget, "feasible": where >= 0, **_run(job, budget)}
+            KEPT.parent.mkdir(parents=True, exist_ok=True)
+            KEPT.write_text(json.dumps(kept), encoding="utf-8")
+            print(f"{kept[name]['end']:9} {budget / 1e6:6.0f} MB {job}", flush=True)
+runs = list(kept.values())
+feasible = [run for run in runs if run["feasible"]]
+figures = {
+    "command": "python benchmarks/budgets.py",
+    "feasible": len(feasible),
+    "finished": sum(run["end"] == "finished" for run in feasible),
+    "infeasible": len(runs) - len(feasible),
+    "refused": sum(run["end"] == "refused" for run in runs if not run["feasible"]),
+    "enforced": all(run.get("limit_enforced", True) for run in runs),
+}
+with tempfile.TemporaryDirectory() as name:
+    write_result("budgets", {**figures, "runs": runs}, Path(name), shown=figures)

@@ -1,0 +1,121 @@
+"""The forecast of memory beside the measured peak, over shapes and settings: each a fresh process with real steps.
+
+Peaks are of anonymous memory (what files back can be given up and read again). Models have random packed weights and
+are cut to a few layers, so that none takes long. Combinations with a budget run in a memory cgroup of that size, where
+one can be made. Every combination is kept as soon as it is measured; a second start goes on with what is missing.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import write_result
+
+from smidgen.bench.memory import MemorySettings, bench_memory
+from smidgen.checkpoint.hub import cache_folder
+
+KEPT = cache_folder() / "bench" / "forecasts.json"
+_SMALL, _OVER, _SLACK = 1_300_000_000, 1.05, 64 << 20
+
+LLAMA, TINY, QWEN, NEOX = "smollm2-135m", "tinyllama-1.1b", "qwen2.5-0.5b", "stablelm-base-alpha-3b"
+
+
+def _of(shape: str, layers: int, **settings: Any) -> dict[str, Any]:
+    return {"shape": shape, "layers": layers, **settings}
+
+
+COMBINATIONS = [
+    # length of the rows
+    *(_of(LLAMA, 12, seq_len=tokens) for tokens in (64, 256, 512, 1024, 2048)),
+    _of(LLAMA, 6, seq_len=4096),
+    _of(LLAMA, 3, seq_len=8192),
+    *(_of(TINY, 4, seq_len=tokens) for tokens in (128, 512, 2048)),
+    _of(TINY, 2, seq_len=4096),
+    # what is computed again
+    *(_of(LLAMA, 12, seq_len=1024, recompute=name) for name in ("none", "cheap", "full")),
+    *(_of(TINY, 4, seq_len=1024, recompute=name) for name in ("none", "cheap", "full")),
+    *(_of(NEOX, 2, seq_len=512, recompute=name) for name in ("none", "full")),
+    # rows at once
+    *(_of(LLAMA, 8, seq_len=256, micro_batch=rows) for rows in (4, 16)),
+    *(_of(TINY, 3, seq_len=256, micro_batch=rows, recompute="full") for rows in (8, 16)),
+    _of(NEOX, 2, seq_len=128, micro_batch=4, recompute="full"),
+    # the form of the base
+    *(_of(LLAMA, 12, seq_len=512, quantize=form) for form in ("nf4", "int8", "gptq", "none")),
+    *(_of(TINY, 3, seq_len=512, quantize=form) for form in ("nf4", "int8", "gptq", "none")),
+    # adapters
+    *(_of(LLAMA, 12, seq_len=512, rank=rank, targets="all-linear") for rank in (16, 128)),
+    _of(TINY, 3, seq_len=512, rank=64, targets="all-linear"),
+    # vocabularies
+    *(_of(LLAMA, 6, seq_len=512, vocab_size=classes) for classes in (32000, 128256, 262144)),
+    _of(QWEN, 6, seq_len=512),
+    _of(QWEN, 6, seq_len=2048, recompute="full"),
+    _of(QWEN, 6, seq_len=512, vocab_size=262144, targets="all-linear", rank=32),
+    # bfloat16
+    _of(LLAMA, 6, seq_len=512, compute_dtype="bfloat16"),
+    _of(TINY, 2, seq_len=512, compute_dtype="bfloat16"),
+    # larger layers
+    _of("llama-7b", 2, seq_len=512),
+    _of("llama-7b", 2, seq_len=512, quantize="gptq", recompute="full"),
+    _of("llama-3-8b", 2, seq_len=256, targets="all-linear"),
+    # streamed
+    _of(TINY, 12, seq_len=512, memory=900_000_000),
+    _of(TINY, 12, seq_len=512, memory=900_000_000, quantize="gptq"),
+    _of(LLAMA, 30, seq_len=1024, memory=900_000_000, micro_batch=2),
+    _of("llama-7b", 4, seq_len=512, memory=1_500_000_000, recompute="full"),
+    # a shape that was added after the terms were written
+    _of("qwen2.5-1.5b", 3, seq_len=512),
+    _of("qwen2.5-1.5b", 3, seq_len=1024, micro_batch=2, recompute="full", targets="all-linear"),
+]
+
+
+def _verdict(forecast: int, measured: int) -> str:
+    """'under', 'over' or 'good': never under, at most 5 % over, or 64 MiB below 1.3 GB."""
+    if forecast < measured:
+        return "under"
+    most = measured + _SLACK if measured < _SMALL else measured * _OVER
+    return "good" if forecast <= most else "over"
+
+
+def _same(run: dict[str, Any], combination: dict[str, Any]) -> bool:
+    return run["settings"] == combination
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--again", action="store_true", help="measure all of them anew")
+parser.add_argument("--only", default="", help="those whose settings contain this text")
+given = parser.parse_args()
+runs: list[dict[str, Any]] = []
+if KEPT.exists() and not given.again:
+    runs = json.loads(KEPT.read_text(encoding="utf-8"))
+
+with tempfile.TemporaryDirectory() as name:
+    for combination in COMBINATIONS:
+        if given.only not in json.dumps(combination) or any(_same(run, combination) for run in runs):
+            continue
+        found = bench_memory(MemorySettings(**combination))
+        forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
+        keys = ("terms", "streamed_layers", "recompute", "limit_enforced", "peak_rss_bytes", "forecast_rss_bytes")
+        runs.append(
+            {
+                "settings": combination,
+                "forecast_bytes": forecast,
+                "measured_bytes": measured,
+                "ratio": forecast / measured,
+                "verdict": _verdict(forecast, measured),
+                **{key: found[key] for key in keys},
+            }
+        )
+        print(f"{forecast / 1e6:8.0f} {measured / 1e6:8.0f} MB {forecast / measured:6.3f} {combination}", flush=True)
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        KEPT.write_text(json.dumps(runs), encoding="utf-8")
+    verdicts = [run["verdict"] for run in runs]
+    figures = {
+        "command": "python benchmarks/forecasts.py",
+        "combinations": len(runs),
+        **{verdict: verdicts.count(verdict) for verdict in ("good", "under", "over")},
+        "smallest_ratio": min(run["ratio"] for run in runs),
+        "largest_ratio": max(run["ratio"] for run in runs),
+    }
+    write_result("forecasts", {**figures, "runs": runs}, Path(name), shown=figures)
