@@ -16,6 +16,8 @@ from smidgen.model.build import Base
 from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
 from smidgen.model.load import load_base, open_source
+from smidgen.model.tokenizer import pieces_of_tokens
+from smidgen.model.trained import attach_tokens, initialise_tokens
 from smidgen.train.config import settings_from
 from smidgen.train.run import Record, adapter_folder, read_record
 
@@ -104,7 +106,8 @@ def load(
 ) -> LoadedModel:
     """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
 
-    adapter=False: a run's base alone, stored and computed as for the run. Raises RunError where the base is not the one
+    adapter=False: a run's base alone, stored and computed as for the run; its new tokens as they were before training.
+    Raises RunError where the base is not the one
     that the adapter was trained on.
     """
     wanted = settings_from({"quantize": quantize, "compute_dtype": compute_dtype, "device": device})
@@ -132,10 +135,24 @@ def load(
     )
     if folder and adapter:
         load_adapter(base, folder)
+    elif folder:
+        _add_untrained_tokens(base, folder, source.tokenizer, are_new=record is not None)
     system = record.system if record else ""
     if system:
         report(Note(f"system message of the training rows, used where none is given: {system!r}"))
     return LoadedModel(base, source.tokenizer, report, system)
+
+
+def _add_untrained_tokens(base: Base, folder: Path, tokenizer: Any, *, are_new: bool) -> None:
+    """The tokens that the adapter in `folder` has rows for, with the rows that training started from: its text has
+    them. are_new: as a run's are; of another adapter's only if the base has too few rows for them.
+    """
+    token_ids = read_adapter(folder).token_ids
+    ids = next(iter(token_ids.values()), [])
+    if ids and (are_new or max(ids) >= base.head.out_features):
+        pieces = pieces_of_tokens(tokenizer, tokenizer.convert_ids_to_tokens(ids))
+        initialise_tokens(attach_tokens(base, token_ids), pieces)
+        base.model.requires_grad_(False)
 
 
 def _base_of(folder: Path) -> tuple[str, Record | None]:

@@ -26,6 +26,8 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "use_dora": False,
     "dropout": 0.0,
     "targets": "all",
+    "modules_to_save": None,
+    "new_tokens": None,
     "optimizer": "adamw",
     "init_adapter": None,
     "learning_rate": 5e-4,
@@ -64,6 +66,7 @@ FROZEN_FLAGS = {
     "plan": {
         *("quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "dropout", "epochs"),
         *("max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len"),
+        *("modules_to_save", "new_tokens"),
     },
     "finetune": {"out", "resume", *FROZEN_SETTINGS},
     "generate": {*SAMPLING, "raw", *BASE},

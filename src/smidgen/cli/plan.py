@@ -10,8 +10,8 @@ from smidgen.cli.values import Given
 __all__ = ["plan"]
 
 _NAMES = (
-    "quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "dropout", "epochs", "max_steps",
-    "micro_batch", "accumulation", "memory", "recompute", "seq_len",
+    "quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "modules_to_save",
+    "new_tokens", "dropout", "epochs", "max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len",
 )  # fmt: skip
 _FLAGS = tuple(flag for flag in settings_flags() if flag.name in _NAMES)
 

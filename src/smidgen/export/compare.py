@@ -11,9 +11,9 @@ import torch
 from smidgen.data.render import IGNORED, Example
 from smidgen.errors import RunError
 from smidgen.export.adapter import read_adapter
-from smidgen.lora.attach import adapters
 from smidgen.lora.linear import LoraLinear, scaling_of
 from smidgen.model.build import Base
+from smidgen.model.trained import Adapters, TokenRows, learning_parts
 
 __all__ = ["Distance", "check_saved_adapter", "compare_models", "label_logits", "plain_example", "without_adapters"]
 
@@ -72,10 +72,10 @@ def label_logits(base: Base, examples: Sequence[Example]) -> torch.Tensor:
 @contextmanager
 def without_adapters(base: Base) -> Iterator[None]:
     """The bare base for a while: its own layers stand where the adapters stood."""
-    layers = adapters(base.model)
+    layers = learning_parts(base.model)
     try:
         for name, layer in layers.items():
-            base.model.set_submodule(name, layer.base)
+            base.model.set_submodule(name, layer.bare() if isinstance(layer, TokenRows) else layer.base)
         yield
     finally:
         for name, layer in layers.items():
@@ -92,29 +92,31 @@ def compare_models(first: Base, second: Base, tokenizer: Any) -> dict[str, float
 
 
 @torch.no_grad()
-def check_saved_adapter(base: Base, adapters: dict[str, LoraLinear], folder: Path) -> None:
+def check_saved_adapter(base: Base, adapters: Adapters, folder: Path) -> None:
     """Raise RunError unless the PEFT folder computes what the model does: its adapter is read again, put in the place
     of the one in memory for a moment, and the logits of a few tokens are compared.
     """
     stored = read_adapter(folder)
     ids = torch.arange(_PROBED_TOKENS, device=base.device)[None]
     ours = base.logits_of(base.hidden_of(ids)).float()
-    kept = {name: (layer.scaling, {k: p.data for k, p in layer.trainable.items()}) for name, layer in adapters.items()}
+    scalings = {name: layer.scaling for name, layer in adapters.items() if isinstance(layer, LoraLinear)}
+    kept = {name: {k: p.data for k, p in layer.trainable.items()} for name, layer in adapters.items()}
     try:
         for name, layer in adapters.items():
-            parts = stored.layers.get(name, {})  # a layer that is missing adds nothing, as a reader sees it
+            parts = stored.parts_of(name)  # a layer that is missing adds nothing, as a reader sees it
             for part, parameter in layer.trainable.items():
                 parameter.data = parts[part].to(base.device) if part in parts else torch.zeros_like(parameter)
-            if parts:
+            if parts and isinstance(layer, LoraLinear):
                 kind = stored.kind_of(name)
                 layer.scaling = scaling_of(kind["rank"], kind["alpha"], use_rslora=kind["use_rslora"])
             layer.train(layer.training)  # norms that were kept are of other numbers
         theirs = base.logits_of(base.hidden_of(ids)).float()
     finally:
         for name, layer in adapters.items():
-            layer.scaling = kept[name][0]
+            if isinstance(layer, LoraLinear):
+                layer.scaling = scalings[name]
             for part, parameter in layer.trainable.items():
-                parameter.data = kept[name][1][part]
+                parameter.data = kept[name][part]
             layer.train(layer.training)
     if not ours.isfinite().all():
         raise RunError(f"{folder}: the model's logits are not finite: not saved", cure="lower --learning-rate")

@@ -18,6 +18,7 @@ from smidgen.errors import RunError
 from smidgen.export.gguf_layout import GgufLayout, finish, write_metadata
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
+from smidgen.model.trained import learning_parts
 
 __all__ = ["read_gguf_lora", "save_gguf_lora"]
 
@@ -32,6 +33,12 @@ def save_gguf_lora(base: Base, path: Path) -> None:
         raise RunError(
             "the head has an adapter, but shares its weight with the embedding: llama.cpp cannot apply that",
             cure="use --to gguf, which merges it",
+        )
+    others = [name for name, part in learning_parts(base.model).items() if not isinstance(part, LoraLinear)]
+    if others:
+        raise RunError(
+            f"{', '.join(others)}: trained whole or with new tokens, which llama.cpp's adapters cannot hold",
+            cure="use --to gguf, which merges them",
         )
     first = next(iter(adapters.values()))
     if any(layer.use_dora for layer in adapters.values()):

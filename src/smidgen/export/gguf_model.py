@@ -22,6 +22,8 @@ from smidgen.export.gguf_layout import GgufLayout, write_metadata
 from smidgen.export.gguf_tokenizer import tokenizer_metadata
 from smidgen.export.merge import MergedParameter, merged_parameters
 from smidgen.model.build import Base
+from smidgen.model.tokenizer_gguf import USER_DEFINED
+from smidgen.model.trained import TokenRows, learning_parts
 
 __all__ = ["save_gguf"]
 
@@ -103,7 +105,7 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
             kept["tokenizer.chat_template"] = tokenizer.chat_template
         if tokenizer.eos_token_id is not None:
             kept["tokenizer.ggml.eos_token_id"] = int(tokenizer.eos_token_id)
-        return kept
+        return kept | _new_tokens(base, tokenizer, kept)
     name, row, config = layout.architecture, layout.row, layout.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values: dict[str, Any] = {"general.type": "model"}
@@ -123,6 +125,25 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
         lost = f"GGUF has no sliding window for this model: beyond {window} tokens other programs see all of a text"
         report(Warned(lost))
     return values | _rotary(name, config, head_dim) | tokenizer_metadata(tokenizer, config.vocab_size)
+
+
+def _new_tokens(base: Base, tokenizer: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The vocabulary of the base's file with the tokens that training has added, which are never cut."""
+    parts = [part for part in learning_parts(base.model).values() if isinstance(part, TokenRows)]
+    if not parts:
+        return {}
+    lists = {"tokens": "", "token_type": USER_DEFINED, "scores": 0.0}
+    found = {key: list(values[f"tokenizer.ggml.{key}"]) for key in lists if f"tokenizer.ggml.{key}" in values}
+    for index in parts[0].token_ids.tolist():
+        token = tokenizer.convert_ids_to_tokens(index)
+        if index < len(found["tokens"]) and found["tokens"][index] == token:
+            continue  # not a new one
+        for key, entries in found.items():
+            entries += [lists[key]] * (index + 1 - len(entries))
+            entries[index] = token if key == "tokens" else lists[key]
+    said: dict[str, Any] = {f"tokenizer.ggml.{key}": entries for key, entries in found.items()}
+    sizes = [key for key in values if key.endswith(".vocab_size")]
+    return said | dict.fromkeys(sizes, int(base.model.config.get_text_config().vocab_size))
 
 
 def _check_unsaid(layout: GgufLayout, values: dict[str, Any], parameters: Sequence[MergedParameter]) -> None:

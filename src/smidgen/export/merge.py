@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from smidgen.events import Progress, Report, silent
@@ -21,6 +22,7 @@ from smidgen.export.files import new_folder
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.experts import PackedExperts
+from smidgen.model.trained import TokenRows, is_tied
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import FrozenMatrix, dense
 
@@ -48,33 +50,41 @@ def dense_parameters(base: Base, dtype: torch.dtype) -> Iterator[tuple[str, torc
 def merged_parameters(base: Base) -> Iterator[MergedParameter]:
     """Every parameter of base + adapters.
 
-    A tied head is left out unless it has an adapter: then head and embedding are two matrices from now on.
+    A tied head is left out unless training has parted it from the embedding: then they are two matrices from now on.
     """
     head_name = base.head_name
     for name, module in base.model.named_modules():
-        lora = module if isinstance(module, LoraLinear) else None
-        linear = lora.base if lora else module
-        if isinstance(linear, FrozenLinear) and not name.endswith(".base"):
-            if name == head_name and lora is None and _is_tied(base):
-                continue
-            shape = (linear.in_features, linear.out_features)
-            shape = shape if linear.transposed else shape[::-1]
-            yield MergedParameter(f"{name}.weight", shape, partial(_linear, linear, lora))
-            if linear.bias is not None:
-                yield MergedParameter(f"{name}.bias", tuple(linear.bias.shape), linear.bias.to)
-        elif isinstance(module, FrozenEmbedding):
-            matrix = module.weight
-            shape = (matrix.out_features, matrix.in_features)
-            yield MergedParameter(f"{name}.weight", shape, partial(dense, matrix, device=_CPU))
-        elif isinstance(module, PackedExperts):
-            for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
-                first: Any = experts[0]
-                shape = (len(experts), first.out_features, first.in_features)
-                yield MergedParameter(f"{name}.{key}", shape, partial(_experts, experts))
-        elif not isinstance(module, FrozenMatrix | LoraLinear):
-            for key, parameter in module.named_parameters(recurse=False):
-                full = f"{name}.{key}" if name else key
-                yield MergedParameter(full, tuple(parameter.shape), parameter.detach().to)
+        # what learns stands for its base; a tied head is written with the embedding
+        if not name.endswith(".base") and not (name == head_name and is_tied(base)):
+            yield from _of_module(name, module)
+
+
+def _of_module(name: str, module: nn.Module) -> Iterator[MergedParameter]:
+    lora = module if isinstance(module, LoraLinear) else None
+    linear = lora.base if lora else module
+    if isinstance(linear, FrozenLinear):
+        shape = (linear.in_features, linear.out_features)
+        shape = shape if linear.transposed else shape[::-1]
+        yield MergedParameter(f"{name}.weight", shape, partial(_linear, linear, lora))
+        if linear.bias is not None:
+            yield MergedParameter(f"{name}.bias", tuple(linear.bias.shape), linear.bias.to)
+    elif isinstance(module, TokenRows):
+        (weight,) = _of_module(name, module.base)
+        rows = max(weight.shape[0], int(module.token_ids.max()) + 1)
+        yield MergedParameter(weight.name, (rows, *weight.shape[1:]), partial(_with_tokens, weight, module))
+    elif isinstance(module, FrozenEmbedding):
+        matrix = module.weight
+        shape = (matrix.out_features, matrix.in_features)
+        yield MergedParameter(f"{name}.weight", shape, partial(dense, matrix, device=_CPU))
+    elif isinstance(module, PackedExperts):
+        for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+            first: Any = experts[0]
+            shape = (len(experts), first.out_features, first.in_features)
+            yield MergedParameter(f"{name}.{key}", shape, partial(_experts, experts))
+    elif not isinstance(module, FrozenMatrix):
+        for key, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            yield MergedParameter(full, tuple(parameter.shape), parameter.detach().to)
 
 
 @torch.no_grad()
@@ -83,12 +93,12 @@ def _linear(linear: FrozenLinear, lora: LoraLinear | None, dtype: torch.dtype) -
     return weight.t().contiguous() if linear.transposed else weight
 
 
+def _with_tokens(weight: MergedParameter, tokens: TokenRows, dtype: torch.dtype) -> torch.Tensor:
+    return tokens.merge(weight.make(dtype))
+
+
 def _experts(experts: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([dense(expert, dtype, _CPU) for expert in experts])
-
-
-def _is_tied(base: Base) -> bool:
-    return bool(base.model.config.get_text_config().tie_word_embeddings)
 
 
 def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
@@ -133,7 +143,7 @@ def write_model(
     config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
     if quantization is not None:
         config["quantization_config"] = quantization
-    if isinstance(base.head, LoraLinear):
+    if base.model.config.get_text_config().tie_word_embeddings and not is_tied(base):
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"

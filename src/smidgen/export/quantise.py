@@ -20,6 +20,7 @@ from smidgen.model.device import peak_rss_bytes
 from smidgen.model.gptq import GptqPass
 from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
+from smidgen.model.trained import TokenRows, TrainedModule
 from smidgen.quant.gptq import GptqSettings
 from smidgen.units import format_bytes
 
@@ -55,7 +56,8 @@ def plain_dtype(base: Base) -> torch.dtype:
     """The type that embedding and norms of a folder are written in: the base's own, float16 for a GGUF base."""
     if base.checkpoint.format == "gguf":
         return torch.float16
-    stored: Any = base.model.get_input_embeddings()
+    embedding: Any = base.model.get_input_embeddings()
+    stored: Any = embedding.base if isinstance(embedding, TrainedModule | TokenRows) else embedding
     return stored.weight.dtype
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from smidgen.errors import SettingsError
 
-__all__ = ["FIELDS", "check_pattern", "fields_of", "match_pattern", "select_targets"]
+__all__ = ["FIELDS", "check_pattern", "fields_of", "match_pattern", "select_modules", "select_targets"]
 
 FIELDS = ("q", "k", "v", "o", "gate", "up", "down", "head")
 
@@ -81,6 +81,19 @@ def select_targets(targets: str, names: Iterable[str], head: str) -> tuple[list[
     if missing:
         raise SettingsError([_no_match(missing, names, head)])
     return [name for name in names if name in chosen], notes
+
+
+def select_modules(modules: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The modules of `names` that are meant, in their order: each of `modules` is a name or the end of one from a dot
+    on. Raises SettingsError naming all that match nothing.
+    """
+    names = list(names)
+    hits = {given: [name for name in names if name == given or name.endswith("." + given)] for given in modules}
+    if missing := [given for given, found in hits.items() if not found]:
+        some = ", ".join(dict.fromkeys(name.split(".")[-1] for name in names))
+        raise SettingsError([f"modules_to_save: no module matches {', '.join(missing)}, there are {some}"])
+    chosen = {name for found in hits.values() for name in found}
+    return [name for name in names if name in chosen]
 
 
 def match_pattern(patterns: Mapping[str, Any], name: str) -> str | None:

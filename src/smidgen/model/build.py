@@ -75,7 +75,7 @@ class Base:
         each real token, row after row). Where rows are packed, padding is not computed, and a prefix once.
         """
         backbone: Any = self.backbone
-        fused = is_fused(backbone) and not any(layer.drops for layer in backbone.layers)
+        fused = is_fused(backbone) and not any(layer.needs_modules for layer in backbone.layers)
         if fused or self.packs:
             packed = pack_rows(input_ids, lengths, groups)
             hidden = hidden_rows(backbone, packed) if fused else self._hidden_packed(packed)
@@ -99,7 +99,7 @@ class Base:
 
     @property
     def head(self) -> Any:
-        """The output head: a FrozenLinear, or a LoraLinear over it."""
+        """The output head: a FrozenLinear, or what learns over it (lora/linear.py, model/trained.py)."""
         return self.model.get_output_embeddings()
 
     @property

@@ -9,7 +9,8 @@ each norm, rotation and gate. What is kept for the backward pass is a choice of 
     full    the layer's input                          the layer is computed again
 
 The layer keeps transformers' submodules and their names, so adapters attach as ever, and falls back on transformers'
-own forward for what is not known here: padding masks, key caches, LoRA dropout. Packed rows it takes either way.
+own forward for what is not known here: padding masks, key caches, LoRA dropout, norms that learn. Packed rows it takes
+either way.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from smidgen.model.packing import PackedRows
 from smidgen.model.segments import as_before, packed_rows
 from smidgen.quant.matrix import StackedMatrix
 
-__all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "is_known", "rows_of"]
+__all__ = ["FusedLayer", "Rows", "fuse_layers", "hidden_rows", "is_fused", "is_known", "learns_norms", "rows_of"]
 
 # Known by their exact type: a subclass may compute something else.
 _KNOWN_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -172,6 +173,8 @@ class FusedLayer(nn.Module):
         if self._is_known(hidden_states, arguments):
             rows = self._last_rows.of(arguments["position_embeddings"], hidden_states.shape[0])
             return self.forward_rows(hidden_states.flatten(0, 1), rows).view_as(hidden_states)
+        for name, child in self.named_children():  # one may have been exchanged
+            setattr(self._original[0], name, child)
         if self.recompute == "full" and torch.is_grad_enabled():
             attends = partial(as_before, self.self_attn.config)  # type: ignore[union-attr, arg-type]
             return checkpoint(  # type: ignore[return-value]
@@ -188,12 +191,18 @@ class FusedLayer(nn.Module):
         mask, positions = arguments.get("attention_mask"), arguments.get("position_embeddings")
         # no mask: transformers found that plain causal attention is meant
         plain = mask is None and arguments.get("past_key_values") is None
-        return plain and positions is not None and hidden.dim() == 3 and not self.drops
+        return plain and positions is not None and hidden.dim() == 3 and not self.needs_modules
 
     @property
-    def drops(self) -> bool:
-        """Whether LoRA dropout is at work, which only the modules know."""
-        return self.training and any(adapter.dropout for adapter in self.parts().adapters)
+    def needs_modules(self) -> bool:
+        """Whether something is at work that only the modules know: LoRA dropout, norms that learn."""
+        drops = self.training and any(adapter.dropout for adapter in self.parts().adapters)
+        return drops or (torch.is_grad_enabled() and self.learns_norms)
+
+    @property
+    def learns_norms(self) -> bool:
+        norms = [self.input_layernorm, self.post_attention_layernorm, *(norm for norm, _ in self._head_norms)]
+        return any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
 
     def run(self, x: torch.Tensor, parts: _Parts, rows: Rows) -> tuple[torch.Tensor, _Kept]:
         """x [tokens, hidden_size] -> (the layer's output, all that its gradient needs)."""
@@ -362,6 +371,11 @@ def is_fused(backbone: nn.Module) -> bool:
         return False
     layers: Any = backbone.layers
     return all(isinstance(layer, FusedLayer) for layer in layers)
+
+
+def learns_norms(backbone: Any) -> bool:
+    """Whether a fused layer's norms are trained: then its gradients are transformers' modules' to compute."""
+    return any(layer.learns_norms for layer in backbone.layers)
 
 
 def hidden_rows(backbone: Any, packed: PackedRows) -> torch.Tensor:

@@ -14,6 +14,7 @@ from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import layer_of
+from smidgen.model.trained import trainable_names
 from smidgen.planning.inventory import Inventory, Linear, packed_bytes
 
 __all__ = ["inventory_of"]
@@ -78,6 +79,11 @@ def inventory_of(
         mapped=storage == "none" or (kept and storage not in ("gptq", "awq")),
         fused=fuses and is_known(model),
         head_name=next(path for path, module in model.named_modules() if module is head),
+        modules=tuple(
+            (path, sum(parameter.numel() for parameter in model.get_submodule(path).parameters(recurse=False)))
+            for path in trainable_names(model)
+        ),
+        embedding_name=next(path for path, module in model.named_modules() if module is embedding),
         head_norms=any(path.endswith("self_attn.q_norm") for path, _ in model.named_modules()),
     )
 

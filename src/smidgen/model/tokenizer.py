@@ -1,14 +1,15 @@
 """Tokenizers: from a Hugging Face folder by transformers, from a .gguf file by its metadata."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from smidgen.errors import ModelError
+from smidgen.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["add_tokens", "ids_of_tokens", "load_tokenizer", "pieces_of_tokens"]
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -31,6 +32,43 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         if not is_reading_error(error):
             raise
         raise _unreadable(path, error) from error
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], vocab_size: int) -> None:
+    """Add `tokens` as they are written: never cut, nor changed by normalisation, and shown when text is decoded.
+
+    vocab_size: rows of the embedding, some of which may be spare. Raises SettingsError for what is a token already.
+    """
+    if not tokens:
+        return
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    if there := [token for token in tokens if token in known]:
+        raise SettingsError([f"new_tokens: {', '.join(there)} is in the tokenizer already; take it out of the list"])
+    if len(tokenizer) > vocab_size:
+        raise ModelError(
+            "new_tokens: the tokenizer has tokens without a row in the embedding",
+            expected=f"at most {vocab_size}",
+            found=str(len(tokenizer)),
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+
+
+def ids_of_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Their ids, once add_tokens has added them, here or in the run that the tokenizer was saved with."""
+    return list(tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def pieces_of_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[list[int]]:
+    """For each new token the ids of older tokens that spell it, before it was one; some may have none.
+
+    Its last character is cut off first, so that what is found is the same before and after it was added.
+    """
+    new = set(ids_of_tokens(tokenizer, tokens))
+    halves = [[half for half in (token[:-1], token[-1:]) if half] for token in tokens]
+    found = [[tokenizer(half, add_special_tokens=False).input_ids for half in each] for each in halves]
+    return [[index for half in each for index in half if index not in new] for each in found]
 
 
 def _unreadable(path: Path, error: BaseException) -> ModelError:

@@ -98,24 +98,29 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
     return max(1, ceil(positions / max(1, ceil(positions / most))))
 
 
-def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
+def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
     """Logits of one chunk of positions, what the last norm keeps, hidden states of the labelled positions and their
-    gradient.
+    gradient; for what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the
+    compute type.
 
     Counts every token as labelled.
     """
     chunk = chunk_positions(tokens, model.vocab_size)
-    return chunk * model.vocab_size * itemsize + 6 * itemsize * tokens * model.hidden_size
+    learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
+    return chunk * model.vocab_size * itemsize + 6 * itemsize * tokens * model.hidden_size + learnt
 
 
-def adapter_bytes(parameters: int, state_bytes: float, kept: int, layers: int, *, accumulates: bool) -> dict[str, int]:
+def adapter_bytes(
+    parameters: int, state_bytes: float, kept: int, layers: int, *, accumulates: bool, head_parameters: int = 0
+) -> dict[str, int]:
     """Adapters and gradients in float32, and `state_bytes` of the optimizer for each parameter.
 
     Gradients come while kept activations (`kept` bytes, of so many layers) go, layer by layer: what counts is how much
-    more they are in the end. With accumulation they are there from the start.
+    more they are in the end. The head's come first, and with accumulation all are there from the start.
     """
     size = _FLOAT32 * parameters
-    gradients = size if accumulates else max(0, size - kept + kept // layers)
+    first = size if accumulates else _FLOAT32 * head_parameters
+    gradients = first + max(0, size - first - kept + kept // layers)
     return {"adapters": size, "gradients": gradients, "optimizer": round(state_bytes * parameters)}
 
 

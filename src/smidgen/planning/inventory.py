@@ -33,6 +33,7 @@ class Inventory:
     linears: of the decoder, experts too. head_bytes: of an untied head as stored; 0 for a tied one. norm_bytes: norms,
     biases and other small parameters, in the compute type. mapped: whether the linear layers' bytes are views of the
     model file. fused: whether smidgen's own layers compute it (model/fused.py). head_norms: of q and k, as in Qwen 3.
+    modules: name and numbers of what can be trained whole: embeddings, head and norms.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Inventory:
     fused: bool
     head_norms: bool
     head_name: str = "lm_head"
+    modules: tuple[tuple[str, int], ...] = ()
+    embedding_name: str = "model.embed_tokens"
 
     @cached_property
     def layer_bytes(self) -> list[int]:

@@ -38,7 +38,8 @@ class Machine:
 class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
-    in place of so many rows. state_bytes: of the optimizer for each parameter.
+    in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
+    that the head computes with.
     """
 
     lengths: tuple[int, ...]
@@ -48,6 +49,7 @@ class Work:
     itemsize: int = 4
     pack: int | None = None
     state_bytes: float = 8
+    head_parameters: int = 0
 
     def tokens(self, rows: int, *, pads: bool) -> int:
         """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
@@ -110,13 +112,13 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
     kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item)
     backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item)
-    loss = estimate.loss_bytes(model, tokens, item)
+    loss = estimate.loss_bytes(model, tokens, item, work.head_parameters)
     small = {
         "framework": machine.framework_bytes,
         "norms and biases": model.norm_bytes,
         **estimate.adapter_bytes(
             work.parameters, work.state_bytes, kept, model.num_layers,
-            accumulates=choice.accumulation > 1 or work.pack is not None,
+            accumulates=choice.accumulation > 1 or work.pack is not None, head_parameters=work.head_parameters,
         ),
         "kept activations": kept,
         "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger

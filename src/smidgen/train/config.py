@@ -96,6 +96,20 @@ class Settings:
         "Layers that get an adapter: all (every linear layer of the decoder), or a comma list of"
         " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default.",
     )
+    modules_to_save: str | None = _setting(
+        None,
+        "LoRA",
+        "Modules that are trained whole beside the adapters, in float32: a comma list of names of embeddings, the head"
+        " or norms, such as embed_tokens,lm_head. Where embedding and head are one weight they stay one.",
+        metavar="NAMES",
+    )
+    new_tokens: str | None = _setting(
+        None,
+        "LoRA",
+        "Tokens to add to the tokenizer, a comma list such as '<tool>,</tool>'. Of embedding and head only their rows"
+        " are trained.",
+        metavar="TOKENS",
+    )
     init_adapter: str | None = _setting(
         None,
         "LoRA",
@@ -199,7 +213,22 @@ class Settings:
     @property
     def logs(self) -> tuple[str, ...]:
         """What `log_to` names, each once."""
-        return tuple(dict.fromkeys(name.strip() for name in self.log_to.split(",") if name.strip()))
+        return _parts(self.log_to)
+
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """What `modules_to_save` names, each once."""
+        return _parts(self.modules_to_save)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What `new_tokens` names, each once."""
+        return _parts(self.new_tokens)
+
+
+def _parts(given: str | None) -> tuple[str, ...]:
+    """A comma list's parts, without blanks around them, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in (given or "").split(",") if part.strip()))
 
 
 def settings_from(given: dict[str, Any]) -> Settings:
@@ -273,6 +302,8 @@ def _wrong_values(s: Settings) -> list[str]:
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")
+    need(s.modules_to_save is None or bool(s.whole_modules), "modules_to_save", "a comma list of modules")
+    need(s.new_tokens is None or bool(s.tokens), "new_tokens", "a comma list of tokens")
     need(bool(s.logs) and set(s.logs) <= set(LOGS), "log_to", f"a comma list of {', '.join(LOGS)}")
     for name in ("early_stopping", "keep_best"):
         if getattr(s, name) and not s.eval_interval:

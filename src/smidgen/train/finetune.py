@@ -15,10 +15,11 @@ from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, sil
 from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant
 from smidgen.kernels.library import describe_library
-from smidgen.lora.linear import LoraLinear
 from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.model.device import peak_rss_bytes
 from smidgen.model.load import needs_gptq, open_source
+from smidgen.model.tokenizer import add_tokens
+from smidgen.model.trained import Adapters
 from smidgen.train.best import best_step, evaluations, since_best
 from smidgen.train.config import QUANTIZE, Settings
 from smidgen.train.evaluate import answer_rows, held_out_loss
@@ -49,6 +50,7 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
     check_vacant(out, "choose another folder" + resumable)
     check_logs(settings.logs)
     source = open_source(model, report)
+    add_tokens(source.tokenizer, settings.tokens, source.vocab_size)
     if needs_gptq(settings.quantize, source.checkpoint):
         check_vacant(gptq_folder(out), f"train on it: smidgen finetune {gptq_folder(out)}, or remove it first")
     if settings.init_adapter is not None:
@@ -222,7 +224,9 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "forecast_peak_bytes": prepared.plan.peak_bytes,
-        "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
+        "trainable_parameters": sum(
+            p.numel() for layer in prepared.adapters.values() for p in layer.trainable.values()
+        ),
     }
     if result_step != cursor.step:
         summary["result_step"] = result_step
@@ -232,14 +236,12 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
     return summary
 
 
-def _restore(checkpoint: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
+def _restore(checkpoint: Path, adapters: Adapters, optimizer: torch.optim.Optimizer) -> Cursor:
     read_adapter(checkpoint).copy_into(adapters)
     return load_state(checkpoint, adapters, optimizer)
 
 
-def _restore_best(
-    folder: RunFolder, adapters: dict[str, LoraLinear], settings: Settings, cursor: Cursor, report: Report
-) -> int:
+def _restore_best(folder: RunFolder, adapters: Adapters, settings: Settings, cursor: Cursor, report: Report) -> int:
     """Put the adapter with the lowest held-out loss in the place of the last one; returns its step."""
     best = best_step(evaluations(folder.logged(), settings.eval_interval, cursor.step)) or cursor.step
     checkpoint = folder.path / "checkpoints" / f"step-{best}"

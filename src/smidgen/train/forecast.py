@@ -18,12 +18,13 @@ from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
+from smidgen.model.tokenizer import add_tokens
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
-from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, work_of
+from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, with_trained_norms, work_of
 from smidgen.units import format_bytes
 
 __all__ = ["plan_model"]
@@ -47,10 +48,11 @@ def plan_model(model: str, data: str | None, settings: Settings, report: Report 
     storage = _storage(settings.quantize, subject.checkpoint, report)
 
     def inventory(form: str) -> Inventory:
-        return inventory_of(
+        found = inventory_of(
             subject.checkpoint, subject.config, form, name=subject.name, itemsize=dtype.itemsize,
             fuses=device == "cpu" and not settings.dropout, trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
+        return with_trained_norms(found, settings)
 
     shape = inventory(storage)
     work = work_of(shape, settings, subject.rows, dtype.itemsize)
@@ -102,6 +104,7 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
         name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
     else:
         source = open_source(model, report)
+        add_tokens(source.tokenizer, settings.tokens, source.vocab_size)
         name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config
         rows = []
         if data is not None:

@@ -12,8 +12,9 @@ import torch
 
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
-from smidgen.lora.targets import match_pattern, select_targets
+from smidgen.lora.targets import match_pattern, select_modules, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
+from smidgen.model.stream import layer_of
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.train.config import Settings
@@ -29,6 +30,7 @@ __all__ = [
     "plan_run",
     "process_now",
     "settings_for",
+    "with_trained_norms",
     "work_of",
 ]
 
@@ -44,10 +46,11 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
     by_name = {linear.name: linear for linear in model.linears if not linear.is_expert}
     names, _ = select_targets(settings.targets, [*by_name, model.head_name], model.head_name)
     of_layer = [0] * model.num_layers
-    parameters = 0
+    parameters, head_parameters = _beside_lora(model, settings)
     for name in names:
         linear = by_name.get(name)
         if linear is None:  # the head
+            head_parameters += settings.rank * (model.vocab_size + model.hidden_size)
             parameters += settings.rank * (model.vocab_size + model.hidden_size)
             continue
         pattern = match_pattern(settings.rank_pattern or {}, name)
@@ -62,7 +65,27 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         itemsize=itemsize,
         pack=settings.pack,
         state_bytes=STATE_BYTES[settings.optimizer],
+        head_parameters=head_parameters,
     )
+
+
+def _beside_lora(model: Inventory, settings: Settings) -> tuple[int, int]:
+    """(trained numbers of whole modules and of new tokens, those that the head computes with)."""
+    numbers, is_tied = dict(model.modules), not model.head_bytes
+    chosen = set(select_modules(settings.whole_modules, numbers))
+    ends = {model.head_name, model.embedding_name}
+    if is_tied and chosen & ends:  # one weight
+        chosen = chosen - ends | {model.embedding_name}
+    rows = len(settings.tokens) * model.hidden_size
+    of_head = sum(numbers[name] for name in chosen & {model.embedding_name if is_tied else model.head_name})
+    return sum(numbers[name] for name in chosen) + rows * (1 if is_tied else 2), of_head + rows
+
+
+def with_trained_norms(model: Inventory, settings: Settings) -> Inventory:
+    """The model as it is computed with these settings: layers whose norms learn are transformers' own."""
+    chosen = select_modules(settings.whole_modules, [name for name, _ in model.modules])
+    in_layers = any(layer_of(f"{name}.") is not None for name in chosen)
+    return replace(model, fused=model.fused and not in_layers)
 
 
 def machine_now(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> Machine:

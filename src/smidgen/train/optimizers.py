@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from smidgen.errors import SettingsError
-from smidgen.lora.linear import LoraLinear
+from smidgen.model.trained import Adapters
 from smidgen.train.config import Settings
 
 __all__ = ["STATE_BYTES", "check_optimizer", "make_optimizer"]
@@ -29,7 +29,7 @@ _8BIT = {"adamw8bit": "AdamW8bit", "paged-adamw8bit": "PagedAdamW8bit"}
 _BLOCKWISE_NUMBERS = 4096  # bitsandbytes keeps smaller states in float32
 
 
-def make_optimizer(adapters: dict[str, LoraLinear], settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(adapters: Adapters, settings: Settings) -> torch.optim.Optimizer:
     """The optimizer that the settings name, over all adapters. `check_optimizer` says whether it can be made.
 
     A group's `lr_ratio` is what optimizer_step multiplies the learning rate by: LoRA+ (arXiv 2402.12354) for lora_B.

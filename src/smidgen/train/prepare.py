@@ -16,18 +16,37 @@ from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import StoredAdapter, read_adapter
 from smidgen.export.quantise import quantise_model
 from smidgen.lora.attach import attach_lora
-from smidgen.lora.linear import LoraLinear
-from smidgen.lora.targets import check_pattern, select_targets
+from smidgen.lora.targets import check_pattern, select_modules, select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_device
-from smidgen.model.fused import is_fused
+from smidgen.model.fused import is_fused, learns_norms
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
 from smidgen.model.recompute import set_recompute
+from smidgen.model.tokenizer import ids_of_tokens, pieces_of_tokens
+from smidgen.model.trained import (
+    Adapters,
+    attach_modules,
+    attach_tokens,
+    embedding_name,
+    initialise_tokens,
+    is_tied,
+    trainable_names,
+)
 from smidgen.planning.planner import Forecast
+from smidgen.quant.linear import FrozenEmbedding
 from smidgen.train.config import Settings
-from smidgen.train.memory import budget_of, give_memory_back, machine_now, plan_run, process_now, settings_for, work_of
+from smidgen.train.memory import (
+    budget_of,
+    give_memory_back,
+    machine_now,
+    plan_run,
+    process_now,
+    settings_for,
+    with_trained_norms,
+    work_of,
+)
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.run import adapter_folder, read_record
 from smidgen.train.sharing import choose_batching
@@ -45,7 +64,7 @@ class Prepared:
     source: Source
     renderer: Renderer
     base: Base
-    adapters: dict[str, LoraLinear]
+    adapters: Adapters
     batching: Batching
     train: list[Example]
     held_out: list[Example]
@@ -84,7 +103,9 @@ def prepare(
     rendered = renderer.render_all(rows.train)
     examples = _labelled(rendered, report)
     held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
-    check_examples([*examples, *held_out], source.tokenizer, source.vocab_size, renderer.end_ids, layout=rows.layout)
+    new_ids = ids_of_tokens(source.tokenizer, settings.tokens)
+    vocab_size = max(source.vocab_size, *(index + 1 for index in new_ids), 0)
+    check_examples([*examples, *held_out], source.tokenizer, vocab_size, renderer.end_ids, layout=rows.layout)
     if held_out:
         report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
     elif settings.early_stopping or settings.keep_best:
@@ -110,13 +131,13 @@ def prepare(
         report=report,
     )
     if initial:
-        initial.check_base(base)
+        initial.check_base(base, is_start=True)
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
     for note in notes:
         report(Note(note))
     for setting in ("rank_pattern", "alpha_pattern"):
         check_pattern(setting, getattr(settings, setting) or {}, names)
-    adapters = attach_lora(
+    loras = attach_lora(
         base.model,
         names,
         rank=settings.rank,
@@ -128,13 +149,15 @@ def prepare(
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
+    adapters: Adapters = {**loras, **_attach_others(base, source, settings, report)}
     if initial:
         initial.copy_into(adapters)
         report(Note(f"the adapters start from {initial.folder}"))
     trainable = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
     report(Note(f"adapters on {len(names)} layers: {format_count(trainable)} trainable parameters"))
-    if is_fused(base.backbone) and settings.dropout:
-        report(Note("dropout is computed by transformers' layers, which are slower than smidgen's own"))
+    if is_fused(base.backbone) and (settings.dropout or learns_norms(base.backbone)):
+        what = "dropout is" if settings.dropout else "trained norms are"
+        report(Note(f"{what} computed by transformers' layers, which are slower than smidgen's own"))
     set_recompute(base, plan.choice.recompute)
     settings = settings_for(settings, plan)
     return Prepared(
@@ -152,6 +175,24 @@ def prepare(
         _shared_system(rows.train),
         statistics.as_dict() | {"held_out_rows": len(held_out)},
     )
+
+
+def _attach_others(base: Base, source: Source, settings: Settings, report: Report) -> Adapters:
+    """What learns beside LoRA: whole modules, rows of new tokens."""
+    modules = attach_modules(base, select_modules(settings.whole_modules, trainable_names(base.model)))
+    for name, part in modules.items():
+        count = format_count(sum(parameter.numel() for parameter in part.trainable.values()))
+        form = ", made dense from its packed form" if isinstance(part.base, FrozenEmbedding) else ""
+        report(Note(f"modules_to_save: {name} is trained whole, {count} numbers in float32{form}"))
+    rows: Adapters = {}
+    if settings.tokens:
+        ids = ids_of_tokens(source.tokenizer, settings.tokens)
+        rows = attach_tokens(base, dict.fromkeys((embedding_name(base), base.head_name), ids))
+        initialise_tokens(rows, pieces_of_tokens(source.tokenizer, settings.tokens))
+        report(Note(f"new_tokens: {len(ids)} rows of {', '.join(rows)} start as the mean of their pieces' rows"))
+    if (rows or embedding_name(base) in modules) and is_tied(base):
+        report(Note(f"{embedding_name(base)} and {base.head_name} are one weight, and stay one"))
+    return {**modules, **rows}
 
 
 def gptq_folder(out: Path) -> Path:
@@ -221,6 +262,7 @@ def _plan(
         fuses=decided.device.type == "cpu" and not settings.dropout,
         trust_remote_code=settings.trust_remote_code,
     )
+    model = with_trained_norms(model, settings)
     work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     return plan_run(

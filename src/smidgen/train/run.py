@@ -29,8 +29,8 @@ from smidgen.events import Note, Report, Saved
 from smidgen.export.adapter import is_adapter, save_adapter
 from smidgen.export.compare import check_saved_adapter
 from smidgen.export.files import disk_errors, new_folder, replace_file, write_json
-from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
+from smidgen.model.trained import Adapters
 from smidgen.train.config import Settings
 from smidgen.train.lock import LOCK
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, prune_checkpoints, save_state, write_manifest
@@ -151,7 +151,7 @@ class RunFolder:
     def save_checkpoint(
         self,
         base: Base,
-        adapters: dict[str, LoraLinear],
+        adapters: Adapters,
         optimizer: torch.optim.Optimizer,
         cursor: Cursor,
         tokenizer: Any,
@@ -182,7 +182,7 @@ class RunFolder:
     def save_result(
         self,
         base: Base,
-        adapters: dict[str, LoraLinear],
+        adapters: Adapters,
         summary: dict[str, Any],
         answers: list[dict[str, Any]],
         report: Report,

@@ -9,7 +9,7 @@ from smidgen.data.render import Example
 from smidgen.data.report import Sharing
 from smidgen.events import Note, Report
 from smidgen.model.build import Base
-from smidgen.model.fused import is_fused
+from smidgen.model.fused import is_fused, learns_norms
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
@@ -37,7 +37,7 @@ def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing
 
 def choose_batching(base: Base, examples: Sequence[Example], settings: Settings, report: Report) -> Batching:
     """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why."""
-    packs = is_fused(base.backbone)
+    packs = is_fused(base.backbone) and not learns_norms(base.backbone)
     if not packs and (settings.micro_batch > 1 or settings.pack):
         refused = refuse_packing(base, max(len(example.input_ids) for example in examples))
         packs = not refused

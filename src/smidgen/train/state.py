@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smidgen.errors import RunError
-from smidgen.lora.linear import LoraLinear
+from smidgen.model.trained import Adapters
 
 __all__ = ["Cursor", "is_whole", "latest_checkpoint", "load_state", "prune_checkpoints", "save_state", "write_manifest"]
 
@@ -38,7 +38,7 @@ class Cursor:
     train_s: float = 0.0
 
 
-def save_state(folder: Path, cursor: Cursor, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> None:
+def save_state(folder: Path, cursor: Cursor, adapters: Adapters, optimizer: torch.optim.Optimizer) -> None:
     """Write state.safetensors and state.json into an existing folder. Raises RunError rather than write a number that
     is not finite.
     """
@@ -55,7 +55,7 @@ def save_state(folder: Path, cursor: Cursor, adapters: dict[str, LoraLinear], op
     (folder / "state.json").write_text(json.dumps(asdict(cursor)) + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, adapters: dict[str, LoraLinear], optimizer: torch.optim.Optimizer) -> Cursor:
+def load_state(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimizer) -> Cursor:
     """Put optimizer moments and the random generator back; returns the cursor. Raises RunError if it does not fit."""
     try:
         tensors = load_file(folder / "state.safetensors")
@@ -84,7 +84,7 @@ def _state_of(name: str, parameter: torch.nn.Parameter, tensors: dict[str, torch
     return {key: int(value) if value.dtype == torch.int64 else value for key, value in state.items()}
 
 
-def _named(adapters: dict[str, LoraLinear]) -> list[tuple[str, torch.nn.Parameter]]:
+def _named(adapters: Adapters) -> list[tuple[str, torch.nn.Parameter]]:
     return [
         (f"{name}.{part}", parameter) for name, layer in adapters.items() for part, parameter in layer.trainable.items()
     ]
