@@ -42,8 +42,10 @@ from smidgen.train.config import Settings, settings_from
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
+from smidgen.train.memory import give_memory_back
 from smidgen.train.run import Record, RunFolder, adapter_folder
 from smidgen.train.sharing import estimate_sharing
+from smidgen.units import parse_bytes
 
 __all__ = [
     "Generation",
@@ -282,6 +284,7 @@ def quantize(
     calibration_rows: int = 128,
     calibration_len: int = 512,
     perplexity: bool = True,
+    memory: str | None = None,
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -289,9 +292,12 @@ def quantize(
 
     to: 'nf4-dq', 'nf4', 'fp4', 'int8' (bitsandbytes' layouts) or 'gptq', which the settings after it are for; see
     quant.gptq.GptqSettings and export.quantise.calibration_of. perplexity: measure it on held-out calibration text.
-    Returns out, to, bytes, wall_s, peak_rss_bytes; for 'gptq' also errors ({layer, gptq, rtn} of each linear
-    layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error, and
-    perplexity (before, gptq, rtn, nf4). Raises ModelError for a base that is quantised already.
+    memory: what this process may have in all ('2GiB'): smaller files are written where that helps.
+
+    Returns out, to, bytes, wall_s, peak_rss_bytes, forecast_peak_bytes; for 'gptq' also errors ({layer, gptq, rtn} of
+    each linear layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error,
+    and perplexity (before, gptq, rtn, nf4). Raises ModelError for a base that is quantised already, SettingsError where
+    `memory` is too little.
     """
     problems = []
     choices: tuple[tuple[str, Any, Sequence[Any]], ...] = (
@@ -310,6 +316,12 @@ def quantize(
                "damp": (damp, 0.01), "calibration": (calibration, None), "calibration_rows": (calibration_rows, 128),
                "calibration_len": (calibration_len, 512), "perplexity": (perplexity, True)}  # fmt: skip
         problems += [f"{name}: only to='gptq' has this" for name, (value, unset) in own.items() if value != unset]
+    limit = None
+    if memory is not None:
+        try:
+            limit = parse_bytes(memory)
+        except ValueError as error:
+            problems.append(f"memory: {error}")
     if not 0 < damp <= 1:
         problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")
     if problems:
@@ -318,15 +330,17 @@ def quantize(
     check_vacant(out)
     source = open_source(str(model), report)
     check_quantisable(source)
+    give_memory_back()
     if to != "gptq":
-        return quantise_model(source, out, to, trust_remote_code=trust_remote_code, report=report)
+        return quantise_model(source, out, to, memory=limit, trust_remote_code=trust_remote_code, report=report)
     text = calibration_of(
         calibration, source, rows=calibration_rows, length=calibration_len, held_out=perplexity, report=report
     )
     settings = GptqSettings(bits, group_size, sym, act_order, damp)
     return quantise_model(
-        source, out, to, settings=settings, calibration=text, trust_remote_code=trust_remote_code, report=report
-    )
+        source, out, to, settings=settings, calibration=text, memory=limit, trust_remote_code=trust_remote_code,
+        report=report,
+    )  # fmt: skip
 
 
 def _processor_name() -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "measure_gflops",
     "peak_rss_bytes",
     "resident_bytes",
+    "swapped_bytes",
 ]
 
 _MUCH_FASTER = 1.5  # bfloat16 has to be this much faster on a CPU to be worth its rounding
@@ -102,6 +103,14 @@ def resident_bytes() -> tuple[int, int]:
         return anonymous, files
     except (OSError, IndexError):
         return current_rss_bytes(), 0
+
+
+def swapped_bytes() -> int:
+    """Memory of this process that the system has put on disk; 0 where it does not tell."""
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmSwap:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
 
 
 def peak_rss_bytes() -> int:

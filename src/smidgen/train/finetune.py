@@ -223,6 +223,8 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
         "forecast_peak_bytes": prepared.plan.peak_bytes,
         "trainable_parameters": sum(p.numel() for layer in prepared.adapters.values() for p in layer.parameters()),
     }
+    if swapped := max((line.get("swapped_bytes", 0) for line in folder.logged()), default=0):
+        summary["swapped_bytes"] = swapped
     if result_step != cursor.step:
         summary["result_step"] = result_step
     for figure in ANSWER_MEASURES:
