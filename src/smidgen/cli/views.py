@@ -366,6 +366,8 @@ def _value(name: str, value: Any) -> str:
         return percent(value)
     if (name == "bytes" or name.endswith("_bytes")) and isinstance(value, (int, float)):
         return format_bytes(value)
+    if name.endswith("_bytes_per_s") and isinstance(value, (int, float)):
+        return f"{format_bytes(value)}/s"
     if name.endswith("_s") and isinstance(value, (int, float)) and not name.endswith("per_s"):
         return format_duration(value)
     if isinstance(value, float):

@@ -17,6 +17,7 @@ __all__ = [
     "current_rss_bytes",
     "free_memory_bytes",
     "measure_gflops",
+    "memory_limit_bytes",
     "peak_rss_bytes",
     "resident_bytes",
     "swapped_bytes",
@@ -123,6 +124,19 @@ def peak_rss_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_limit_bytes() -> int | None:
+    """What a cgroup (1 or 2) lets this process have in all; None where it has no limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = int((Path("/sys/fs/cgroup") / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit < total:
+            return limit
+    return None
 
 
 def free_memory_bytes() -> int:
