@@ -32,6 +32,8 @@ _FLOAT32 = 4
 _FLOAT64_UP_TO = 4096  # inputs whose Hessian is factored in float64 (quant/gptq.py)
 _RUNTIME = 64 << 20  # buffers of BLAS, panels of rows, tables of the tokenizer, what the allocator keeps
 
+_LAPACK = 16 << 20  # program pages and buffers that come with the first factor
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -108,7 +110,7 @@ def gptq_group_bytes(inputs: int, outputs: int, *, act_order: bool) -> int:
     factoring = 4 * number * square
     coding = square + weights // 4 + weights // 8
     reordering = max(2 * square, square + weights) if act_order else 0
-    return square + 2 * weights + max(reordering, (square if act_order else 0) + max(factoring, coding))
+    return _LAPACK + square + 2 * weights + max(reordering, (square if act_order else 0) + max(factoring, coding))
 
 
 def gptq_pieces(model: Inventory, *, act_order: bool, copies: bool, bits: int = 4, itemsize: int = 2) -> list[Piece]:
