@@ -9,6 +9,7 @@ print(model.generate("Wake me in 20 minutes").text)
 smidgen.merge("runs/mine", "models/mine")
 """
 
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from smidgen.bench.doctor import check_disk, check_step
 from smidgen.checkpoint.hub import download as _download
 from smidgen.data.records import read_data
 from smidgen.data.render import Example, Renderer
@@ -31,8 +33,15 @@ from smidgen.export.merge import save_merged
 from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
 from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
 from smidgen.kernels.library import describe_library
+from smidgen.kernels.selfcheck import check_kernels
 from smidgen.loading import Generation, LoadedModel, load
-from smidgen.model.device import choose_compute_dtype, choose_device, free_memory_bytes, measure_gflops
+from smidgen.model.device import (
+    choose_compute_dtype,
+    choose_device,
+    free_memory_bytes,
+    measure_gflops,
+    memory_limit_bytes,
+)
 from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
@@ -42,8 +51,10 @@ from smidgen.train.config import Settings, settings_from
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
+from smidgen.train.memory import give_memory_back
 from smidgen.train.run import Record, RunFolder, adapter_folder
 from smidgen.train.sharing import estimate_sharing
+from smidgen.units import format_bytes, parse_bytes
 
 __all__ = [
     "Generation",
@@ -282,6 +293,7 @@ def quantize(
     calibration_rows: int = 128,
     calibration_len: int = 512,
     perplexity: bool = True,
+    memory: str | None = None,
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -289,9 +301,12 @@ def quantize(
 
     to: 'nf4-dq', 'nf4', 'fp4', 'int8' (bitsandbytes' layouts) or 'gptq', which the settings after it are for; see
     quant.gptq.GptqSettings and export.quantise.calibration_of. perplexity: measure it on held-out calibration text.
-    Returns out, to, bytes, wall_s, peak_rss_bytes; for 'gptq' also errors ({layer, gptq, rtn} of each linear
-    layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error, and
-    perplexity (before, gptq, rtn, nf4). Raises ModelError for a base that is quantised already.
+    memory: what this process may have in all ('2GiB'): smaller files are written where that helps.
+
+    Returns out, to, bytes, wall_s, peak_rss_bytes, forecast_peak_bytes; for 'gptq' also errors ({layer, gptq, rtn} of
+    each linear layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error,
+    and perplexity (before, gptq, rtn, nf4). Raises ModelError for a base that is quantised already, SettingsError where
+    `memory` is too little.
     """
     problems = []
     choices: tuple[tuple[str, Any, Sequence[Any]], ...] = (
@@ -310,6 +325,12 @@ def quantize(
                "damp": (damp, 0.01), "calibration": (calibration, None), "calibration_rows": (calibration_rows, 128),
                "calibration_len": (calibration_len, 512), "perplexity": (perplexity, True)}  # fmt: skip
         problems += [f"{name}: only to='gptq' has this" for name, (value, unset) in own.items() if value != unset]
+    limit = None
+    if memory is not None:
+        try:
+            limit = parse_bytes(memory)
+        except ValueError as error:
+            problems.append(f"memory: {error}")
     if not 0 < damp <= 1:
         problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")
     if problems:
@@ -318,15 +339,17 @@ def quantize(
     check_vacant(out)
     source = open_source(str(model), report)
     check_quantisable(source)
+    give_memory_back()
     if to != "gptq":
-        return quantise_model(source, out, to, trust_remote_code=trust_remote_code, report=report)
+        return quantise_model(source, out, to, memory=limit, trust_remote_code=trust_remote_code, report=report)
     text = calibration_of(
         calibration, source, rows=calibration_rows, length=calibration_len, held_out=perplexity, report=report
     )
     settings = GptqSettings(bits, group_size, sym, act_order, damp)
     return quantise_model(
-        source, out, to, settings=settings, calibration=text, trust_remote_code=trust_remote_code, report=report
-    )
+        source, out, to, settings=settings, calibration=text, memory=limit, trust_remote_code=trust_remote_code,
+        report=report,
+    )  # fmt: skip
 
 
 def _processor_name() -> str:
@@ -337,21 +360,36 @@ def _processor_name() -> str:
 
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
-    """Versions, device, threads, the measured compute type, and a check of packed operations on every back end here."""
+    """Versions, what this machine has (cores, memory, disk, GPUs), the measured compute type, a check of every kernel
+    and back end here against plain arithmetic, and a training step against its forecast of memory and time.
+
+    failed: the names of the checks that did not end well.
+    """
     device = choose_device("auto")
     dtype, why = choose_compute_dtype("auto", device)
     report(Note(why))
     speeds = {str(t).removeprefix("torch."): round(measure_gflops(t, device)) for t in (torch.float32, torch.bfloat16)}
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    backends, kernels, disk, step = check_backends(device), check_kernels(), check_disk(), check_step(report)
+    verdicts = {**backends, **kernels, "disk": str(disk["read_bytes_per_s"]), "training step": step["verdict"]}
     return {
         "versions": Record.versions_now(),
         "python": platform.python_version(),
         "processor": _processor_name(),
-        "free_memory_bytes": free_memory_bytes(),
-        "device": str(device) + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""),
+        "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"),
+        "memory_limit_bytes": memory_limit_bytes(),
+        "free_memory_bytes": free_memory_bytes(),
+        "gpus": [f"{gpu.name}, {format_bytes(gpu.total_memory)}" for gpu in gpus],
+        "device": str(device) + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "gflops": speeds,
+        "disk": disk,
         "native_kernels": describe_library(),
-        "backends": check_backends(device),
+        "kernels": kernels,
+        "backends": backends,
+        "training_step": step,
+        "failed": [name for name, verdict in verdicts.items() if verdict.startswith(("wrong", "fails"))],
     }

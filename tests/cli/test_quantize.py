@@ -40,7 +40,8 @@ def test_it_passes_every_flag_of_gptq_on(smidgen: Callable[..., Any], seen: dict
     more = ("--calibration-rows", "7", "--calibration-len", "64", "--no-perplexity")
     assert smidgen("quantize", "m", "--to", "gptq", "--out", "packed", *words, *more).code == 0
     assert seen == {
-        "model": "m", "out": Path("packed"), "to": "gptq", "trust_remote_code": False, "bits": 3, "group_size": -1,
+        "model": "m", "out": Path("packed"), "to": "gptq", "memory": None, "trust_remote_code": False, "bits": 3,
+        "group_size": -1,
         "sym": False, "act_order": True, "damp": 0.05, "calibration": "a.txt", "calibration_rows": 7,
         "calibration_len": 64, "perplexity": False,
     }  # fmt: skip
@@ -48,7 +49,7 @@ def test_it_passes_every_flag_of_gptq_on(smidgen: Callable[..., Any], seen: dict
 
 def test_other_forms_have_no_such_settings(smidgen: Callable[..., Any], seen: dict[str, Any]) -> None:
     assert smidgen("quantize", "m", "--to", "nf4-dq", "--out", "packed").code == 0
-    assert seen == {"model": "m", "out": Path("packed"), "to": "nf4-dq", "trust_remote_code": False}
+    assert seen == {"model": "m", "out": Path("packed"), "to": "nf4-dq", "memory": None, "trust_remote_code": False}
 
 
 def test_the_table_is_by_kind_of_layer(smidgen: Callable[..., Any], seen: dict[str, Any]) -> None:

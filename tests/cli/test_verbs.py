@@ -296,6 +296,16 @@ def test_doctor_prints_nested_facts(smidgen: Callable[..., Any], api: Any) -> No
     assert "threads" in out
 
 
+def test_a_doctor_that_finds_something_wrong_ends_with_1(smidgen: Callable[..., Any], api: Any) -> None:
+    api.doctor = lambda *, report: {"kernels": {"swiglu": "wrong: relative error 1.0e+00"}, "failed": ["swiglu"]}
+    assert smidgen("doctor").code == 1
+    found = smidgen("doctor", "--json")
+    assert found.code == 1 and json.loads(found.out)["failed"] == ["swiglu"]
+    api.doctor = lambda *, report: {"kernels": {"swiglu": "ok"}, "failed": [], "disk": {"read_bytes_per_s": 12 * 10**8}}
+    found = smidgen("doctor")
+    assert found.code == 0 and "1.2 GB/s" in found.out
+
+
 def test_data_shows_a_row_and_lengths(smidgen: Callable[..., Any], api: Any) -> None:
     from smidgen.data.report import DataReport, Sharing
     from smidgen.events import RowShown

@@ -90,6 +90,7 @@ FROZEN_FLAGS = {
     "quantize": {
         "to",
         "out",
+        "memory",
         "trust_remote_code",
         "bits",
         "group_size",

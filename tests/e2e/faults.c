@@ -1,4 +1,4 @@
-/* LD_PRELOAD: the Nth change of a file below a folder fails with an errno, or the process is killed at it.
+/* LD_PRELOAD: the Nth change of a file below a folder, or reading at an offset, fails with an errno, or the process is killed at it.
 
    faults_arm(folder, n, error): from now on the calls below are counted, where they concern `folder`; the nth (from 1)
    fails with `error`, or, error 0, is a SIGKILL. faults_count() tells how many there were. Single-threaded users only.
@@ -59,6 +59,8 @@ static int below_at(int dir, const char *path) { return path && path[0] == '/' ?
 ON_FD(ssize_t, write, (int fd, const void *data, size_t n), (fd, data, n))
 ON_FD(ssize_t, writev, (int fd, const struct iovec *data, int n), (fd, data, n))
 ON_FD(ssize_t, pwrite64, (int fd, const void *data, size_t n, off64_t at), (fd, data, n, at))
+ON_FD(ssize_t, preadv64, (int fd, const struct iovec *data, int n, off64_t at), (fd, data, n, at))
+ON_FD(ssize_t, preadv64v2, (int fd, const struct iovec *data, int n, off64_t at, int flags), (fd, data, n, at, flags))
 ON_FD(int, fsync, (int fd), (fd))
 ON_FD(int, ftruncate64, (int fd, off64_t n), (fd, n))
 ON_PATH(mkdir, (const char *path, mode_t mode), (path, mode))

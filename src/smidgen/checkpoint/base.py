@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from smidgen.errors import ModelError
+from smidgen.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PICKLES", "Checkpoint", "MappedFile", "TensorInfo", "fingerprint_of", "place_in"]
+__all__ = ["DTYPES", "PICKLES", "Checkpoint", "MappedFile", "TensorInfo", "changed_file", "fingerprint_of", "place_in"]
 
 # Stored type -> (torch's name, bytes of one element). The names are those of the safetensors format.
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -97,6 +97,10 @@ class Checkpoint(Protocol):
         """Give the memory of pages read so far back to the system; they are read again when they are touched."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raise RunError if a file was shortened or written to since it was opened: its pages are no longer its own."""
+        ...
+
     def fingerprint(self) -> str:
         """'sha256:...', the same for every copy of the same weights, however they are split into files."""
         ...
@@ -116,6 +120,7 @@ class MappedFile:
                 raise ModelError(f"{path} is empty", cure="download or copy it again")
             with open(path, "rb") as file:
                 self.data = _map_private(file.fileno())
+                self._opened = os.fstat(file.fileno())
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
 
@@ -126,6 +131,18 @@ class MappedFile:
         """Drop the pages that have been read from this process's memory; nothing is ever written to them."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self.data.madvise(mmap.MADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        """See Checkpoint.check_unchanged. A file that was removed or replaced leaves what is mapped as it was."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return
+        then = self._opened
+        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
+            return
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise changed_file(self.path, "it was shortened" if now.st_size < then.st_size else "it was written to")
 
     def offset_of(self, tensor: "torch.Tensor") -> int | None:
         """Where in the file a contiguous CPU tensor lies that is a view of it; None for any other."""
@@ -150,6 +167,14 @@ class MappedFile:
             raw = torch.frombuffer(self.data, dtype=torch.uint8, count=count * DTYPES[dtype][1], offset=offset)
             return raw.clone().view(torch_dtype).reshape(shape)
         return torch.frombuffer(self.data, dtype=torch_dtype, count=count, offset=offset).reshape(shape)
+
+
+def changed_file(path: Path, how: str) -> RunError:
+    """The error for a model file that is not what it was when it was opened."""
+    return RunError(
+        f"{path} changed while it was in use: {how}",
+        cure="put the file back, then go on from the last checkpoint with --resume",
+    )
 
 
 def _map_private(fileno: int) -> mmap.mmap:

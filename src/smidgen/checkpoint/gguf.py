@@ -117,6 +117,10 @@ class GgufCheckpoint:
         for file in set(self._files.values()):
             file.release()
 
+    def check_unchanged(self) -> None:
+        for file in set(self._files.values()):
+            file.check_unchanged()
+
     def fingerprint(self) -> str:
         """Over the file's own metadata: a config key that is added here later leaves it as it is."""
         prefix = f"{self.architecture}."

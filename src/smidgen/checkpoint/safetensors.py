@@ -83,6 +83,10 @@ class SafetensorsCheckpoint:
         for file in self._files.values():
             file.release()
 
+    def check_unchanged(self) -> None:
+        for file in self._files.values():
+            file.check_unchanged()
+
     def fingerprint(self) -> str:
         identity = {key: value for key, value in self.config.items() if key not in _IDLE_KEYS and value is not None}
         return fingerprint_of(identity, self.tensors.values(), self._files)

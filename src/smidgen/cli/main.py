@@ -1,7 +1,7 @@
 """The command line: verbs, loaded when they are called, and what becomes of errors.
 
-Exit codes: 0 done, 2 a mistake that the user can mend (one line for each on stderr), 130 stopped with Ctrl-C; anything
-else is our own bug and comes with its traceback.
+Exit codes: 0 done, 1 `doctor` found something wrong, 2 a mistake that the user can mend (one line for each on stderr),
+130 stopped with Ctrl-C; anything else is our own bug and comes with its traceback.
 """
 
 import errno

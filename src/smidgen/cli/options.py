@@ -130,6 +130,7 @@ def verb(
     check: Callable[[Given], list[str]] | None = None,
 ) -> Callable[[Callable[[Console, Given], Mapping[str, Any]]], Verb]:
     """Makes a command of `function(console, given)`: its result is what --json prints, its docstring is the help.
+    A result that names something as `failed` ends with exit code 1.
 
     arguments: positional words in their order, also keys of the --config file; those in `optional` may be left out,
     those in `several` are lists.
@@ -137,7 +138,7 @@ def verb(
     """
 
     def make(function: Callable[[Console, Given], Mapping[str, Any]]) -> Verb:
-        def run(**typed: Any) -> None:
+        def run(**typed: Any) -> int:
             as_json, config = typed.pop("json"), typed.pop("config")
             console = Console(as_json=bool(as_json))
             required = tuple(a for a in arguments if a not in optional)
@@ -149,6 +150,7 @@ def verb(
             console.close()
             if as_json:
                 console.json(result)
+            return 1 if result.get("failed") else 0
 
         params: list[click.Parameter] = [
             *(

@@ -21,6 +21,15 @@ _FLAGS = (
         choices=("nf4-dq", "nf4", "fp4", "int8", "gptq"),
     ),
     Flag("out", str, None, "Folder for the model: a new or empty one.", "Quantise", metavar="DIR"),
+    Flag(
+        "memory",
+        str,
+        None,
+        "Memory that this may take in all, e.g. 2GiB: smaller files are written where that helps; what cannot fit is"
+        " refused before weights are read.",
+        "Quantise",
+        metavar="SIZE",
+    ),
     *base_flags("trust_remote_code"),
 )
 _GPTQ_FLAGS = (
@@ -106,6 +115,7 @@ def quantize(console: Console, given: Given) -> Mapping[str, Any]:
     \b
     Examples:
       smidgen quantize ./SmolLM2-135M --to nf4-dq --out models/nf4
+      smidgen quantize ./Llama-2-7b --to nf4-dq --out models/nf4 --memory 2GiB
       smidgen quantize smollm2-135m --to gptq --out models/gptq --calibration wiki.txt --act-order
     """
     from smidgen import api
@@ -115,6 +125,7 @@ def quantize(console: Console, given: Given) -> Mapping[str, Any]:
         given["model"],
         Path(given["out"]),
         to=given["to"],
+        memory=given["memory"],
         trust_remote_code=given["trust_remote_code"],
         report=console.report,
         **settings,

@@ -138,6 +138,8 @@ def run_figures(summary: Mapping[str, Any]) -> str:
         )
     if "peak_rss_bytes" in summary:
         parts.append(f"Peak memory of the process: {format_bytes(summary['peak_rss_bytes'])}.")
+    if summary.get("swapped_bytes"):
+        parts.append(f"Up to {format_bytes(summary['swapped_bytes'])} of it lay in swap: --memory keeps it within RAM.")
     if "trainable_parameters" in summary:
         parts.append(f"{format_count(summary['trainable_parameters'])} parameters trained.")
     return " ".join(parts)
@@ -364,6 +366,8 @@ def _value(name: str, value: Any) -> str:
         return percent(value)
     if (name == "bytes" or name.endswith("_bytes")) and isinstance(value, (int, float)):
         return format_bytes(value)
+    if name.endswith("_bytes_per_s") and isinstance(value, (int, float)):
+        return f"{format_bytes(value)}/s"
     if name.endswith("_s") and isinstance(value, (int, float)) and not name.endswith("per_s"):
         return format_duration(value)
     if isinstance(value, float):

@@ -23,12 +23,12 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.experts import PackedExperts
 from smidgen.model.trained import TokenRows, is_tied
+from smidgen.planning.conversion import LARGEST_SHARD
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import FrozenMatrix, dense
 
 __all__ = ["MergedParameter", "dense_parameters", "merged_parameters", "save_merged", "write_merged", "write_model"]
 
-_SHARD_BYTES = 2_000_000_000
 _CPU = torch.device("cpu")  # where files are written from
 
 
@@ -131,13 +131,14 @@ def write_model(
     dtype: torch.dtype,
     tokenizer: Any,
     quantization: dict[str, Any] | None = None,
+    shard_bytes: int = LARGEST_SHARD,
 ) -> None:
     """A model's files into a folder that is there; what has come of `tensors` is written shard by shard.
 
     tensors: by transformers' own names, one at a time. dtype: of those that are not packed. quantization: what
-    config.json is to say of the packed ones.
+    config.json is to say of the packed ones. shard_bytes: a file is written when it would be so large.
     """
-    _write_index(folder, _write_shards(base, folder, tensors))
+    _write_index(folder, _write_shards(base, folder, tensors, shard_bytes))
     config = base.model.config.to_dict()
     config.pop("quantization_config", None)
     config.update(architectures=[type(base.model).__name__], dtype=str(dtype).removeprefix("torch."))
@@ -149,14 +150,12 @@ def write_model(
         json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
     )
     if base.model.generation_config is not None:
-        (folder / "generation_config.json").write_text(
-            base.model.generation_config.to_json_string(), encoding="utf-8"
-        )
+        (folder / "generation_config.json").write_text(base.model.generation_config.to_json_string(), encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
 
 def _write_shards(
-    base: Base, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]
+    base: Base, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> list[dict[str, torch.Size]]:
     """part-1.safetensors, part-2 ...; returns the names (and shapes) in each."""
     shards: list[dict[str, torch.Size]] = []
@@ -167,11 +166,12 @@ def _write_shards(
             save_file(pending, folder / f"part-{len(shards) + 1}.safetensors", metadata={"format": "pt"})
             shards.append({name: tensor.shape for name, tensor in pending.items()})
             pending.clear()
+            base.checkpoint.release()
 
     for name, tensor in tensors:
         for saved_name, saved in revert_weight_conversion(base.model, {name: tensor}).items():
             pending[saved_name] = saved.contiguous()
-        if sum(t.numel() * t.element_size() for t in pending.values()) >= _SHARD_BYTES:
+        if sum(t.numel() * t.element_size() for t in pending.values()) >= shard_bytes:
             flush()
     flush()
     return shards

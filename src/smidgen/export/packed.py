@@ -23,6 +23,7 @@ from smidgen.events import Progress, Report, silent
 from smidgen.export.merge import merged_parameters, write_model
 from smidgen.model.build import Base
 from smidgen.model.gptq import QuantisedLinear, check_plain_layers
+from smidgen.planning.conversion import LARGEST_SHARD
 from smidgen.quant.codebooks import dynamic_map, four_bit_code
 from smidgen.quant.fourbit import NESTED_BLOCKSIZE
 from smidgen.quant.gptq import GptqSettings
@@ -36,7 +37,13 @@ _ROWS = 256  # repacked at once
 
 
 def save_packed(
-    base: Base, folder: Path, storage: str, dtype: torch.dtype, tokenizer: Any, report: Report = silent
+    base: Base,
+    folder: Path,
+    storage: str,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    report: Report = silent,
+    shard_bytes: int = LARGEST_SHARD,
 ) -> None:
     """Write base + adapters, packed as `storage` (one of BNB_STORAGES), into a folder that is there.
 
@@ -51,6 +58,7 @@ def save_packed(
         dtype,
         tokenizer,
         quantisation_config(storage, base.head_name, dtype),
+        shard_bytes,
     )
 
 
@@ -134,6 +142,7 @@ def save_gptq(
     settings: GptqSettings,
     dtype: torch.dtype,
     tokenizer: Any,
+    shard_bytes: int = LARGEST_SHARD,
 ) -> list[dict[str, float | str]]:
     """Write a base whose linear layers `names` come quantised from `layers`, into a folder that is there.
 
@@ -152,7 +161,8 @@ def save_gptq(
                 yield parameter.name, parameter.make(dtype)
                 base.checkpoint.release()
 
-    write_model(base, folder, tensors(), dtype, tokenizer, quantisation_config("gptq", base.head_name, dtype, settings))
+    how = quantisation_config("gptq", base.head_name, dtype, settings)
+    write_model(base, folder, tensors(), dtype, tokenizer, how, shard_bytes)
     return said
 
 

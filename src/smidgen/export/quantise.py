@@ -1,5 +1,6 @@
 """A 16-bit model or a GGUF file -> a packed folder: the work behind `smidgen quantize`."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,19 @@ import torch
 from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
-from smidgen.errors import ModelError
+from smidgen.errors import ModelError, SettingsError
 from smidgen.events import Note, Report, Saved, silent
 from smidgen.export.files import check_vacant, folder_bytes, new_folder
 from smidgen.export.packed import BNB_STORAGES, save_gptq, save_packed
 from smidgen.model.build import Base
 from smidgen.model.calibration import Calibration, builtin_text, cut_rows, tokens_of
-from smidgen.model.device import peak_rss_bytes
+from smidgen.model.device import peak_rss_bytes, resident_bytes
 from smidgen.model.gptq import GptqPass
+from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.trained import TokenRows, TrainedModule
+from smidgen.planning.conversion import Conversion, fitting, gptq_pieces, hidden_state_bytes, packed_pieces
 from smidgen.quant.gptq import GptqSettings
 from smidgen.units import format_bytes
 
@@ -68,6 +71,7 @@ def quantise_model(
     *,
     settings: GptqSettings | None = None,
     calibration: Calibration | None = None,
+    memory: int | None = None,
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -75,12 +79,14 @@ def quantise_model(
 
     to: one of PACKED_FORMS; 'gptq' needs settings and calibration. The weights stay in their mapped file; in memory are
     those of one decoder layer, a shard of the result (2 GB), and for GPTQ the hidden states of the calibration text.
-    Raises RunError if `out` holds something, ModelError for a base that is quantised already.
+    memory: bytes that this process may have in all; shards are smaller where that helps. Raises RunError if `out` holds
+    something, ModelError for a base that is quantised already, SettingsError where `memory` is too little.
     """
     started = time.perf_counter()
     check_vacant(out)
     check_quantisable(source, report)
     in_blocks = stored_weights(source.checkpoint) is not None
+    plan = _plan(source, to, settings, calibration, memory, trust_remote_code=trust_remote_code, report=report)
     base = load_base(
         source,
         quantize="keep" if in_blocks else "none",
@@ -93,11 +99,11 @@ def quantise_model(
     figures: dict[str, Any] = {}
     if to == "gptq":
         assert settings is not None and calibration is not None
-        figures = _gptq(base, source, out, settings, calibration, dtype, report)
+        figures = _gptq(base, source, out, settings, calibration, dtype, plan.shard_bytes, report)
     else:
         assert to in BNB_STORAGES
         with new_folder(out) as folder:
-            save_packed(base, folder, to, dtype, source.tokenizer, report)
+            save_packed(base, folder, to, dtype, source.tokenizer, report, plan.shard_bytes)
     for file in sorted(out.iterdir()):
         report(Saved(file, file.stat().st_size))
     return {
@@ -107,7 +113,53 @@ def quantise_model(
         **figures,
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
+        "forecast_peak_bytes": plan.peak_bytes,
     }
+
+
+def _plan(
+    source: Source,
+    to: str,
+    settings: GptqSettings | None,
+    calibration: Calibration | None,
+    memory: int | None,
+    *,
+    trust_remote_code: bool,
+    report: Report,
+) -> Conversion:
+    """What it will need, before weights are read. Raises SettingsError where `memory` bytes do not suffice."""
+    checkpoint = source.checkpoint
+    stored = stored_weights(checkpoint)
+    model = inventory_of(
+        checkpoint, checkpoint.config, "none" if stored is None else stored.storage, name=checkpoint.path.name,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    copies = checkpoint.format == "gguf"
+    hidden = 0
+    if settings is not None and calibration is not None:
+        held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
+        hidden = hidden_state_bytes(model, calibration.rows.numel(), held_out)
+        pieces = gptq_pieces(model, act_order=settings.act_order, copies=copies, bits=settings.bits)
+    else:
+        pieces = packed_pieces(model, to, copies=copies)
+    plan = fitting(pieces, sum(resident_bytes()), hidden, model.norm_bytes, memory)
+    if memory is None:
+        return plan
+    if plan.peak_bytes > memory:
+        cure = "; fewer --calibration-rows or a shorter --calibration-len need less" if hidden else ""
+        raise SettingsError(
+            [
+                f"memory: {format_bytes(memory)} is too little to make {to} of {model.name}: at least"
+                f" {math.ceil(plan.peak_bytes / 1e6)} MB is needed{cure}"
+            ]
+        )
+    report(
+        Note(
+            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(memory)}, files of"
+            f" {format_bytes(plan.shard_bytes)}"
+        )
+    )
+    return plan
 
 
 def check_quantisable(source: Source, report: Report = silent) -> None:
@@ -136,6 +188,7 @@ def _gptq(
     settings: GptqSettings,
     calibration: Calibration,
     dtype: torch.dtype,
+    shard_bytes: int,
     report: Report,
 ) -> dict[str, Any]:
     hidden_size = base.model.config.get_text_config().hidden_size
@@ -145,7 +198,9 @@ def _gptq(
     report(Note(f"hidden states of the calibration text take {format_bytes(needed)} of memory"))
     walk = GptqPass(base, rows, settings, calibration.held_out, report)
     with new_folder(out) as folder:
-        errors = save_gptq(base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer)
+        errors = save_gptq(
+            base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer, shard_bytes
+        )
     figures: dict[str, Any] = {
         "bits": settings.bits,
         "group_size": settings.group_size,

@@ -17,8 +17,10 @@ __all__ = [
     "current_rss_bytes",
     "free_memory_bytes",
     "measure_gflops",
+    "memory_limit_bytes",
     "peak_rss_bytes",
     "resident_bytes",
+    "swapped_bytes",
 ]
 
 _MUCH_FASTER = 1.5  # bfloat16 has to be this much faster on a CPU to be worth its rounding
@@ -104,6 +106,14 @@ def resident_bytes() -> tuple[int, int]:
         return current_rss_bytes(), 0
 
 
+def swapped_bytes() -> int:
+    """Memory of this process that the system has put on disk; 0 where it does not tell."""
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmSwap:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
 def peak_rss_bytes() -> int:
     """Largest memory of this process so far (VmHWM on Linux, ru_maxrss elsewhere)."""
     try:
@@ -114,6 +124,19 @@ def peak_rss_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_limit_bytes() -> int | None:
+    """What a cgroup (1 or 2) lets this process have in all; None where it has no limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = int((Path("/sys/fs/cgroup") / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit < total:
+            return limit
+    return None
 
 
 def free_memory_bytes() -> int:

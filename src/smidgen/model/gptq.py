@@ -100,7 +100,7 @@ class GptqPass:
         base, count = self._base, len(self._layers)
         self._report(Progress("gptq", 0, count))
         walk = LayerWalk(base, [layer for _, layer in self._layers], self._rows[0])
-        hidden = torch.cat([walk.embed(row) for row in self._rows])
+        hidden = walk.embed_rows(self._rows)
         shown = _HeldOut(walk, self._held_out, self._settings)
         for index, (prefix, layer) in enumerate(self._layers):
             floats = linears_of(layer)
@@ -165,8 +165,7 @@ class _HeldOut:
         self._walk, self._ids, self._settings = walk, ids, settings
         self._hidden: dict[str, torch.Tensor] = {}
         if ids is not None:
-            start = torch.cat([walk.embed(row) for row in ids])
-            self._hidden = {name: start.clone() for name in ("before", "gptq", "rtn", "nf4")}
+            self._hidden = {name: walk.embed_rows(ids) for name in ("before", "gptq", "rtn", "nf4")}
 
     def step(self, index: int, layer: nn.Module, floats: dict[str, FrozenLinear]) -> None:
         """Through the layer as it came, rounded to nearest, and as NF4."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from smidgen.checkpoint.base import Checkpoint
+from smidgen.checkpoint.base import Checkpoint, changed_file
 from smidgen.errors import RunError
 from smidgen.quant.matrix import FrozenMatrix
 
@@ -66,7 +66,7 @@ class _File:
             except OSError as error:
                 raise RunError(f"{self.path} cannot be read: {error}", cure="look after the disk") from error
             if count == 0:
-                raise self._changed("it ends too early")
+                raise changed_file(self.path, "it ends too early")
             os.posix_fadvise(self.descriptor, offset + done, count, os.POSIX_FADV_DONTNEED)
             done += count
 
@@ -74,13 +74,7 @@ class _File:
         """Raises RunError if the file was written to since it was opened."""
         status = os.fstat(self.descriptor)
         if self.modified_ns and (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
-            raise self._changed("it was written to")
-
-    def _changed(self, how: str) -> RunError:
-        return RunError(
-            f"{self.path} changed while it was in use: {how}",
-            cure="put the file back, then go on from the last checkpoint with --resume",
-        )
+            raise changed_file(self.path, "it was written to")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from smidgen.errors import ModelError
-from smidgen.model.build import Base
+from smidgen.model.build import Base, pages_given_back
 from smidgen.model.fused import FusedLayer
 from smidgen.quant.gptq import Hessian
 from smidgen.quant.linear import FrozenLinear
@@ -37,13 +37,13 @@ class LayerWalk:
             for child in owner.children()
             if not isinstance(child, nn.ModuleList)
         ]
-        end = base.hidden_of(row[None].to(base.device))
+        with pages_given_back(base):
+            end = base.hidden_of(row[None].to(base.device))
         for hook in hooks:
             hook.remove()
         found = self.finish(last[0])
         if found is None or not torch.allclose(found, end, rtol=1e-4, atol=1e-5):
             self._tail = None
-        base.checkpoint.release()
 
     def _remember(self, index: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,6 +69,14 @@ class LayerWalk:
         finally:
             handle.remove()
         return found[0]
+
+    def embed_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [R, T] -> what the first layer gets, [R, T, hidden_size]; nothing is held twice."""
+        first = self.embed(rows[0])
+        hidden = first.new_empty(len(rows), *first.shape[1:])
+        for row, ids in enumerate(rows):
+            hidden[row] = self.embed(ids)[0]
+        return hidden
 
     def run(self, index: int, hidden: torch.Tensor, *, by_modules: bool = False) -> torch.Tensor:
         """Layer `index` over hidden [1, T, hidden_size]. by_modules: through its submodules, whose hooks then run."""

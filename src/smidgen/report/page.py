@@ -94,6 +94,8 @@ def _tiles(summary: Mapping[str, Any], lines: Lines) -> str:
         tiles.append(("tokens a second", f"{summary['tokens_per_s']:,.0f}"))
         tiles.append(("tokens trained", format_count(summary["tokens"])))
         tiles.append(("peak memory", format_bytes(summary["peak_rss_bytes"])))
+        if summary.get("swapped_bytes"):
+            tiles.append(("of it in swap", format_bytes(summary["swapped_bytes"])))
         tiles.append(("trained parameters", format_count(summary["trainable_parameters"])))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in tiles if value)
     return f'<dl class="tiles">{cells}</dl>' if cells else ""

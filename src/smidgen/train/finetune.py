@@ -228,6 +228,8 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
             p.numel() for layer in prepared.adapters.values() for p in layer.trainable.values()
         ),
     }
+    if swapped := max((line.get("swapped_bytes", 0) for line in folder.logged()), default=0):
+        summary["swapped_bytes"] = swapped
     if result_step != cursor.step:
         summary["result_step"] = result_step
     for figure in ANSWER_MEASURES:

@@ -17,7 +17,7 @@ from smidgen.data.render import Example
 from smidgen.errors import RunError
 from smidgen.events import Report, Step
 from smidgen.model.build import Base
-from smidgen.model.device import current_rss_bytes
+from smidgen.model.device import current_rss_bytes, swapped_bytes
 from smidgen.train.config import Settings
 from smidgen.train.loss import batch_loss
 from smidgen.train.noise import embedding_noise
@@ -108,6 +108,7 @@ def train(
             # Here, not after the step: where Ctrl-C came in between, the resumed run does it.
             if _due(cursor.step, settings.eval_interval) and evaluate(cursor):
                 return Outcome(cursor, "early_stopping")
+            base.checkpoint.check_unchanged()  # a file that was shortened would end the process (SIGBUS)
             begun = time.perf_counter()
             rows = [examples[row] for row in schedule.rows_of(cursor.step)]
             batches = batching.batches(rows)
@@ -147,6 +148,7 @@ def train(
                     "tokens": step.tokens,
                     "train_s": round(cursor.train_s, 3),
                     "rss_bytes": step.rss_bytes,
+                    **({"swapped_bytes": swapped} if (swapped := swapped_bytes()) else {}),
                 }
             )
             report(step)

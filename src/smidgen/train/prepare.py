@@ -19,7 +19,7 @@ from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import check_pattern, select_modules, select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
-from smidgen.model.device import choose_device
+from smidgen.model.device import choose_device, current_rss_bytes, free_memory_bytes
 from smidgen.model.fused import is_fused, learns_norms
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, decide, load_base, needs_gptq, open_source
@@ -50,7 +50,7 @@ from smidgen.train.memory import (
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.run import adapter_folder, read_record
 from smidgen.train.sharing import choose_batching
-from smidgen.units import format_count
+from smidgen.units import format_bytes, format_count
 
 __all__ = ["Prepared", "gptq_folder", "initial_adapter", "prepare"]
 
@@ -265,7 +265,7 @@ def _plan(
     model = with_trained_norms(model, settings)
     work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
-    return plan_run(
+    plan = plan_run(
         model,
         work,
         process_now(decided.device),
@@ -275,3 +275,12 @@ def _plan(
         probe=lambda: machine_now(decided.device, decided.dtype, largest),
         report=report,
     )
+    free = current_rss_bytes() + free_memory_bytes()
+    if settings.memory is not None and decided.device.type == "cpu" and free < plan.peak_bytes:
+        report(
+            Warned(
+                f"the run needs {format_bytes(plan.peak_bytes)}, but other processes leave it {format_bytes(free)}:"
+                " it may be swapped out, which is very slow, or be killed"
+            )
+        )
+    return plan

@@ -160,8 +160,9 @@ class RunFolder:
     ) -> Path:
         """checkpoints/step-N, whole or not at all; nothing is done if a whole one is there. It is read again, and only
         then are all but the newest `keep` and that of step `best` removed. Raises RunError if it reads otherwise than
-        it was written, or if its adapter computes something else than the one in memory.
+        it was written, if its adapter computes something else than the one in memory, or if the base's files changed.
         """
+        base.checkpoint.check_unchanged()
         folder = self.path / "checkpoints" / f"step-{cursor.step}"
         if is_whole(folder):
             return folder
@@ -187,7 +188,8 @@ class RunFolder:
         answers: list[dict[str, Any]],
         report: Report,
     ) -> None:
-        """The adapter into RUN itself, then answers.jsonl and summary.json."""
+        """The adapter into RUN itself, then answers.jsonl and summary.json. Raises RunError as save_checkpoint."""
+        base.checkpoint.check_unchanged()
         staging = self.path / ".result"
         with new_folder(staging) as folder:
             save_adapter(folder, base, adapters, self.record.peft_base)

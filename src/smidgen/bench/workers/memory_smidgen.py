@@ -84,6 +84,7 @@ class MemoryWorker:
         return {
             "forecast_peak_bytes": plan.anonymous_bytes,
             "forecast_rss_bytes": plan.peak_bytes,
+            "forecast_step_s": plan.step_s,
             "terms": plan.terms,
             "streamed_layers": len(plan.choice.streamed),
             "recompute": plan.choice.recompute_name,

@@ -1,0 +1,64 @@
+"""What `smidgen doctor` measures and checks."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import smidgen.bench.doctor as doctor
+import smidgen.kernels.selfcheck as selfcheck
+from smidgen.errors import RunError
+
+
+def test_every_kernel_agrees_with_its_twin_and_the_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+    found = selfcheck.check_kernels()
+    if not found:
+        pytest.skip("no native kernels here")
+    assert set(found.values()) == {"ok"} and len(found) >= 6
+    assert os.environ["SMIDGEN_BACKEND"] == "torch"
+
+
+def test_a_kernel_that_is_wrong_or_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not selfcheck.check_kernels():
+        pytest.skip("no native kernels here")
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if os.environ["SMIDGEN_BACKEND"] == "native" else x
+
+    def broken(*_: Any) -> Any:
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(selfcheck, "swiglu", wrong)
+    monkeypatch.setattr(selfcheck, "rms_norm", broken)
+    found = selfcheck.check_kernels()
+    assert found["swiglu"].startswith("wrong: relative error") and found["rms_norm"] == "fails: undefined symbol"
+    assert found["attention"] == "ok"
+
+
+def test_a_step_stays_within_its_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_LAYERS", 1)
+    monkeypatch.setattr(doctor, "_TOKENS", 64)
+    found = doctor.check_step()
+    assert found["verdict"] == "ok" and 0 < found["measured_peak_bytes"] <= found["forecast_peak_bytes"]
+    assert found["measured_step_s"] > 0 and found["forecast_step_s"] > 0
+
+
+def test_a_step_above_its_forecast_or_without_room_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"forecast_rss_bytes": 10, "peak_rss_bytes": 11, "forecast_step_s": 1.0, "step_s": 1.0}
+    monkeypatch.setattr(doctor, "bench_memory", lambda settings, report: figures)
+    assert doctor.check_step()["verdict"] == "wrong: more memory than was forecast"
+
+    def full(*_: Any) -> Any:
+        raise RunError("no room")
+
+    monkeypatch.setattr(doctor, "bench_memory", full)
+    assert doctor.check_step() == {"verdict": "fails: no room."}
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
+    found = doctor.check_disk()
+    assert found["read_bytes_per_s"] > 0 and found["free_bytes"] > 0
+    assert found["folder"] == str(tmp_path / "cache") and not any((tmp_path / "cache").iterdir())
