@@ -8,6 +8,7 @@ import smidgen
 from smidgen.data.render import Example
 from smidgen.errors import SettingsError
 from smidgen.train.config import Settings
+from smidgen.train.loop import Schedule
 from smidgen.train.sharing import estimate_sharing
 from tiny import tiny_folder, write_rows
 
@@ -30,13 +31,13 @@ def _examples(count: int) -> list[Example]:
     ],
 )
 def test_the_forecast_is_what_a_run_computes(settings: Settings, computed: int) -> None:
-    sharing = estimate_sharing(_examples(16), settings)
+    sharing = estimate_sharing(_examples(16), Schedule([50] * 16, settings))
     assert (sharing.tokens, sharing.computed_tokens) == (16 * 50, computed)
     assert sharing.saved == 1 - computed / (16 * 50)
 
 
 def test_the_forecast_looks_at_a_hundred_steps() -> None:
-    assert estimate_sharing(_examples(300), Settings(micro_batch=2)).tokens == 200 * 50
+    assert estimate_sharing(_examples(300), Schedule([50] * 300, Settings(micro_batch=2))).tokens == 200 * 50
 
 
 def test_data_forecasts_the_saving_of_a_file(tmp_path: Path) -> None:
