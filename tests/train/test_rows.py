@@ -74,6 +74,13 @@ def test_too_long_error_names_the_row_before_anything_is_written(model: Path, da
         smidgen.finetune(str(model), data, tmp_path / "run", too_long="middle")
 
 
+def test_most_rows_may_lose_their_beginnings_but_not_their_answers(model: Path, data: str, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"seq_len": 30, "rank": 2, "max_steps": 1, "compute_dtype": "float32"}
+    with pytest.raises(DataError, match=r"the answers of .* rows are cut off"):
+        smidgen.finetune(str(model), data, tmp_path / "run", **quick)
+    smidgen.finetune(str(model), data, tmp_path / "run", too_long="left", **quick)
+
+
 def test_dropping_every_row_is_an_error(model: Path, data: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are no rows to train on"):
         smidgen.finetune(str(model), data, tmp_path / "run", seq_len=8, too_long="drop")

@@ -16,12 +16,18 @@ _MOST = 0.5  # of the rows
 
 
 def check_examples(
-    examples: Sequence[Example], tokenizer: Any, vocab_size: int, end_ids: Sequence[int], *, layout: str = "messages"
+    examples: Sequence[Example],
+    tokenizer: Any,
+    vocab_size: int,
+    end_ids: Sequence[int],
+    *,
+    layout: str = "messages",
+    too_long: str = "right",
 ) -> None:
     """Raise DataError, with the reason, for examples that should not be trained on.
 
     vocab_size: rows of the model's embedding. end_ids: Renderer.end_ids. layout: DataSet.layout; plain text has no
-    answers, so cut rows and missing end tokens are fine there.
+    answers, so cut rows and missing end tokens are fine there. too_long: Renderer.too_long; only "right" cuts answers.
     """
     if not examples:
         raise DataError("there are no rows to train on", expected="one row or more")
@@ -34,7 +40,7 @@ def check_examples(
         longest = max(longest, len(example.input_ids) + example.cut_tokens)
         if example.truncated:
             cut.append((example.where, len(example.input_ids)))
-    if layout != "text" and len(cut) > _MOST * len(examples):
+    if layout != "text" and too_long == "right" and len(cut) > _MOST * len(examples):
         raise DataError(
             f"the answers of {len(cut)} of {len(examples)} rows are cut off (first: {cut[0][0]})",
             expected=f"rows of at most {cut[0][1]} tokens",

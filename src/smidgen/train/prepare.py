@@ -91,7 +91,8 @@ def prepare(
     rows = read_rows(source, data, settings, report)
     examples, held_out, layout = rows.train, rows.held_out, rows.data.layout
     for part in (examples, held_out) if held_out else (examples,):
-        check_examples(part, source.tokenizer, source.vocab_size, rows.renderer.end_ids, layout=layout)
+        ends, how = rows.renderer.end_ids, settings.too_long
+        check_examples(part, source.tokenizer, source.vocab_size, ends, layout=layout, too_long=how)
     if held_out:
         report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
     elif settings.early_stopping or settings.keep_best:
