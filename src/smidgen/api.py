@@ -19,7 +19,8 @@ import torch
 
 from smidgen.bench.doctor import check_disk, check_step
 from smidgen.checkpoint.hub import download as _download
-from smidgen.data.records import read_data
+from smidgen.data.edits import Edits
+from smidgen.data.records import as_specs, read_data
 from smidgen.data.render import Example, Renderer
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import RunError, SettingsError, SmidgenError
@@ -47,11 +48,13 @@ from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
 from smidgen.report.page import write_page
-from smidgen.train.config import Settings, settings_from
+from smidgen.train.config import settings_from
 from smidgen.train.finetune import Run, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
+from smidgen.train.loop import Schedule
 from smidgen.train.memory import give_memory_back
+from smidgen.train.rows import read_rows
 from smidgen.train.run import Record, RunFolder, adapter_folder
 from smidgen.train.sharing import estimate_sharing
 from smidgen.units import format_bytes, parse_bytes
@@ -78,15 +81,18 @@ _MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COMPARED_ROWS = 16
 
 
-def finetune(model: str, data: str, out: str | Path, *, report: Report = silent, **settings: Any) -> Run:
+def finetune(
+    model: str, data: str | Path | Sequence[str | Path], out: str | Path, *, report: Report = silent, **settings: Any
+) -> Run:
     """Train LoRA adapters on `data` over the frozen, quantised `model`, into the new folder `out`.
 
     model: Hugging Face folder, .gguf file, built-in name or hub id. data: .json, .jsonl, .csv or .parquet file, folder
-    with train and validation files, built-in name or hub id. settings: the fields of train.config.Settings.
+    with train and validation files, built-in name or hub id, or several of them, which `mix` may give weights to.
+    settings: the fields of train.config.Settings.
     Raises SmidgenError, before anything is written, for settings, data or models that cannot work. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt; `resume` goes on from there.
     """
-    return _with_page(run_finetune(str(model), str(data), Path(out), settings_from(settings), report), report)
+    return _with_page(run_finetune(str(model), as_specs(data), Path(out), settings_from(settings), report), report)
 
 
 def resume(run: str | Path, *, report: Report = silent) -> Run:
@@ -111,14 +117,17 @@ def _with_page(run: Run, report: Report) -> Run:
     return run
 
 
-def plan(model: str, data: str | None = None, *, report: Report = silent, **settings: Any) -> dict[str, Any]:
+def plan(
+    model: str, data: str | Path | Sequence[str | Path] | None = None, *, report: Report = silent, **settings: Any
+) -> dict[str, Any]:
     """Memory and time of a run before it is started; no weights are read.
 
     model: as in finetune, a config.json, or a name of planning.shapes.SHAPES. settings: as in finetune; with `memory`
     they are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes),
     step_s (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
     """
-    return plan_model(str(model), data, settings_from(settings), report)
+    specs = None if data is None else as_specs(data)
+    return plan_model(str(model), specs, settings_from(settings), report)
 
 
 def download(spec: str, *, report: Report = silent) -> Path:
@@ -127,30 +136,18 @@ def download(spec: str, *, report: Report = silent) -> Path:
 
 
 def inspect_data(
-    model: str,
-    data: str,
-    *,
-    seq_len: int = 1024,
-    train_on_prompt: bool = False,
-    micro_batch: int = 4,
-    accumulation: int = 1,
-    pack: int | None = None,
-    report: Report = silent,
+    model: str, data: str | Path | Sequence[str | Path], *, report: Report = silent, **settings: Any
 ) -> DataReport:
     """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
 
-    micro_batch, accumulation, pack: of the run that is planned; what shared prefixes save in it depends on them.
+    data, settings: of the run that is planned, as in finetune; what shared prefixes save in it depends on micro_batch,
+    accumulation and pack.
     """
-    settings = Settings(
-        seq_len=seq_len, train_on_prompt=train_on_prompt, micro_batch=micro_batch, accumulation=accumulation, pack=pack
-    )
+    given = settings_from(settings)
     source = open_source(str(model), report)
-    rows = read_data(str(data), report=report)
-    renderer = Renderer(source.tokenizer, train_on_prompt=train_on_prompt, seq_len=seq_len, report=report)
-    everything = [*rows.train, *rows.validation, *rows.test]
-    examples = renderer.render_all(everything, report)
-    sharing = estimate_sharing(examples[: len(rows.train)], settings)
-    return build_report(examples, everything, source.tokenizer, layout=rows.layout, sharing=sharing)
+    rows = read_rows(source, as_specs(data), given, report, test=True)
+    sharing = estimate_sharing(rows.train, Schedule(rows.train.lengths, given, rows.mixture))
+    return build_report(rows.rendered, source.tokenizer, layout=rows.data.layout, sharing=sharing, mix=rows.mix)
 
 
 def evaluate(
@@ -268,7 +265,7 @@ def _held_out(run: Path, trained: LoadedModel, report: Report) -> list[Example]:
     """Rows that the run did not train on, or a plain text where they cannot be had."""
     try:
         _, settings, _, data = RunFolder.open(run)
-        rows = read_data(data)
+        rows = read_data(data, limit=settings.limit, edits=Edits(settings.system, settings.fill or {}))
     except SmidgenError:
         report(Note("the run's data is not there: the export is compared on a plain text"))
         return [plain_example(trained.tokenizer)]

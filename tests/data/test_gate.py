@@ -8,7 +8,9 @@ from smidgen.data.batch import epoch_order, make_batch
 from smidgen.data.gate import check_examples
 from smidgen.data.layouts import Row
 from smidgen.data.render import Example, Renderer
-from smidgen.data.report import build_report
+from smidgen.data.report import build_report, find_odd
+from smidgen.data.rows import content_hash, scan
+from smidgen.data.tokens import tokenise
 from smidgen.errors import DataError
 
 TOKENIZER = word_tokenizer(CHATML)
@@ -59,7 +61,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_has_no_label() -> None:
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
-    assert epoch_order(8, 0, 0) == epoch_order(8, 0, 0) == [0, 6, 4, 3, 1, 7, 2, 5]
+    assert list(epoch_order(8, 0, 0)) == list(epoch_order(8, 0, 0)) == [0, 6, 4, 3, 1, 7, 2, 5]
     assert sorted(epoch_order(100, 1, 2)) == list(range(100))
     assert len({tuple(epoch_order(100, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
@@ -77,8 +79,9 @@ def test_the_report_counts_tokens_and_names_suspicious_rows() -> None:
         row("one " * 8, "two", "a:5"),
         row("one", "two" + " two" * 8, "a:6"),
     ]
-    examples = Renderer(TOKENIZER, seq_len=16).render_all(rows)
-    report = build_report(examples, rows, TOKENIZER, layout="messages")
+    hashed = [(content_hash(one), one) for one in rows]
+    examples = tokenise(scan(lambda: iter(hashed)), Renderer(TOKENIZER, seq_len=16), odd=find_odd(TOKENIZER))
+    report = build_report([examples], TOKENIZER, layout="messages")
     assert dict(report.suspicious) == {
         "a:2": "the same as a:1",
         "a:3": "holds the special token <|im_end|> in its text",
@@ -86,7 +89,7 @@ def test_the_report_counts_tokens_and_names_suspicious_rows() -> None:
         "a:5": "no token is trained: the prompt alone fills the row",
         "a:6": "cut off: 12 tokens too long",
     }
-    assert (report.rows, report.truncated, report.suspicious_rows) == (6, 2, 5)
+    assert (report.rows, report.truncated, report.lost_tokens, report.suspicious_rows) == (6, 2, 12 + 11, 5)
     assert report.tokens == sum(len(one.input_ids) for one in examples)
     assert report.trained_tokens == 2 + 2 + 2 + 2 + 0 + 7
     assert report.lengths == ((28, 6),) and report.longest_tokens == 28

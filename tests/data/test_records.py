@@ -1,7 +1,9 @@
 """Reading rows: every layout and kind of file, what is held out, and what bad input is told."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,3 +295,89 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.Monkey
         DataError, match=r"owner/name could not be had.*Couldn't reach the hub.*network, or give a file"
     ):
         read_data("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "row", "messages"),
+    [
+        ("alpaca", "tatsu-lab/alpaca", {"instruction": "hi", "input": "", "output": "bye", "text": "x"}, None),
+        ("alpaca-cleaned", "yahma/alpaca-cleaned", {"instruction": "hi", "input": "", "output": "bye"}, None),
+        (
+            "dolly",
+            "databricks/databricks-dolly-15k",
+            {"instruction": "hi", "context": "", "response": "bye", "category": "x"},
+            None,
+        ),
+        (
+            "lima",
+            "GAIR/lima",
+            {"conversations": ["hi", "bye", "again", "so long"], "source": "x"},
+            ["again", "so long"],
+        ),
+        (
+            "oasst1",
+            "timdettmers/openassistant-guanaco",
+            {"text": "### Human: hi### Assistant: bye\n### Human: again### Assistant: so long"},
+            ["again", "so long"],
+        ),
+    ],
+)
+def test_short_names_are_data_sets_of_the_hub_with_their_columns(
+    name: str, hub_id: str, row: Any, messages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, **chosen: str) -> Any:
+        asked.append((name, chosen))
+        return {"train": [row], "test": [row]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = read_data(name)
+    assert asked == [(hub_id, {})]
+    roles = ("user", "assistant")
+    more = tuple({"role": role, "content": text} for role, text in zip(roles, messages or (), strict=False))
+    assert data.train[0].messages == (*USER_AND_ANSWER, *more)
+    assert len(data.test) == (name == "oasst1")  # LIMA's test rows have no answers
+    assert not any("left out" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "chosen"),
+    [
+        ("owner/name:sub", {"name": "sub"}),
+        ("owner/name:sub:train_sft", {"name": "sub", "split": "train_sft"}),
+        ("owner/name::test", {"split": "test"}),
+    ],
+)
+def test_a_subset_and_a_split_of_the_hub_may_be_named(
+    spec: str, chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, **given: str) -> Any:
+        assert (path, given) == ("owner/name", chosen)
+        return [{"text": "a"}] if "split" in given else {"train": [{"text": "a"}]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = read_data(spec)
+    assert [row.where for row in data.train] == [f"owner/name {chosen.get('split', 'train')}:1"]
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_line_says_what_helps(tmp_path: Path) -> None:
+    """A hub that refuses the connection, in a process of its own: the client reads its address when it is loaded."""
+    pytest.importorskip("datasets")
+    code = (
+        "import sys, time; from smidgen.data import hub; from smidgen.data.records import read_data\n"
+        "asked = []; from huggingface_hub import HfApi; ask = HfApi.dataset_info\n"
+        "HfApi.dataset_info = lambda *given, **more: asked.append(given) or ask(*given, **more)\n"
+        "import datasets; datasets.load_dataset = lambda *given, **more: sys.exit('asked for again')\n"
+        "try: read_data('alpaca')\n"
+        "except Exception as error: print(type(error).__name__, len(asked), error)"
+    )
+    more = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True)
+    assert done.stdout.startswith("DataError 1 the data set tatsu-lab/alpaca could not be had from the hub, found ")
+    assert "HF_HUB_OFFLINE=1" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+def test_an_unknown_name_lists_those_that_are_known() -> None:
+    with pytest.raises(DataError, match=r"no data at alpacca.*toolcalls, alpaca, alpaca-cleaned, dolly, lima, oasst1"):
+        read_data("alpacca")

@@ -130,6 +130,34 @@ def test_a_long_row_loses_its_end() -> None:
     assert (whole.truncated, whole.cut_tokens) == (False, 0)
 
 
+def test_each_policy_does_with_a_long_row_what_it_says() -> None:
+    tokenizer = word_tokenizer(LLAMA2, bos=True)
+    turns = row(("user", "hi"), ("assistant", "hello there hello"))
+    whole = Renderer(tokenizer).render(turns)
+    short = len(whole.input_ids) - 3
+    right, left, dropped = (
+        Renderer(tokenizer, seq_len=short, too_long=how).render(turns) for how in ("right", "left", "drop")
+    )
+    assert right == Example(whole.input_ids[:short], whole.labels[:short], True, "rows.jsonl:1", 3)
+    # the start token stays, as every row that the model has seen began with it
+    bos = tokenizer.bos_token_id
+    assert left.input_ids == [bos, *whole.input_ids[4:]] and left.labels == [-100, *whole.labels[4:]]
+    assert (left.truncated, left.cut_tokens, left.labels[-1]) == (True, 3, tokenizer.eos_token_id)
+    assert dropped == Example([], [], True, "rows.jsonl:1", len(whole.input_ids))
+    with pytest.raises(
+        DataError, match=rf"rows\.jsonl:1 is too long, expected at most {short} tokens, found {short + 3}"
+    ):
+        Renderer(tokenizer, seq_len=short, too_long="error").render(turns)
+    for how in ("right", "left", "drop", "error"):  # rows that fit are the same for all
+        assert Renderer(tokenizer, seq_len=len(whole.input_ids), too_long=how).render(turns) == whole
+
+
+def test_a_row_cut_at_its_beginning_has_no_label_on_its_first_token() -> None:
+    tokenizer = word_tokenizer(CHATML)
+    example = Renderer(tokenizer, seq_len=8, too_long="left").render(row(("user", "hi"), ("assistant", "one " * 9)))
+    assert len(example.input_ids) == 8 and example.labels[0] == -100 and example.labels[1] != -100
+
+
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, THINKING, PLAIN])
 @pytest.mark.parametrize("turns", [ONE_TURN, TWO_TURNS])
 def test_generation_starts_from_the_tokens_that_training_had(template: str, turns: Row) -> None:

@@ -11,6 +11,7 @@ from smidgen.errors import SettingsError
 from smidgen.events import Event, Note
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import held_out_loss
+from smidgen.train.loop import Schedule
 from smidgen.train.sharing import choose_batching, estimate_sharing
 from tiny import build, tiny_folder, write_rows
 
@@ -33,13 +34,13 @@ def _examples(count: int) -> list[Example]:
     ],
 )
 def test_the_forecast_is_what_a_run_computes(settings: Settings, computed: int) -> None:
-    sharing = estimate_sharing(_examples(16), settings)
+    sharing = estimate_sharing(_examples(16), Schedule([50] * 16, settings))
     assert (sharing.tokens, sharing.computed_tokens) == (16 * 50, computed)
     assert sharing.saved == 1 - computed / (16 * 50)
 
 
 def test_the_forecast_looks_at_a_hundred_steps() -> None:
-    assert estimate_sharing(_examples(300), Settings(micro_batch=2)).tokens == 200 * 50
+    assert estimate_sharing(_examples(300), Schedule([50] * 300, Settings(micro_batch=2))).tokens == 200 * 50
 
 
 def test_data_forecasts_the_saving_of_a_file(tmp_path: Path) -> None:
@@ -69,7 +70,9 @@ def test_what_is_chosen_is_said(
     architecture: str, settings: dict[str, Any], packs: bool, shares: bool, said: list[str], tmp_path: Path
 ) -> None:
     base, notes = build(tiny_folder(tmp_path, architecture)), list[Event]()
-    batching = choose_batching(base, _examples(16), Settings(**{"dropout": 0.0} | settings), notes.append)
+    examples = _examples(16)
+    schedule = Schedule([len(row.input_ids) for row in examples], Settings(**{"dropout": 0.0} | settings))
+    batching = choose_batching(base, examples, schedule, notes.append)
     assert (base.packs, batching.pads, batching.share_prefix) == (packs, not packs, shares)
     assert batching.pack == settings.get("pack")
     texts = [note.text for note in notes if isinstance(note, Note)]

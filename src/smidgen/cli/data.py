@@ -9,10 +9,13 @@ from smidgen.cli.values import Given
 
 __all__ = ["data"]
 
-_FLAGS = base_flags("seq_len", "train_on_prompt", "micro_batch", "accumulation", "pack")
+_FLAGS = base_flags(
+    *("seq_len", "too_long", "mix", "limit", "system", "fill", "token_cache", "train_on_prompt"),
+    *("micro_batch", "accumulation", "pack"),
+)
 
 
-@verb("data", arguments=("model", "data"), flags=_FLAGS)
+@verb("data", arguments=("model", "data"), several=("data",), flags=_FLAGS)
 def data(console: Console, given: Given) -> Mapping[str, Any]:
     """Show how DATA's rows become tokens and labels for MODEL; nothing is trained.
 
@@ -23,6 +26,7 @@ def data(console: Console, given: Given) -> Mapping[str, Any]:
     Examples:
       smidgen data smollm2-135m toolcalls
       smidgen data ./Qwen3-0.6B chats.jsonl --seq-len 512
+      smidgen data ./Qwen3-0.6B a.jsonl b.jsonl --mix 2,1
     """
     from smidgen import api
 

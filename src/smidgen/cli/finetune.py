@@ -31,17 +31,26 @@ def _check(given: Given) -> list[str]:
     return problems
 
 
-@verb("finetune", arguments=("model", "data"), optional=("model", "data"), flags=(*_RUN, *_SETTINGS), check=_check)
+@verb(
+    "finetune",
+    arguments=("model", "data"),
+    optional=("model", "data"),
+    several=("data",),
+    flags=(*_RUN, *_SETTINGS),
+    check=_check,
+)
 def finetune(console: Console, given: Given) -> Mapping[str, Any]:
     """Train LoRA adapters on DATA over the frozen, quantised MODEL.
 
     MODEL is a Hugging Face folder, a .gguf file, a built-in name (smollm2-135m) or a hub id. DATA is a .json, .jsonl,
-    .csv or .parquet file, a folder with train and validation files, a built-in name (toolcalls) or a hub id.
+    .csv or .parquet file, a folder with train and validation files, a built-in name (toolcalls, alpaca, dolly, ...) or
+    a hub id; several are trained on together, by the weights of --mix.
 
     \b
     Examples:
       smidgen finetune smollm2-135m toolcalls --out runs/tools
       smidgen finetune ./Qwen3-0.6B chats.jsonl --out runs/chats --epochs 3 --rank 32
+      smidgen finetune ./Qwen3-0.6B chats.jsonl alpaca --mix 2,1 --out runs/both
       smidgen finetune --resume runs/chats
     """
     from smidgen import api

@@ -12,11 +12,12 @@ __all__ = ["plan"]
 _NAMES = (
     "quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "modules_to_save",
     "new_tokens", "dropout", "epochs", "max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len",
+    "too_long", "mix", "limit",
 )  # fmt: skip
 _FLAGS = tuple(flag for flag in settings_flags() if flag.name in _NAMES)
 
 
-@verb("plan", arguments=("model", "data"), optional=("data",), flags=_FLAGS)
+@verb("plan", arguments=("model", "data"), optional=("data",), several=("data",), flags=_FLAGS)
 def plan(console: Console, given: Given) -> Mapping[str, Any]:
     """Forecast memory, by parts, and time of a fine-tuning run; no weights are read.
 
@@ -32,7 +33,7 @@ def plan(console: Console, given: Given) -> Mapping[str, Any]:
     """
     from smidgen import api
 
-    result = api.plan(given["model"], given["data"], report=console.report, **given.pick(_FLAGS))
+    result = api.plan(given["model"], given["data"] or None, report=console.report, **given.pick(_FLAGS))
     console.close()
     console.forecast(result)
     return result

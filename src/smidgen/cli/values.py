@@ -115,8 +115,8 @@ def _convert(kind: type, word: Any) -> Any:
             return word
         raise ValueError("true or false")
     if kind is str:
-        if isinstance(word, list) and all(isinstance(item, str) for item in word):
-            return ",".join(word)
+        if isinstance(word, list) and all(type(item) in (str, int, float) for item in word):
+            return ",".join(map(str, word))
         if isinstance(word, (str, int, float)) and not isinstance(word, bool):
             return str(word)
         raise ValueError("text")

@@ -174,9 +174,11 @@ def data_report(report: "DataReport", *, plain: bool) -> list[tuple[str, Any]]:
         "rows": report.rows,
         "the loss counts": share,
         "longest row": f"{report.longest_tokens:,} tokens",
-        "cut off": report.truncated,
+        "longer than --seq-len": f"{report.truncated:,}, {report.lost_tokens:,} tokens lost",
         "suspicious rows": report.suspicious_rows,
     }
+    if report.mix:
+        counts["an epoch"] = report.mix
     if report.sharing is not None:
         counts["shared prefixes"] = _sharing(report.sharing)
     bounds = [0, *(bound for bound, _ in report.lengths)]

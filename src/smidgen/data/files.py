@@ -2,10 +2,11 @@
 
 A record is a plain dict as the file has it; what its columns mean is decided in layouts.py. JSON is read with limits
 (16 MB a row, 64 levels deep) because data files come from strangers, and row by row, so that an error can name a line.
+Rows are yielded as they are read; only a list in .json must be in memory whole.
 """
 
+import codecs
 import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ __all__ = [
     "describe",
     "read_records",
     "read_text",
+    "whole_in_memory",
 ]
 
 Record = tuple[str, dict[str, Any]]  # where ("train.jsonl:12"), columns
 
 MAX_ROW_BYTES = 16_000_000
 MAX_DEPTH = 64
+_LARGE_BYTES = 100_000_000
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".raw", ".md")  # plain text, which has no rows
 _TYPE_NAMES = {
@@ -55,6 +58,14 @@ def read_records(path: Path) -> Iterator[Record]:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}", cure="check the path and its rights"
         ) from None
+
+
+def whole_in_memory(path: Path) -> int:
+    """How many bytes of a file are in memory at once to read its rows, where that is many (100 MB); else 0."""
+    if path.suffix.lower() != ".json" or path.stat().st_size < _LARGE_BYTES:
+        return 0
+    with path.open("rb") as file:
+        return path.stat().st_size if file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[") else 0
 
 
 def read_text(path: Path) -> str:
@@ -89,6 +100,11 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _read_json(path: Path) -> Iterator[Record]:
     """A list of objects; a file that starts with an object holds one object a line."""
+    with path.open("rb") as file:
+        first = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    if first.startswith(b"{"):
+        yield from _read_jsonl(path)
+        return
     text = _decode_file(path)
     body = text.lstrip()
     if body[1:].lstrip().startswith("]"):
@@ -127,7 +143,15 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(io.StringIO(_decode_file(path), newline=""), strict=True)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_records(path, csv.reader(file, strict=True))
+    except UnicodeDecodeError:
+        _decode_file(path)  # raises the same with its line
+        raise
+
+
+def _csv_records(path: Path, reader: Any) -> Iterator[Record]:
     header: list[str] | None = None
     while True:
         where = f"{path.name}:{reader.line_num + 1}"

@@ -9,19 +9,24 @@ generation starts from. Tokens are not built up turn by turn, because tokenizers
                                                            ^^^^^^^^^^^^^^^^ labelled: the answer and its end token
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 from smidgen.data.layouts import Row
 from smidgen.data.template import ChatTemplate
-from smidgen.errors import ModelError
+from smidgen.errors import DataError, ModelError
 from smidgen.events import Progress, Report, silent
 
-__all__ = ["IGNORED", "Example", "Renderer"]
+__all__ = ["IGNORED", "TOO_LONG", "Example", "Renderer"]
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 _CHUNK_ROWS = 256
+TOO_LONG = ("right", "left", "drop", "error")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Example:
     """A row as the model sees it.
 
     labels[i] is input_ids[i] where the loss counts that token, else -100; not shifted. labels[0] is always -100:
-    nothing stands before it that could predict it. cut_tokens: how many tokens fell off the end at seq_len.
+    nothing stands before it that could predict it. cut_tokens: how many tokens a row longer than seq_len lost; a row
+    that was dropped has lost all of them, and has no tokens.
     """
 
     input_ids: list[int]
@@ -52,12 +58,20 @@ class Renderer:
     """Renders rows for one tokenizer; automatic choices (ChatML, folded system messages) are reported once.
 
     train_on_prompt: label every token instead of the assistant's turns only.
-    seq_len: longer rows lose their end.
+    seq_len, too_long: what becomes of a longer row: it loses its end ('right') or its beginning ('left', a first BOS
+    token stays), all of it ('drop'), or DataError is raised ('error').
     """
 
     def __init__(
-        self, tokenizer: Any, *, train_on_prompt: bool = False, seq_len: int = 1024, report: Report = silent
+        self,
+        tokenizer: Any,
+        *,
+        train_on_prompt: bool = False,
+        seq_len: int = 1024,
+        too_long: str = "right",
+        report: Report = silent,
     ) -> None:
+        assert too_long in TOO_LONG
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 "the model's tokenizer does not tell where tokens stand in the text", expected="tokenizer.json"
@@ -67,6 +81,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.train_on_prompt = train_on_prompt
         self.seq_len = seq_len
+        self.too_long = too_long
         self._report = report
         self._template: ChatTemplate | None = None
 
@@ -84,13 +99,38 @@ class Renderer:
         return self._render_chunk([row])[0]
 
     def render_all(self, rows: Sequence[Row], report: Report | None = None) -> list[Example]:
-        """All rows in order, tokenised in batches, with Progress events."""
+        """All rows in order, with Progress events."""
+        return list(self.render_each(rows, len(rows), report))
+
+    def render_each(self, rows: Iterable[Row], total: int, report: Report | None = None) -> Iterator[Example]:
+        """The rows in order, tokenised in batches, as they are asked for; `total` is their number for Progress."""
         report = report or self._report
-        examples: list[Example] = []
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            examples += self._render_chunk(rows[start : start + _CHUNK_ROWS])
-            report(Progress("tokenising", len(examples), len(rows)))
-        return examples
+        taken, done = iter(rows), 0
+        while chunk := list(islice(taken, _CHUNK_ROWS)):
+            yield from self._render_chunk(chunk)
+            done += len(chunk)
+            report(Progress("tokenising", done, total))
+
+    def fingerprint(self, *, chat: bool) -> str:
+        """Changes with whatever decides which tokens and labels rows become. chat: rows have turns, not plain text."""
+        template = str(self._chat and self.tokenizer.get_chat_template()) if chat else ""
+        today = str(date.today()) if "strftime_now" in template else ""  # a template that writes the date
+        tokenizer = self.tokenizer
+        parts = (
+            tokenizer.backend_tokenizer.to_str(), template, today, tokenizer.bos_token, tokenizer.eos_token,
+            self.train_on_prompt, self.seq_len, self.too_long, version("tokenizers"), version("transformers"),
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What has been warned of while rows were rendered, each once."""
+        return [] if self._template is None else sorted(self._template.said)
+
+    def warn_again(self, warnings: Iterable[str]) -> None:
+        """Say what an earlier rendering of the same rows has warned of."""
+        for text in warnings:
+            self._chat.warn_once(text)
 
     def prompt_text(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
         """The messages before a closing assistant's turn (all, if they end otherwise), with the generation prompt."""
@@ -173,9 +213,20 @@ class Renderer:
         return self._example(ids, labels, row.where)
 
     def _example(self, ids: list[int], labels: list[int], where: str) -> Example:
-        cut = max(0, len(ids) - self.seq_len)
-        labels = [IGNORED, *labels[1 : self.seq_len]]
-        return Example(ids[: self.seq_len], labels, cut > 0, where, cut)
+        cut, kept = max(0, len(ids) - self.seq_len), slice(0, self.seq_len)
+        if cut and self.too_long == "error":
+            raise DataError(
+                f"{where} is too long",
+                expected=f"at most {self.seq_len} tokens",
+                found=str(len(ids)),
+                cure="raise --seq-len, shorten the row, or choose what becomes of such rows: --too-long",
+            )
+        if cut and self.too_long == "drop":
+            return Example([], [], True, where, len(ids))
+        if cut and self.too_long == "left":
+            first = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+            ids, labels = ids[:first] + ids[first + cut :], labels[:first] + labels[first + cut :]
+        return Example(ids[kept], [IGNORED, *labels[kept][1:]], cut > 0, where, cut)
 
     def _render_chat(self, row: Row) -> _Rendered:
         """The row's text up to its last assistant's turn, and the spans of the assistant's turns in it."""

@@ -1,16 +1,19 @@
 """What `smidgen data` tells about rows before anything is trained on them."""
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from smidgen.data.layouts import Row
 from smidgen.data.render import IGNORED, Example
+from smidgen.data.rows import HASH_BYTES
+from smidgen.data.tokens import Examples
 from smidgen.events import RowShown
 
-__all__ = ["DataReport", "Sharing", "build_report", "show_row"]
+__all__ = ["DataReport", "Sharing", "build_report", "find_odd", "show_row"]
 
 _BOUNDS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _SUSPICIOUS_SHOWN = 50
@@ -40,7 +43,8 @@ class DataReport:
     """Counts over all rows.
 
     lengths: histogram of tokens a row before cutting: (upper bound, rows), the last bound is the longest row.
-    truncated: rows cut at seq_len. suspicious: (where, why), the first 50; suspicious_rows counts all of them.
+    truncated: rows longer than seq_len, lost_tokens: what they lost. suspicious: (where, why) of the first 50;
+    suspicious_rows counts all of them. mix: what an epoch takes of each data set, "" where it takes every row once.
     shown: the first row in pieces, each with whether the loss counts it. sharing: of the training rows.
     """
 
@@ -55,6 +59,8 @@ class DataReport:
     suspicious_rows: int
     shown: RowShown
     sharing: Sharing | None = None
+    lost_tokens: int = 0
+    mix: str = ""
 
     @property
     def share(self) -> float:
@@ -70,29 +76,43 @@ class DataReport:
 
 
 def build_report(
-    examples: Sequence[Example],
-    rows: Sequence[Row],
-    tokenizer: Any,
-    *,
-    layout: str = "",
-    sharing: Sharing | None = None,
+    examples: Sequence[Examples], tokenizer: Any, *, layout: str = "", sharing: Sharing | None = None, mix: str = ""
 ) -> DataReport:
-    """Look at rendered rows; examples[i] is rows[i]."""
-    lengths = [len(example.input_ids) + example.cut_tokens for example in examples]
-    suspicious = _suspicious(examples, rows, tokenizer)
+    """Look at tokenised rows; the remarks are those of `find_odd`."""
+    lengths = np.concatenate([part.lengths + part.cut_tokens for part in examples])
+    suspicious, suspicious_rows = _suspicious(examples)
+    first = next((part[0] for part in examples if len(part)), None)
     return DataReport(
         layout=layout,
-        rows=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-        trained_tokens=sum(_count_trained(example) for example in examples),
-        longest_tokens=max(lengths, default=0),
+        rows=len(lengths),
+        tokens=sum(int(part.lengths.sum()) for part in examples),
+        trained_tokens=sum(int(part.trained_tokens.sum()) for part in examples),
+        longest_tokens=int(lengths.max(initial=0)),
         lengths=_histogram(lengths),
-        truncated=sum(example.truncated for example in examples),
-        suspicious=tuple(suspicious[:_SUSPICIOUS_SHOWN]),
-        suspicious_rows=len({where for where, _ in suspicious}),
-        shown=show_row(examples[0], tokenizer) if examples else RowShown(()),
+        truncated=sum(int((part.cut_tokens > 0).sum()) for part in examples),
+        lost_tokens=sum(int(part.cut_tokens.sum()) for part in examples),
+        suspicious=tuple(suspicious),
+        suspicious_rows=suspicious_rows,
+        shown=show_row(first, tokenizer) if first else RowShown(()),
         sharing=sharing,
+        mix=mix,
     )
+
+
+def find_odd(tokenizer: Any) -> Callable[[Row], str]:
+    """What is remarkable about a row's text, "" if nothing is."""
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def odd(row: Row) -> str:
+        text = "\n".join([message["content"] for message in row.messages] or [row.text or ""])
+        found = [f"holds the special token {special} in its text" for special in specials if special in text]
+        if "\ufffd" in text:
+            found.append("holds U+FFFD, the mark of text that was decoded wrongly")
+        if row.last_assistant is not None and row.last_assistant < len(row.messages) - 1:
+            found.append("turns after the last answer are left out")
+        return "; ".join(found)
+
+    return odd
 
 
 def show_row(example: Example, tokenizer: Any) -> RowShown:
@@ -106,41 +126,40 @@ def show_row(example: Example, tokenizer: Any) -> RowShown:
     return RowShown(tuple(pieces))
 
 
-def _count_trained(example: Example) -> int:
-    return sum(label != IGNORED for label in example.labels)
-
-
-def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    if not lengths:
+def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    if not len(lengths):
         return ()
-    longest = max(lengths)
+    longest = int(lengths.max())
     bounds = [*(bound for bound in _BOUNDS if bound < longest), longest]
-    counts = [0] * len(bounds)
-    for length in lengths:
-        counts[bisect_left(bounds, length)] += 1
-    return tuple(zip(bounds, counts, strict=True))
+    counts = np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds))
+    return tuple(zip(bounds, counts.tolist(), strict=True))
 
 
-def _suspicious(examples: Sequence[Example], rows: Sequence[Row], tokenizer: Any) -> list[tuple[str, str]]:
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    first_seen: dict[Any, str] = {}
+def _suspicious(examples: Sequence[Examples]) -> tuple[list[tuple[str, str]], int]:
+    """((where, why) of the first 50 suspicious rows, how many there are in all)."""
+    hashes = np.concatenate([part.hashes() for part in examples]).view(f"V{HASH_BYTES}").ravel()
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    starts = np.cumsum([0, *(len(part) for part in examples)])
     found: list[tuple[str, str]] = []
-    for example, row in zip(examples, rows, strict=True):
-        contents = [message["content"] for message in row.messages] or [row.text or ""]
-        text = "\n".join(contents)
-        if not _count_trained(example):
-            found.append((row.where, "no token is trained: the prompt alone fills the row"))
-        elif example.truncated:
-            found.append((row.where, f"cut off: {example.cut_tokens} tokens too long"))
-        for special in specials:
-            if special in text:
-                found.append((row.where, f"holds the special token {special} in its text"))
-        if "\ufffd" in text:
-            found.append((row.where, "holds U+FFFD, the mark of text that was decoded wrongly"))
-        if row.last_assistant is not None and row.last_assistant < len(row.messages) - 1:
-            found.append((row.where, "turns after the last answer are left out"))
-        key = (row.text, tuple((message["role"], message["content"]) for message in row.messages))
-        if key in first_seen:
-            found.append((row.where, f"the same as {first_seen[key]}"))
-        first_seen.setdefault(key, row.where)
-    return found
+    shown = rows = 0
+    for part, start in zip(examples, starts, strict=False):
+        cut, trained, remarks = part.cut_tokens, part.trained_tokens, dict(part.remarks())
+        earlier = first[which[start : start + len(part)]]
+        copies = earlier < np.arange(start, start + len(part))
+        flagged = np.flatnonzero(part.odd | (cut > 0) | (trained == 0) | copies)
+        rows += len(flagged)
+        for number in flagged[: _SUSPICIOUS_SHOWN - shown].tolist():
+            shown += 1
+            where = part.where(number)
+            if not part.lengths[number]:
+                found.append((where, f"dropped: {cut[number]} tokens"))
+            elif not trained[number]:
+                found.append((where, "no token is trained: the prompt alone fills the row"))
+            elif cut[number]:
+                found.append((where, f"cut off: {cut[number]} tokens too long"))
+            if number in remarks:
+                found.append((where, remarks[number]))
+            if copies[number]:
+                other = int(np.searchsorted(starts, earlier[number], side="right")) - 1
+                found.append((where, f"the same as {examples[other].where(int(earlier[number] - starts[other]))}"))
+    return found, rows

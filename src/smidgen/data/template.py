@@ -33,13 +33,13 @@ class ChatTemplate:
 
     end_text, end_id: the token that ends an assistant's turn; None where the template writes no such token, and the
     renderer adds the tokenizer's eos.
-    closing: everything that the template writes after the content of a last assistant's turn.
+    closing: everything that the template writes after the content of a last assistant's turn. said: warnings.
     """
 
     def __init__(self, tokenizer: Any, report: Report) -> None:
         self._tokenizer = tokenizer
         self._report = report
-        self._said: set[str] = set()
+        self.said: set[str] = set()
         if not tokenizer.chat_template:
             self._set_chatml()
         source = str(tokenizer.get_chat_template())
@@ -74,8 +74,8 @@ class ChatTemplate:
             ) from None
 
     def warn_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self.said:
+            self.said.add(text)
             self._report(Warned(text))
 
     def _set_chatml(self) -> None:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from smidgen.data.records import as_specs
 from smidgen.errors import RunError
 from smidgen.export.files import replace_file
 from smidgen.report.chart import Series, bars, line_chart, smoothed, thinned
@@ -42,11 +43,12 @@ def run_page(run: Path) -> str:
     summary, statistics = _read(run / SUMMARY), _read(run / STATISTICS)
     lines = folder.logged()
     state = _state(summary, lines)
-    where = {"model": model, "data": data}
+    specs = as_specs(data)
+    names, where = ", ".join(Path(spec).name for spec in specs), {"model": model, "data": ", ".join(specs)}
     record = asdict(folder.record)
     versions = record.pop("versions")
     body = [
-        f"<header><h1>{escape(run.resolve().name)}</h1><p>{escape(model)}, trained on {escape(Path(data).name)}."
+        f"<header><h1>{escape(run.resolve().name)}</h1><p>{escape(model)}, trained on {escape(names)}."
         f" {escape(state)}</p></header>",
         _tiles(summary, lines),
         _section("Training", _charts(lines), "charts"),
@@ -185,7 +187,7 @@ def _data(statistics: Mapping[str, Any]) -> str:
         "tokens": statistics["tokens"],
         "the loss counts": f"{statistics['trained_tokens']:,} tokens ({_percent(statistics['share'])})",
         "longest row": f"{statistics['longest_tokens']:,} tokens",
-        "cut off": statistics["truncated"],
+        "longer than seq_len": statistics["truncated"],
         "suspicious rows": statistics["suspicious_rows"],
     }
     bounds = [0, *(bound for bound, _ in statistics["lengths"])]

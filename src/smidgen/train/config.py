@@ -4,11 +4,13 @@ The command line's flags, the keys of `--config FILE.yaml`, the keyword argument
 `RUN/settings.yaml` are all these fields. A test freezes the list, and each field has a test that it changes something.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from smidgen.data.render import TOO_LONG
 from smidgen.errors import SettingsError
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.units import parse_bytes, parse_duration
@@ -182,7 +184,31 @@ class Settings:
         choices=("auto", *RECOMPUTE),
     )
 
-    seq_len: int = _setting(1024, "Data", "Longest row in tokens; longer ones are cut at the end, and it is said.")
+    seq_len: int = _setting(1024, "Data", "Longest row in tokens; see --too-long.")
+    too_long: str = _setting(
+        "right",
+        "Data",
+        "What becomes of longer rows, which is said. right: they lose their end; left: their beginning, but for a start"
+        " token; drop: they are left out; error: the run is refused.",
+        choices=TOO_LONG,
+    )
+    mix: str | None = _setting(
+        None,
+        "Data",
+        "Weights of several data sets, e.g. 2,1: what share of an epoch's rows comes from each. An epoch has as many"
+        " rows as all of them together. By default each row comes once.",
+        metavar="W,W,...",
+    )
+    limit: int | None = _setting(None, "Data", "Only the first N training rows of each data set.", metavar="N")
+    system: str | None = _setting(
+        None, "Data", "System message of every chat row, in place of its own; '': none.", metavar="TEXT"
+    )
+    fill: dict[str, str] | None = _setting(
+        None, "Data", "Write TEXT where rows say {{NAME}}, repeatable.", metavar="NAME=TEXT"
+    )
+    token_cache: bool = _setting(
+        True, "Data", "Keep the tokens of large data sets (1M tokens or more) in the cache folder for later runs."
+    )
     train_on_prompt: bool = _setting(False, "Data", "Count the prompt in the loss too, not only the answers.")
 
     eval_interval: int = _setting(0, "Records", "Held-out loss every N steps; 0: before and after only.", metavar="N")
@@ -209,6 +235,11 @@ class Settings:
         problems = [*_wrong_types(self), *_wrong_choices(self)] or _wrong_values(self)
         if problems:
             raise SettingsError(problems)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The numbers of `mix`."""
+        return tuple(map(float, self.mix.split(","))) if self.mix else ()
 
     @property
     def logs(self) -> tuple[str, ...]:
@@ -271,6 +302,13 @@ def _is_regex(key: Any) -> bool:
         return False
 
 
+def _are_weights(text: str) -> bool:
+    try:
+        return all(0 < float(weight) < math.inf for weight in text.split(","))
+    except ValueError:
+        return False
+
+
 def _wrong_values(s: Settings) -> list[str]:
     problems = []
 
@@ -301,6 +339,9 @@ def _wrong_values(s: Settings) -> list[str]:
     need(s.pack is None or s.pack >= 1, "pack", "1 or more tokens")
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
+    need(s.mix is None or _are_weights(s.mix), "mix", "a comma list of numbers above 0")
+    need(s.limit is None or s.limit >= 1, "limit", "1 or more")
+    need(all(type(text) is str for text in (s.fill or {}).values()), "fill", "texts")
     need(bool(s.targets.strip()), "targets", "all or a comma list of layers")
     need(s.modules_to_save is None or bool(s.whole_modules), "modules_to_save", "a comma list of modules")
     need(s.new_tokens is None or bool(s.tokens), "new_tokens", "a comma list of tokens")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from smidgen.data.records import as_specs
 from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
@@ -28,6 +30,7 @@ from smidgen.train.logs import check_logs, open_logs
 from smidgen.train.loop import Schedule, train
 from smidgen.train.optimizers import make_optimizer
 from smidgen.train.prepare import Prepared, gptq_folder, initial_adapter, prepare
+from smidgen.train.rows import check_mix
 from smidgen.train.run import SUMMARY, Record, RunFolder, read_record
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
 
@@ -42,13 +45,14 @@ class Run:
     summary: dict[str, Any]
 
 
-def run_finetune(model: str, data: str, out: Path, settings: Settings, report: Report = silent) -> Run:
+def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Settings, report: Report = silent) -> Run:
     """Train from the start into a new folder. Raises SmidgenError before anything is written if it cannot work."""
     started = time.perf_counter()
     check_unlocked(out)
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
     check_logs(settings.logs)
+    check_mix(data, settings)
     source = open_source(model, report)
     add_tokens(source.tokenizer, settings.tokens, source.vocab_size)
     if needs_gptq(settings.quantize, source.checkpoint):
@@ -69,8 +73,9 @@ def run_finetune(model: str, data: str, out: Path, settings: Settings, report: R
         system=prepared.system,
         kernels=describe_library(),
     )
+    places = [_absolute(spec) for spec in as_specs(data)]
     folder = RunFolder.create(
-        out, prepared.settings, record.model, _absolute(data), record, prepared.statistics, prepared.source.tokenizer
+        out, prepared.settings, record.model, places, record, prepared.statistics, prepared.source.tokenizer
     )
     with locked(out, report):
         return _train(prepared, folder, prepared.settings, None, started, report)
@@ -88,7 +93,13 @@ def resume(run: Path, report: Report = silent) -> Run:
 
 
 def _resume(
-    run: Path, folder: RunFolder, settings: Settings, model: str, data: str, started: float, report: Report
+    run: Path,
+    folder: RunFolder,
+    settings: Settings,
+    model: str,
+    data: str | list[str],
+    started: float,
+    report: Report,
 ) -> Run:
     summary = _read_summary(run)
     if summary is not None and summary.get("stopped") != "max_time":
@@ -113,7 +124,8 @@ def _resume(
     initial = None if checkpoint else initial_adapter(settings, source, report)
     prepared = prepare(source, data, settings, report, run, initial)
     if prepared.data_sha256 != folder.record.data_sha256:
-        raise RunError(f"{data} is not the data that {run} was started with", cure="put it back, or start a new run")
+        names = ", ".join(as_specs(data))
+        raise RunError(f"{names} is not the data that {run} was started with", cure="put it back, or start a new run")
     return _train(prepared, folder, prepared.settings, checkpoint, started, report)
 
 
@@ -122,8 +134,8 @@ def _read_summary(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _absolute(data: str) -> str:
-    return str(Path(data).resolve()) if Path(data).exists() else data
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _train(
@@ -176,6 +188,7 @@ def _train(
             base,
             optimizer,
             prepared.train,
+            prepared.mixture,
             settings,
             prepared.batching,
             cursor,
@@ -192,7 +205,7 @@ def _train(
                 "max_time": f"max_time; smidgen finetune --resume {folder.path} goes on",
                 "early_stopping": f"early_stopping: {settings.early_stopping} evaluations without a lower loss",
             }
-            total = Schedule([len(example.input_ids) for example in prepared.train], settings).total_steps
+            total = Schedule(prepared.train.lengths, settings, prepared.mixture).total_steps
             report(Note(f"stopped after {cursor.step} of {total} steps by {reasons[outcome.stopped]}"))
         if prepared.held_out:
             evaluate(cursor)

@@ -11,8 +11,6 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.checkpoint.safetensors import read_config
-from smidgen.data.records import read_data
-from smidgen.data.render import Renderer
 from smidgen.errors import DataError, SettingsError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
@@ -25,6 +23,7 @@ from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, with_trained_norms, work_of
+from smidgen.train.rows import read_rows
 from smidgen.units import format_bytes
 
 __all__ = ["plan_model"]
@@ -41,7 +40,9 @@ class _Subject:
     steps: int
 
 
-def plan_model(model: str, data: str | None, settings: Settings, report: Report = silent) -> dict[str, Any]:
+def plan_model(
+    model: str, data: str | Sequence[str] | None, settings: Settings, report: Report = silent
+) -> dict[str, Any]:
     """See api.plan."""
     subject = _subject(model, data, settings, report)
     device, dtype, runs_here = _place(settings, report)
@@ -93,9 +94,9 @@ def plan_model(model: str, data: str | None, settings: Settings, report: Report 
     }  # fmt: skip
 
 
-def _subject(model: str, data: str | None, settings: Settings, report: Report) -> _Subject:
+def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, report: Report) -> _Subject:
     """A built-in shape, a config.json alone, or a model that is opened; with rows of data, or rows of seq_len."""
-    path = Path(model)
+    path, mixture = Path(model), None
     is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
     if is_shape or path.name == "config.json":
         if data is not None:
@@ -108,15 +109,15 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
         name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config
         rows = []
         if data is not None:
-            renderer = Renderer(source.tokenizer, seq_len=min(settings.seq_len, source.max_positions), report=report)
-            rows = [len(example.input_ids) for example in renderer.render_all(read_data(data, report=report).train)]
+            found = read_rows(source, data, settings, report)
+            rows, mixture = found.train.lengths.tolist(), found.mixture
             if not rows:
-                raise DataError(f"{data} has no rows to train on")
+                raise DataError(f"{', '.join(found.data.names)}: no row is left to train on", cure="raise --seq-len")
     if not rows:
         rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
         report(Note(f"no data given: every row has {settings.seq_len} tokens"))
         return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
-    return _Subject(name, checkpoint, config, rows, Schedule(rows, settings).total_steps)
+    return _Subject(name, checkpoint, config, rows, Schedule(rows, settings, mixture).total_steps)
 
 
 def _place(settings: Settings, report: Report) -> tuple[str, torch.dtype, bool]:

@@ -4,16 +4,20 @@ import math
 import signal
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from smidgen.data.batch import Batch, Batching, epoch_order, grouped_order
-from smidgen.data.render import Example
+from smidgen.data.mixture import Mixture
+from smidgen.data.tokens import Examples
 from smidgen.errors import RunError
 from smidgen.events import Report, Step
 from smidgen.model.build import Base
@@ -30,10 +34,11 @@ __all__ = ["Outcome", "Schedule", "train"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each optimizer step takes: a function of the settings and the rows' lengths in tokens alone."""
+    """Which rows each optimizer step takes: a function of the settings, the mixture and the rows' lengths in tokens."""
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | NDArray[np.integer]
     settings: Settings
+    mixture: Mixture | None = None
 
     @property
     def step_rows(self) -> int:
@@ -41,28 +46,33 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.lengths) / self.step_rows)
+        rows = sum(self.mixture.quotas) if self.mixture else len(self.lengths)
+        return math.ceil(rows / self.step_rows)
 
     @property
     def total_steps(self) -> int:
         steps = math.ceil(self.steps_per_epoch * self.settings.epochs)
         return min(steps, self.settings.max_steps or steps)
 
-    def rows_of(self, step: int) -> list[int]:
+    def rows_of(self, step: int) -> Sequence[int]:
         """The rows of a step, as indices."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.step_rows
         return self._order_of(epoch)[first : first + self.step_rows]
 
     @cached_property
-    def _order_of(self) -> Callable[[int], list[int]]:
-        """Epoch -> its order of all rows; the last one is kept, since every step of an epoch asks for it."""
+    def _order_of(self) -> Callable[[int], Sequence[int]]:
+        """Epoch -> the order of its rows; the last one is kept, since every step of an epoch asks for it."""
 
         @lru_cache(maxsize=1)
-        def order(epoch: int) -> list[int]:
+        def order(epoch: int) -> Sequence[int]:
+            seed = self.settings.seed
+            rows = self.mixture.rows(seed, epoch) if self.mixture else range(len(self.lengths))
             if self.settings.group_by_length:
-                return grouped_order(self.lengths, self.settings.seed, epoch, self.step_rows)
-            return epoch_order(len(self.lengths), self.settings.seed, epoch)
+                places = grouped_order([self.lengths[row] for row in rows], seed, epoch, self.step_rows)
+            else:
+                places = epoch_order(len(rows), seed, epoch)
+            return array("i", (rows[place] for place in places)) if self.mixture else places
 
         return order
 
@@ -78,7 +88,8 @@ class Outcome:
 def train(
     base: Base,
     optimizer: torch.optim.Optimizer,
-    examples: Sequence[Example],
+    examples: Examples,
+    mixture: Mixture | None,
     settings: Settings,
     batching: Batching,
     cursor: Cursor,
@@ -94,7 +105,7 @@ def train(
     max_time counts from here on, also where a run is resumed. The first Ctrl-C ends the loop after the step in
     progress; a second one at once.
     """
-    schedule = Schedule([len(example.input_ids) for example in examples], settings)
+    schedule = Schedule(examples.lengths, settings, mixture)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     limit_s = parse_duration(settings.max_time) if settings.max_time else math.inf
     total, first = schedule.total_steps, Cursor(cursor.step, cursor.tokens, cursor.train_s)

@@ -1,18 +1,21 @@
 """Everything before the first step of a run: data, gate, plan, base, adapters. Cheap checks come first."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from smidgen.data.batch import Batching
 from smidgen.data.gate import check_examples
-from smidgen.data.records import DataSet, Row, read_data
-from smidgen.data.render import IGNORED, Example, Renderer
+from smidgen.data.mixture import Mixture
+from smidgen.data.records import DataSet, Row
+from smidgen.data.render import Renderer
 from smidgen.data.report import build_report
+from smidgen.data.tokens import Examples
 from smidgen.errors import DataError, RunError
-from smidgen.events import Note, Report, Warned, silent
+from smidgen.events import Note, Report, Warned
 from smidgen.export.adapter import StoredAdapter, read_adapter
 from smidgen.export.quantise import quantise_model
 from smidgen.lora.attach import attach_lora
@@ -37,6 +40,7 @@ from smidgen.model.trained import (
 from smidgen.planning.planner import Forecast
 from smidgen.quant.linear import FrozenEmbedding
 from smidgen.train.config import Settings
+from smidgen.train.loop import Schedule
 from smidgen.train.memory import (
     budget_of,
     give_memory_back,
@@ -48,11 +52,14 @@ from smidgen.train.memory import (
     work_of,
 )
 from smidgen.train.optimizers import check_optimizer
+from smidgen.train.rows import read_rows
 from smidgen.train.run import adapter_folder, read_record
 from smidgen.train.sharing import choose_batching
 from smidgen.units import format_bytes, format_count
 
 __all__ = ["Prepared", "gptq_folder", "initial_adapter", "prepare"]
+
+_CALIBRATION_TOKENS = 1 << 16  # more than GPTQ takes
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,9 @@ class Prepared:
     base: Base
     adapters: Adapters
     batching: Batching
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    mixture: Mixture | None
+    held_out: Examples
     compared: list[Row]
     data_sha256: str
     system: str
@@ -91,21 +99,21 @@ def initial_adapter(settings: Settings, source: Source, report: Report) -> Store
 
 
 def prepare(
-    source: Source, data: str, settings: Settings, report: Report, out: Path, initial: StoredAdapter | None
+    source: Source,
+    data: str | Sequence[str],
+    settings: Settings,
+    report: Report,
+    out: Path,
+    initial: StoredAdapter | None,
 ) -> Prepared:
     """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start."""
     give_memory_back()
-    rows = read_data(data, report=report)
-    seq_len = min(settings.seq_len, source.max_positions)
-    if seq_len < settings.seq_len:
-        report(Note(f"seq_len {seq_len}: the model has no more positions"))
-    renderer = Renderer(source.tokenizer, train_on_prompt=settings.train_on_prompt, seq_len=seq_len, report=report)
-    rendered = renderer.render_all(rows.train)
-    examples = _labelled(rendered, report)
-    held_out = _labelled(renderer.render_all(rows.validation), silent) if rows.validation else []
-    new_ids = ids_of_tokens(source.tokenizer, settings.tokens)
-    vocab_size = max(source.vocab_size, *(index + 1 for index in new_ids), 0)
-    check_examples([*examples, *held_out], source.tokenizer, vocab_size, renderer.end_ids, layout=rows.layout)
+    rows = read_rows(source, data, settings, report)
+    examples, held_out, layout = rows.train, rows.held_out, rows.data.layout
+    vocab_size = max(source.vocab_size, *(index + 1 for index in ids_of_tokens(source.tokenizer, settings.tokens)), 0)
+    for part in (examples, held_out) if held_out else (examples,):
+        ends, how = rows.renderer.end_ids, settings.too_long
+        check_examples(part, source.tokenizer, vocab_size, ends, layout=layout, too_long=how)
     if held_out:
         report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
     elif settings.early_stopping or settings.keep_best:
@@ -118,7 +126,7 @@ def prepare(
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
     check_optimizer(settings, choose_device(settings.device))
-    statistics = build_report(rendered, rows.train, source.tokenizer, layout=rows.layout)
+    statistics = build_report(rows.rendered[:1], source.tokenizer, layout=layout, mix=rows.mix)
     if needs_gptq(settings.quantize, source.checkpoint):
         source = _quantised(source, examples, gptq_folder(out), settings, report)
     decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
@@ -164,15 +172,16 @@ def prepare(
         settings,
         plan,
         source,
-        renderer,
+        rows.renderer,
         base,
         adapters,
-        choose_batching(base, examples, settings, report),
+        choose_batching(base, examples, Schedule(examples.lengths, settings, rows.mixture), report),
         examples,
+        rows.mixture,
         held_out,
-        _compared(rows, settings.compare),
-        _digest([*examples, *held_out]),
-        _shared_system(rows.train),
+        _compared(rows.data, settings.compare),
+        hashlib.sha256(examples.digest() + held_out.digest()).hexdigest(),
+        _shared_system(rows.data.train),
         statistics.as_dict() | {"held_out_rows": len(held_out)},
     )
 
@@ -199,11 +208,11 @@ def gptq_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-gptq")
 
 
-def _quantised(source: Source, examples: Sequence[Example], folder: Path, settings: Settings, report: Report) -> Source:
+def _quantised(source: Source, examples: Examples, folder: Path, settings: Settings, report: Report) -> Source:
     """The base quantised by GPTQ on the training rows into a folder beside the run, which is the run's base from then
     on: it takes minutes, and would be another one on other rows.
     """
-    ids = [token for example in examples for token in example.input_ids]
+    ids = list(islice((token for example in examples for token in example.input_ids), _CALIBRATION_TOKENS))
     text = calibration_on_the_way(ids, "the training rows", source.tokenizer, source.max_positions, report)
     if settings.device not in ("auto", "cpu"):
         report(Note(f"GPTQ runs on the CPU; {settings.device} trains on what it makes"))
@@ -220,37 +229,21 @@ def _quantised(source: Source, examples: Sequence[Example], folder: Path, settin
     return open_source(str(folder), report)
 
 
-def _labelled(examples: Sequence[Example], report: Report) -> list[Example]:
-    """The rows that have a label; without one a row costs time and teaches nothing. All of them if none has."""
-    kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
-    if kept and len(kept) < len(examples):
-        first = next(e.where for e in examples if all(label == IGNORED for label in e.labels))
-        report(
-            Warned(f"{len(examples) - len(kept)} rows have no trained token within seq_len and are left out ({first})")
-        )
-    return kept or list(examples)
-
-
-def _shared_system(rows: Sequence[Row]) -> str:
+def _shared_system(rows: Iterable[Row]) -> str:
     """The system message that every row begins with, "" if there is no such one."""
-    first = {row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else "" for row in rows}
-    return first.pop() if len(first) == 1 else ""
+    first: set[str] = set()
+    for row in rows:
+        first.add(row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else "")
+        if len(first) > 1:
+            return ""
+    return first.pop()
 
 
 def _compared(rows: DataSet, count: int) -> list[Row]:
-    return [row for row in rows.test or rows.validation if row.messages][:count]
+    return list(islice((row for row in rows.test or rows.validation if row.messages), count)) if count else []
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
-    return digest.hexdigest()
-
-
-def _plan(
-    source: Source, decided: Decided, settings: Settings, examples: Sequence[Example], report: Report
-) -> Forecast:
+def _plan(source: Source, decided: Decided, settings: Settings, examples: Examples, report: Report) -> Forecast:
     """What the run will need, before weights are read. Raises SettingsError where the memory does not suffice."""
     checkpoint, item = source.checkpoint, decided.dtype.itemsize
     model = inventory_of(
@@ -263,7 +256,7 @@ def _plan(
         trust_remote_code=settings.trust_remote_code,
     )
     model = with_trained_norms(model, settings)
-    work = work_of(model, settings, [len(example.input_ids) for example in examples], item)
+    work = work_of(model, settings, examples.lengths.tolist(), item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     plan = plan_run(
         model,

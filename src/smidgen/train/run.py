@@ -15,6 +15,7 @@ It is made before the first step and never overwritten.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,7 +115,7 @@ class RunFolder:
         path: Path,
         settings: Settings,
         model: str,
-        data: str,
+        data: Sequence[str],
         record: Record,
         statistics: dict[str, Any],
         tokenizer: Any,
@@ -123,7 +124,7 @@ class RunFolder:
         anything at `path`.
         """
         with new_folder(path) as staging:
-            content = {"model": model, "data": data, **asdict(settings)}
+            content = {"model": model, "data": data[0] if len(data) == 1 else list(data), **asdict(settings)}
             (staging / "settings.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             (staging / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
             (staging / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
@@ -132,8 +133,8 @@ class RunFolder:
         return cls(path, record)
 
     @classmethod
-    def open(cls, path: Path) -> tuple["RunFolder", Settings, str, str]:
-        """(the folder, its settings, model, data). Raises RunError if it is no run."""
+    def open(cls, path: Path) -> tuple["RunFolder", Settings, str, str | list[str]]:
+        """(the folder, its settings, model, data, a list where there are several). Raises RunError if it is no run."""
         record = read_record(path)
         try:
             content = yaml.safe_load((path / "settings.yaml").read_text(encoding="utf-8"))

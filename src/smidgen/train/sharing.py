@@ -10,7 +10,6 @@ from smidgen.data.report import Sharing
 from smidgen.events import Note, Report
 from smidgen.model.build import Base
 from smidgen.model.fused import is_fused, learns_norms
-from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
 __all__ = ["choose_batching", "estimate_sharing", "refuse_packing"]
@@ -20,10 +19,9 @@ _LEAST_SAVED = 0.05  # of the tokens
 _MOST_DISTANT = 0.2  # of a token's hidden states in norm; a first token that sees another row is farther off
 
 
-def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing:
+def estimate_sharing(examples: Sequence[Example], schedule: Schedule) -> Sharing:
     """What computing shared prefixes once would save in the first 100 steps."""
-    lengths = [len(example.input_ids) for example in examples]
-    schedule = Schedule(lengths, settings)
+    settings = schedule.settings
     batching = Batching(settings.micro_batch, settings.pack, share_prefix=True)
     tokens = computed = 0
     for step in range(min(_STEPS, schedule.steps_per_epoch)):
@@ -35,11 +33,12 @@ def estimate_sharing(examples: Sequence[Example], settings: Settings) -> Sharing
     return Sharing(settings.micro_batch, settings.accumulation, settings.pack, tokens, computed)
 
 
-def choose_batching(base: Base, examples: Sequence[Example], settings: Settings, report: Report) -> Batching:
+def choose_batching(base: Base, examples: Sequence[Example], schedule: Schedule, report: Report) -> Batching:
     """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why."""
+    settings = schedule.settings
     packs = is_fused(base.backbone) and not learns_norms(base.backbone)
     if not packs and (settings.micro_batch > 1 or settings.pack):
-        refused = refuse_packing(base, max(len(example.input_ids) for example in examples))
+        refused = refuse_packing(base, int(max(schedule.lengths)))
         packs = not refused
         if refused:
             report(Note(f"rows are padded to the longest of their batch: {refused}"))
@@ -50,7 +49,7 @@ def choose_batching(base: Base, examples: Sequence[Example], settings: Settings,
     if settings.share_prefix == "auto" and (settings.neftune_alpha or settings.dropout):
         report(Note(f"share_prefix off: each row has {'noise' if settings.neftune_alpha else 'dropout'} of its own"))
     elif settings.share_prefix == "auto":
-        saved = estimate_sharing(examples, settings).saved
+        saved = estimate_sharing(examples, schedule).saved
         if saved < _LEAST_SAVED:
             report(Note(f"share_prefix off: rows computed at once begin alike in {saved:.0%} of their tokens"))
         elif not packs:
