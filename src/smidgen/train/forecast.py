@@ -13,7 +13,7 @@ from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.checkpoint.safetensors import read_config
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
-from smidgen.errors import DataError, SettingsError
+from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
@@ -97,7 +97,7 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
     is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
     if is_shape or path.name == "config.json":
         if data is not None:
-            raise SettingsError(["data: needs a model with a tokenizer; leave it out and give --seq-len"])
+            report(Note(f"{model} is without a tokenizer: {data} is not read"))
         config = SHAPES[model] if is_shape else read_config(path.parent)
         name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
     else:
@@ -111,7 +111,7 @@ def _subject(model: str, data: str | None, settings: Settings, report: Report) -
                 raise DataError(f"{data} has no rows to train on")
     if not rows:
         rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
-        report(Note(f"no data given: every row has {settings.seq_len} tokens"))
+        report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
         return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
     return _Subject(name, checkpoint, config, rows, Schedule(rows, settings).total_steps)
 
