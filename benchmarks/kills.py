@@ -3,8 +3,9 @@
     python benchmarks/kills.py [--kills 100] [--seed 0]
 
 A tiny random model with dropout, noise, a checkpoint at each step, and keep_best. SIGKILL comes at a random moment
-after the first new line of metrics.jsonl: in a step, a save, an evaluation, or while older checkpoints go. The processes
-are forked from one that has imported everything and computed nothing: importing would be most of their time. Writes JSON.
+after the first new line of metrics.jsonl: in a step, a save, an evaluation, or while older checkpoints go. The
+processes are forked from one that has imported everything and computed nothing: importing would take most of their
+time. Writes JSON.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def test_too_little_is_said_with_what_would_do(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_file_for_finetune_is_taken_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Settings that have no flag here count too: DoRA's vectors are trained. A shape's data is not read, and it is said."""
+    """Settings that have no flag here count too: DoRA trains more. A shape's data is not read, and it is said."""
     file = tmp_path / "run.yaml"
     lines = ["data: owner/rows", "out: runs/a", "learning-rate: 1e-4", "seq-len: 64", "targets: q"]
     words = ["tiny", "--config", str(file), "--compute-dtype", "float32", "--json"]

@@ -66,7 +66,7 @@ def test_the_forecast_of_the_header_is_the_planners(
 
 
 def planned_in_a_process(words: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `smidgen`. What Python and PyTorch hold counts, and a test's process holds more."""
+    """(exit code, stdout, stderr). What Python and PyTorch hold counts, and the process of the tests holds more."""
     done = subprocess.run([sys.executable, "-m", "smidgen", *words], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
