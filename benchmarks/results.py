@@ -25,7 +25,7 @@ _WIKISQL = ["--micro-batch", "4", "--learning-rate", "1e-3", "--warmup", "0.05",
 _OASST = ["--micro-batch", "4", "--warmup", "0.1", "--seq-len", "512", "--max-steps", "12"]
 COMMANDS = {
     "snips": ["finetune", "--config", "recipes/smollm2-snips.yaml"],
-    "wikisql": ["finetune", "smollm2-135m", "wikisql", "--out", "runs/wikisql", *_WIKISQL, "--max-steps", "32"],
+    "wikisql": ["finetune", "smollm2-135m", "wikisql", "--out", "runs/wikisql", *_WIKISQL, "--max-steps", "100"],
     "oasst": ["finetune", "smollm2-135m", "oasst", "--out", "runs/oasst", *_OASST],
 }
 # The longest expected answer of SNIPS and of WikiSQL has no more tokens than this.

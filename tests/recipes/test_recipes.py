@@ -92,3 +92,12 @@ def test_a_recipe_trains(recipe: Path, tmp_path: Path, monkeypatch: pytest.Monke
         main(["finetune", str(model), str(rows), "--config", str(recipe), "--max-steps", "1", "--seq-len", "128"])
     assert not leaving.value.code
     assert json.loads((tmp_path / "runs" / recipe.stem / "summary.json").read_text())["steps"] == 1
+
+
+def test_the_header_of_the_recipe_that_ran_has_the_measured_figures() -> None:
+    """Of benchmarks/results/results.json, as docs/results.md has them."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "results.json").read_text(encoding="utf-8"))
+    summary = measured["runs"]["snips"]["summary"]
+    header = (ROOT / "recipes" / "smollm2-snips.yaml").read_text(encoding="utf-8")
+    took = f"{summary['peak_rss_bytes'] / 1e9:.1f} GB, {summary['wall_s'] / 60:.0f} min"
+    assert f"# Measured: {took}" in header
