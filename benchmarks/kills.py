@@ -1,21 +1,29 @@
-"""A run that is killed again and again, each time in a fresh process, ends with the bytes of one that never was.
+"""A run that is killed again and again, each time in a new process, ends with the bytes of one that never was.
 
     python benchmarks/kills.py [--kills 100] [--seed 0]
 
 A tiny random model with dropout, noise, a checkpoint at each step, and keep_best. SIGKILL comes at a random moment
-after the first new line of metrics.jsonl: in a step, a save, an evaluation, or while older checkpoints go. Writes JSON.
+after the first new line of metrics.jsonl: in a step, a save, an evaluation, or while older checkpoints go. The
+processes are forked from one that has imported everything and computed nothing: importing would take most of their
+time. Writes JSON.
 """
 
 import argparse
 import json
+import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from common import write_result
+
+import smidgen.api  # noqa: F401  before any fork
+from smidgen.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its tiny model
 
@@ -28,27 +36,29 @@ def killed_and_whole(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Make the model, the uninterrupted run and the killed one in `folder`; returns what was found."""
     from tiny import tiny_folder, write_rows
 
-    model, rows = tiny_folder(folder / "base"), write_rows(folder / "rows.jsonl")
+    log = folder / "log"
+    _finish(_forked(lambda: (tiny_folder(folder / "base"), write_rows(folder / "rows.jsonl")), folder, log), log)
     steps = ["--max-steps", str(STEPS_PER_KILL * (kills + 1)), "--epochs", "10000"]
-    fresh = [sys.executable, "-m", "smidgen", "finetune", str(model), str(rows), *_FLAGS, *steps, "--out"]
-    subprocess.run([*fresh, "whole"], cwd=folder, check=True, capture_output=True)
+    fresh = ["finetune", "base", "rows.jsonl", *_FLAGS, *steps, "--out"]
+    _finish(_forked(lambda: main([*fresh, "whole"]), folder, log), log)
     summary = json.loads((folder / "whole" / "summary.json").read_text(encoding="utf-8"))
     two_steps_s = 2 * summary["wall_s"] / summary["steps"]  # saves and evaluations included
-    moments, command, at = random.Random(seed), [*fresh, "killed"], []
+    moments, words, at = random.Random(seed), [*fresh, "killed"], []
     metrics = folder / "killed" / "metrics.jsonl"
     for _ in range(kills):
         before = _lines(metrics)
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and (_lines(metrics) <= before):
-            time.sleep(0.005)
-            before = min(before, _lines(metrics))  # the resumed run has dropped what it does again
+        child = _forked(lambda words=words: main(words), folder, log)
+        while (now := _lines(metrics)) <= before:
+            before = min(before, now)  # the resumed run has dropped what it does again
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), f"ended by itself: {log.read_text(encoding='utf-8')}"
+            time.sleep(0.001)
         time.sleep(moments.uniform(0, two_steps_s))
-        process.kill()
-        errors = process.communicate()[1].decode()
-        assert process.returncode == -9, f"ended by itself, with {process.returncode}: {errors}"
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status), f"ended by itself: {log.read_text(encoding='utf-8')}"
         at.append(_lines(metrics))
-        command = [sys.executable, "-m", "smidgen", "finetune", "--resume", "killed"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        words = ["finetune", "--resume", "killed"]
+    _finish(_forked(lambda: main(words), folder, log), log)
     files = ("adapter_model.safetensors", "adapter_config.json")
     logs = [_without_clock(folder / run / "metrics.jsonl") for run in ("whole", "killed")]
     return {
@@ -58,6 +68,31 @@ def killed_and_whole(folder: Path, kills: int, seed: int) -> dict[str, object]:
         "same_log": logs[0] == logs[1],
         "remains": [path.name for path in (folder / "killed").rglob(".tmp-*")],
     }
+
+
+def _forked(work: Callable[[], object], folder: Path, log: Path) -> int:
+    """Start `work` in a child process, in `folder`, with what it prints in `log`; returns its id."""
+    if child := os.fork():
+        return child
+    code: object = 1
+    try:
+        os.chdir(folder)
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        work()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _finish(child: int, log: Path) -> None:
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, log.read_text(encoding="utf-8")
 
 
 def _lines(file: Path) -> int:

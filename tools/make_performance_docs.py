@@ -1,4 +1,4 @@
-"""Writes the tables of docs/{performance,quality,memory}.md and README.md from benchmarks/results/*.json.
+"""Writes the tables of docs/{performance,quality,results,memory}.md and README.md from benchmarks/results/*.json.
 
 Only what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced, in whichever page has these markers. A test
 compares the pages with what this makes.
@@ -13,7 +13,8 @@ from typing import Any
 from smidgen.bench.figures import format_rate
 
 ROOT = Path(__file__).parents[1]
-PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("performance", "quality", "memory")), ROOT / "README.md")
+_DOCS = ("performance", "quality", "results", "memory")
+PAGES = (*(ROOT / "docs" / f"{name}.md" for name in _DOCS), ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 Result = dict[str, Any]
 
@@ -242,6 +243,40 @@ def budgets_table(result: Result) -> str:
     text = f"{result['finished']} of {result['feasible']} finished, {refused}."
     titles = ["job", "below the smallest", "limits", "finished", "most layers streamed"]
     return f"{text}\n\n{_with_place(table(titles, rows), result)}"
+_FIGURES = {
+    "loss": "loss a token",
+    "exact_match": "exact match",
+    "valid_json": "valid JSON",
+    "json_f1": "F1 of JSON fields",
+    "rouge_l": "ROUGE-L",
+}
+
+
+def results_table(result: Result) -> str:
+    """What each run gave, figure by figure, then what it took."""
+    gave, took, commands = [], [], []
+    for data, run in result["runs"].items():
+        for name in [name for name in _FIGURES if name in run["figures"]]:
+            found = run["figures"][name]
+            write = _loss if name == "loss" else _percent
+            sides = [_interval(side, write) for side in (found["against"], found)]
+            sides.append(_interval(found["difference"], lambda value, write=write: "+" * (value >= 0) + write(value)))
+            gave.append([data, _FIGURES[name], str(run["test_rows"]), *sides])
+        summary = run["summary"]
+        wall = f"{summary['wall_s'] / 60:.1f} min"
+        numbers = [f"{summary['steps']:,}", f"{summary['tokens']:,}", f"{summary['tokens_per_s']:.0f}"]
+        took.append([data, *numbers, wall, _gigabytes(summary["peak_rss_bytes"])])
+        commands += [run["command"], run["evaluated"]]
+    figures = table(["data", "figure", "test rows", "base", "fine-tuned", "difference"], gave)
+    costs = table(["data", "steps", "tokens trained on", "tokens/s", "wall time, all included", "peak memory"], took)
+    return _with_place("\n\n".join([figures, costs, "\n".join(["```sh", *commands, "```"])]), result)
+
+
+def kills_line(result: Result) -> str:
+    """One sentence."""
+    same = result["same_bytes"] and result["same_log"] and not result["remains"]
+    ends = "the bytes and the log of the run that was not killed, and no temporary file" if same else "ANOTHER adapter"
+    return _with_place(f"Killed {result['kills']} times, the run ended with {ends}.", result)
 
 
 def readme_table(results: dict[str, Result]) -> str:
@@ -283,6 +318,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "forecasts": ("forecasts.py", forecasts_table),
     "seed_memory": ("seed_memory.py", seed_memory_table),
     "budgets": ("budgets.py", budgets_table),
+    "results": ("results.py", results_table),
+    "kills": ("kills.py", kills_line),
 }
 
 
@@ -333,6 +370,20 @@ def _spread(side: Result, key: str, unit: str, factor: float = 1.0) -> str:
 def _three(value: float) -> str:
     """Three digits: 0.123, 4.56, 78.9, 123."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _interval(figure: Result, write: Callable[[float], str]) -> str:
+    """'0.31 (0.25 to 0.40)'; without an interval where there are too few rows for one."""
+    text = write(figure["value"])
+    return text if figure["low"] is None else f"{text} ({write(figure['low'])} to {write(figure['high'])})"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def _ratio(value: float | None) -> str:

@@ -102,3 +102,28 @@ def test_the_tables_of_quality(tool: ModuleType) -> None:
     lines = tool.quality_table({"table": {"snips": means}, "runs": runs, **WHERE}).splitlines()
     assert lines[2] == "| snips | float32 | 2.500 | 0.5000 ± 0.1000 | 2 | - |"
     assert lines[3] == "| snips | nf4 | 2.500 | 0.4080 ± 0.0000 | 1 | +2.0% |", "against the same seeds"
+
+
+def test_the_tables_of_results(tool: ModuleType) -> None:
+    def figure(value: float, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+        return {"value": value, "low": low, "high": high}
+
+    loss = figure(0.5, 0.25, 0.75) | {"against": figure(2.5, 2.0, 3.0), "difference": figure(-2.0, -2.5, -1.5)}
+    exact = figure(0.5) | {"against": figure(0.0), "difference": figure(0.5)}
+    summary = {"steps": 100, "tokens": 31000, "tokens_per_s": 123.4, "wall_s": 90.0, "peak_rss_bytes": 1.25e9}
+    run = {"command": "smidgen finetune", "evaluated": "smidgen evaluate", "test_rows": 50, "summary": summary}
+    text = tool.results_table({"runs": {"snips": {**run, "figures": {"exact_match": exact, "loss": loss}}}, **WHERE})
+    lines = text.splitlines()
+    assert lines[2] == (
+        "| snips | loss a token | 50 | 2.500 (2.000 to 3.000) | 0.500 (0.250 to 0.750) | -2.000 (-2.500 to -1.500) |"
+    )
+    assert lines[3] == "| snips | exact match | 50 | 0% | 50% | +50% |"
+    assert "| snips | 100 | 31,000 | 123 | 1.5 min | 1.25 GB |" in lines
+    assert lines[-6:-2] == ["```sh", "smidgen finetune", "smidgen evaluate", "```"]
+
+
+def test_the_line_of_kills_hides_no_difference(tool: ModuleType) -> None:
+    found = {"kills": 100, "same_bytes": True, "same_log": True, "remains": [], **WHERE}
+    assert "Killed 100 times, the run ended with the bytes and the log" in tool.kills_line(found)
+    for wrong in ({"same_bytes": False}, {"same_log": False}, {"remains": [".tmp-1"]}):
+        assert "ANOTHER" in tool.kills_line(found | wrong)

@@ -62,7 +62,6 @@ def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (("llama-8t",), "no model 'llama-8t'"),
         (("llama-7b", "--memory", "lots"), "memory: not a size: 'lots' (write 6GiB, 1.5GB or 900MB)."),
-        (("llama-7b", "rows.jsonl"), "data: needs a model with a tokenizer"),
         (("llama-7b", "--targets", "nose"), "no layer matches nose"),
     ],
 )
@@ -78,3 +77,20 @@ def test_too_little_is_said_with_what_would_do(capfd: pytest.CaptureFixture[str]
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and not found["fits"] and found["smallest_bytes"] > 500_000_000
     assert "is too little: at least" in err
+
+
+def test_a_file_for_finetune_is_taken_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Settings that have no flag here count too: DoRA trains more. A shape's data is not read, and it is said."""
+    file = tmp_path / "run.yaml"
+    lines = ["data: owner/rows", "out: runs/a", "learning-rate: 1e-4", "seq-len: 64", "targets: q"]
+    words = ["tiny", "--config", str(file), "--compute-dtype", "float32", "--json"]
+    trainable = []
+    for more in ([], ["use-dora: true"]):
+        file.write_text("\n".join([*lines, *more]) + "\n")
+        code, out, err = run(capfd, *words)
+        assert code == 0 and "tiny is without a tokenizer: owner/rows is not read" in err
+        trainable.append(json.loads(out.splitlines()[-1])["trainable_parameters"])
+    assert trainable[1] == trainable[0] + 2 * 64  # a length for each output of q, in both layers
+    file.write_text("learning-rate: fast\nouts: runs/a\n")
+    code, _, err = run(capfd, *words)
+    assert code == 2 and "learning-rate: expected a number, found 'fast'" in err and "'outs'" in err

@@ -127,6 +127,7 @@ def verb(
     optional: tuple[str, ...] = (),
     several: tuple[str, ...] = (),
     flags: tuple[Flag, ...] = (),
+    in_file: tuple[Flag, ...] = (),
     check: Callable[[Given], list[str]] | None = None,
 ) -> Callable[[Callable[[Console, Given], Mapping[str, Any]]], Verb]:
     """Makes a command of `function(console, given)`: its result is what --json prints, its docstring is the help.
@@ -134,6 +135,7 @@ def verb(
 
     arguments: positional words in their order, also keys of the --config file; those in `optional` may be left out,
     those in `several` are lists.
+    in_file: flags of another verb that the --config file may have too, so that one file serves both.
     check: more rules over all values; returns one line for each that is broken.
     """
 
@@ -143,7 +145,7 @@ def verb(
             console = Console(as_json=bool(as_json))
             required = tuple(a for a in arguments if a not in optional)
             path = Path(config) if config else None
-            given = collect(flags, arguments, required, typed, path, check, several)
+            given = collect((*flags, *in_file), arguments, required, typed, path, check, several)
             for note in given.notes:
                 console.note(note)
             result = function(console, given)

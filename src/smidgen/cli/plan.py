@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smidgen.cli.console import Console
-from smidgen.cli.options import settings_flags, verb
+from smidgen.cli.options import Flag, settings_flags, verb
 from smidgen.cli.values import Given
 
 __all__ = ["plan"]
@@ -14,26 +14,29 @@ _NAMES = (
     "new_tokens", "dropout", "epochs", "max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len",
     "too_long", "mix", "limit",
 )  # fmt: skip
-_FLAGS = tuple(flag for flag in settings_flags() if flag.name in _NAMES)
+_SETTINGS = settings_flags()
+_FLAGS = tuple(flag for flag in _SETTINGS if flag.name in _NAMES)
+_IN_FILE = (*(flag for flag in _SETTINGS if flag.name not in _NAMES), Flag("out", str, None, ""))
 
 
-@verb("plan", arguments=("model", "data"), optional=("data",), several=("data",), flags=_FLAGS)
+@verb("plan", arguments=("model", "data"), optional=("data",), several=("data",), flags=_FLAGS, in_file=_IN_FILE)
 def plan(console: Console, given: Given) -> Mapping[str, Any]:
     """Forecast memory, by parts, and time of a fine-tuning run; no weights are read.
 
     MODEL is what finetune takes, a config.json alone, or the name of a shape (llama-7b, llama-65b, llama-3-8b,
     qwen2.5-7b, ...). Without DATA every row has --seq-len tokens. With --memory the settings are chosen that fit and
-    are fastest, as finetune chooses them.
+    are fastest, as finetune chooses them. A --config file of finetune is taken whole; of a shape, its DATA is not read.
 
     \b
     Examples:
       smidgen plan smollm2-135m toolcalls
       smidgen plan llama-7b --memory 6GiB --seq-len 512 --micro-batch 1
       smidgen plan llama-65b --device cuda --rank 64
+      smidgen plan llama-7b --config recipes/alpaca-llama-7b.yaml
     """
     from smidgen import api
 
-    result = api.plan(given["model"], given["data"] or None, report=console.report, **given.pick(_FLAGS))
+    result = api.plan(given["model"], given["data"] or None, report=console.report, **given.pick(_SETTINGS))
     console.close()
     console.forecast(result)
     return result

@@ -11,7 +11,7 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.checkpoint.safetensors import read_config
-from smidgen.errors import DataError, SettingsError
+from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
@@ -100,7 +100,7 @@ def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, r
     is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
     if is_shape or path.name == "config.json":
         if data is not None:
-            raise SettingsError(["data: needs a model with a tokenizer; leave it out and give --seq-len"])
+            report(Note(f"{model} is without a tokenizer: {data} is not read"))
         config = SHAPES[model] if is_shape else read_config(path.parent)
         name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
     else:
@@ -115,7 +115,7 @@ def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, r
                 raise DataError(f"{', '.join(found.data.names)}: no row is left to train on", cure="raise --seq-len")
     if not rows:
         rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
-        report(Note(f"no data given: every row has {settings.seq_len} tokens"))
+        report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
         return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
     return _Subject(name, checkpoint, config, rows, Schedule(rows, settings, mixture).total_steps)
 
