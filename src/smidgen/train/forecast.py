@@ -11,6 +11,7 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.checkpoint.safetensors import read_config
+from smidgen.data.records import as_specs
 from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.model.device import choose_compute_dtype, choose_device
@@ -100,7 +101,7 @@ def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, r
     is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
     if is_shape or path.name == "config.json":
         if data is not None:
-            report(Note(f"{model} is without a tokenizer: {data} is not read"))
+            report(Note(f"{model} is without a tokenizer: {', '.join(as_specs(data))} is not read"))
         config = SHAPES[model] if is_shape else read_config(path.parent)
         name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
     else:
