@@ -27,7 +27,7 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
     assert result["forecast_peak_bytes"] <= result["measured_peak_bytes"] + (96 << 20)
     if result["limit_enforced"]:
         assert 0 < result["cgroup_peak_bytes"] <= LIMIT
-    assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-nf4-dq"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-512-nf4-dq"]
     if mode == "train":
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
 

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smidgen.errors import RunError
-from smidgen.export import merge as merge_module
 from smidgen.export.merge import save_merged
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
@@ -42,10 +41,9 @@ def test_a_tied_head_with_an_adapter_becomes_its_own_matrix(tmp_path: Path) -> N
     torch.testing.assert_close(merged(IDS).logits, base.model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_shards_have_an_index_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_module, "_SHARD_BYTES", 60_000)
+def test_shards_have_an_index_and_load(tmp_path: Path) -> None:
     base = _adapted(tiny_folder(tmp_path / "base"), "all")
-    save_merged(base, tmp_path / "merged", torch.bfloat16, byte_tokenizer())
+    save_merged(base, tmp_path / "merged", torch.bfloat16, byte_tokenizer(), shard_bytes=60_000)
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     # bfloat16 keeps 8 bits of each weight

@@ -14,12 +14,12 @@ import smidgen
 from gguf_models import write_gguf
 from smidgen.errors import ModelError, RunError, SettingsError
 from smidgen.events import Note, Progress, Saved
-from smidgen.export import merge as merge_module
 from smidgen.export.packed import save_packed
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.calibration import builtin_text
 from smidgen.model.gptq import quantise_base
+from smidgen.planning import conversion
 from smidgen.quant.gptq import GptqSettings, round_to_nearest
 from smidgen.quant.grouped import GroupedMatrix
 from tiny import VOCAB_SIZE, build, byte_tokenizer, tiny_folder, write_rows
@@ -264,7 +264,7 @@ def test_a_merged_adapter_is_packed_too(tmp_path: Path) -> None:
 def test_shards_and_events(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_folder(tmp_path / "dense", dtype=torch.bfloat16)
     said: list[Any] = []
-    monkeypatch.setattr(merge_module, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(conversion, "LARGEST_SHARD", 30_000)
     smidgen.quantize(str(dense), tmp_path / "many", to=to, report=said.append, **(FAST if to == "gptq" else {}))
     monkeypatch.undo()
     smidgen.quantize(str(dense), tmp_path / "one", to=to, **(FAST if to == "gptq" else {}))

@@ -10,9 +10,10 @@ from smidgen.data.batch import Batch, make_batch
 from smidgen.data.render import Example
 from smidgen.errors import RunError
 from smidgen.lora.attach import adapters, attach_lora
+from smidgen.model.device import padded_rows
 from smidgen.model.recompute import set_recompute
 from smidgen.train.config import Settings
-from smidgen.train.loss import batch_loss, chunked_cross_entropy
+from smidgen.train.loss import batch_loss, chunked_cross_entropy, row_losses
 from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import learning_rate_at, optimizer_step
 from tiny import VOCAB_SIZE, build, tiny_folder
@@ -52,6 +53,30 @@ def _assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         # float32 sums in another order
         assert float((a - b).norm()) <= 2e-5 * float(b.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_rows_that_fill_up_a_product_change_nothing(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As products in 16 bits take them, here in float32, where rounding does not hide anything."""
+    base, parameters = _model(tmp_path, architecture)
+    base.packs = True
+    batch = make_batch(_examples([30, 7, 41]))
+    plain, plain_rows = _grads(base, parameters, [batch]), row_losses(base, batch)
+    monkeypatch.setattr(type(base), "padded", lambda self, rows: -(-rows // 64) * 64)
+    assert len(base.hidden_of_rows(batch.input_ids, batch.lengths)[0]) == 128
+    _assert_close(_grads(base, parameters, [batch]), plain)
+    torch.testing.assert_close(row_losses(base, batch), plain_rows, rtol=1e-5, atol=1e-5)
+
+
+def test_only_products_in_16_bits_on_a_cpu_are_filled_up(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert [padded_rows(65, kind, cpu) for kind in (torch.float32, torch.bfloat16, torch.float16)] == [65, 128, 128]
+    assert padded_rows(65, torch.bfloat16, torch.device("cuda")) == 65
+    base = build(tiny_folder(tmp_path), dtype=torch.bfloat16)
+    batch = make_batch(_examples([30, 7, 41]))
+    assert len(base.hidden_of_rows(batch.input_ids, batch.lengths)[0]) == 128
 
 
 def _full_loss(base, batch: Batch) -> torch.Tensor:

@@ -101,15 +101,32 @@ def _experts(experts: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([dense(expert, dtype, _CPU) for expert in experts])
 
 
-def save_merged(base: Base, out: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
-    """Write the merged model as a Hugging Face folder, whole or not at all. Raises RunError if `out` exists."""
+def save_merged(
+    base: Base,
+    out: Path,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    report: Report = silent,
+    shard_bytes: int = LARGEST_SHARD,
+) -> None:
+    """Write the merged model as a Hugging Face folder, whole or not at all, in files of about shard_bytes.
+
+    Raises RunError if `out` exists.
+    """
     with new_folder(out) as folder:
-        write_merged(base, folder, dtype, tokenizer, report)
+        write_merged(base, folder, dtype, tokenizer, report, shard_bytes)
 
 
-def write_merged(base: Base, folder: Path, dtype: torch.dtype, tokenizer: Any, report: Report = silent) -> None:
+def write_merged(
+    base: Base,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    report: Report = silent,
+    shard_bytes: int = LARGEST_SHARD,
+) -> None:
     """The files of save_merged, into a folder that is there."""
-    write_model(base, folder, _merged_tensors(base, dtype, report), dtype, tokenizer)
+    write_model(base, folder, _merged_tensors(base, dtype, report), dtype, tokenizer, shard_bytes=shard_bytes)
 
 
 def _merged_tensors(base: Base, dtype: torch.dtype, report: Report) -> Iterator[tuple[str, torch.Tensor]]:

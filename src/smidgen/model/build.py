@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
+from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.packing import PackedRows, pack_rows
@@ -78,13 +79,17 @@ class Base:
         backbone: Any = self.backbone
         fused = is_fused(backbone) and not any(layer.needs_modules for layer in backbone.layers)
         if fused or self.packs:
-            packed = pack_rows(input_ids, lengths, groups)
+            packed = pack_rows(input_ids, lengths, groups, self.padded)
             hidden = hidden_rows(backbone, packed) if fused else self._hidden_packed(packed)
             return hidden, packed.places.to(self.device)
         # attention is causal, so what counts sees no padding, and no mask is needed
         real = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
         hidden = self.hidden_of(input_ids.to(self.device))[real]
         return hidden, torch.arange(len(hidden), device=self.device)
+
+    def padded(self, rows: int) -> int:
+        """How many rows a product takes for so many: see padded_rows."""
+        return padded_rows(rows, self.compute_dtype, self.device)
 
     def _hidden_packed(self, packed: PackedRows) -> torch.Tensor:
         """Last hidden states [tokens computed, hidden_size], by transformers' layers."""

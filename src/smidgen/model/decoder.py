@@ -126,14 +126,15 @@ class FusedDecoder:
     def _prompt(self, row: int, prompt: Sequence[int]) -> torch.Tensor:
         """Fills a row of the cache; returns the last token's state before the final norm, [hidden_size]."""
         length = len(prompt)
-        x = self._backbone.embed_tokens(torch.tensor(prompt))
-        rows = Rows(Segments([length]), self._cosine[:length], self._sine[:length])
+        padded = max(length, min(self._base.padded(length), len(self._cosine)))  # on the right, which none of them sees
+        x = self._backbone.embed_tokens(torch.tensor([*prompt, *[0] * (padded - length)]))
+        rows = Rows(Segments([padded]), self._cosine[:padded], self._sine[:padded])
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             shape = layer.shape
             x, kept = layer.run(x, layer.parts(), rows)
-            new = kept.qkv[:, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
+            new = kept.qkv[:length, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
             keys[row, :, :length], values[row, :, :length] = new[0], new[1]
-        return x[-1]
+        return x[length - 1]
 
     def _reserve(self, tokens: int) -> None:
         """Room for `tokens` in every row of the cache and in the tables of positions."""

@@ -262,6 +262,7 @@ class FusedLayer(nn.Module):
         grad_gate_up = scratch("grad_gate_up", kept.gate_up.shape, grad.dtype, grad.device)
         product = scratch("product", grad_product.shape, grad.dtype, grad.device)
         swiglu_backward(grad_product, kept.gate_up, grad_gate_up, product)
+        del grad_product  # here and below: what is of all tokens' size leaves as soon as nothing needs it
         down_A = parts.down.backward_A(grad_low, product)
         down_m = parts.down.backward_magnitude(grad, product, kept.down_low)
 
@@ -272,12 +273,14 @@ class FusedLayer(nn.Module):
         gate_up_A = parts.gate_up.backward_A(grad_low, normed)
         gate_up_m = parts.gate_up.backward_magnitude(grad_gate_up, normed, kept.gate_up_low)
         grad_middle = rms_norm_backward(grad_normed, kept.middle, norm[0], kept.middle_rstd, residual=grad)
+        del normed, grad_normed
 
         grad_attended, grad_low, out_B = parts.out.backward_input(grad_middle, kept.out_low, wants_x=True)
         assert grad_attended is not None
         out_A = parts.out.backward_A(grad_low, kept.attended)
         out_m = parts.out.backward_magnitude(grad_middle, kept.attended, kept.out_low)
         grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse, rows.segments, shape)
+        del grad_attended
         rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
         for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):

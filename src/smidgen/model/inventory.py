@@ -12,6 +12,7 @@ from smidgen.checkpoint.base import Checkpoint
 from smidgen.model.build import read_config, skeleton
 from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
+from smidgen.model.kept import kept_by_modules
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import layer_of
 from smidgen.model.trained import trainable_names
@@ -61,6 +62,8 @@ def inventory_of(
     if kept:
         linears = _as_in_file(linears, in_file)
     sizes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
+    fused = fuses and is_known(model)
+    head_name = next(path for path, module in model.named_modules() if module is head)
     heads = text.num_attention_heads
     return Inventory(
         name=name,
@@ -77,8 +80,9 @@ def inventory_of(
         head_bytes=sizes[1],
         norm_bytes=others * itemsize,
         mapped=storage == "none" or (kept and storage not in ("gptq", "awq")),
-        fused=fuses and is_known(model),
-        head_name=next(path for path, module in model.named_modules() if module is head),
+        fused=fused,
+        head_name=head_name,
+        kept=None if fused else kept_by_modules(model, torch.bfloat16 if itemsize == 2 else torch.float32),
         modules=tuple(
             (path, sum(parameter.numel() for parameter in model.get_submodule(path).parameters(recurse=False)))
             for path in trainable_names(model)

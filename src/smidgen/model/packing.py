@@ -1,6 +1,6 @@
 """The rows of a batch as one sequence of tokens: no padding, and what rows begin with alike only once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,15 @@ class PackedRows:
 
 
 def pack_rows(
-    input_ids: torch.Tensor, lengths: torch.Tensor, groups: Sequence[tuple[Sequence[int], int]] = ()
+    input_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    groups: Sequence[tuple[Sequence[int], int]] = (),
+    padded: Callable[[int], int] = int,
 ) -> PackedRows:
     """input_ids int64 [B, T], padded on the right; lengths int64 [B].
 
-    groups: (rows, how many tokens all of them begin with alike), each row once; none: nothing is shared.
+    groups: (rows, how many tokens all of them begin with alike), each row once; none: nothing is shared. padded: how
+    many tokens are to be computed for so many; what is too few becomes a row of its own, which no place points to.
     """
     row_lengths = lengths.tolist()
     pieces: list[tuple[int, int, int]] = []  # row, its first token, behind its last one
@@ -58,8 +62,13 @@ def pack_rows(
         first, prefix_tokens = shared.get(row, (0, 0))
         places += [torch.arange(first, first + prefix_tokens)]
         places += [torch.arange(length - prefix_tokens) + starts[row, prefix_tokens]]
+    ids = [input_ids[row, start:stop] for row, start, stop in pieces]
+    if more := padded(tokens) - tokens:
+        ids.append(input_ids.new_zeros(more))
+        pieces.append((-1, 0, more))
+        prefixes.append(-1)
     return PackedRows(
-        ids=torch.cat([input_ids[row, start:stop] for row, start, stop in pieces]),
+        ids=torch.cat(ids),
         positions=torch.cat([torch.arange(start, stop) for _, start, stop in pieces]),
         segments=Segments([stop - start for _, start, stop in pieces], prefixes),
         places=torch.cat(places),

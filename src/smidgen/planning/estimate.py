@@ -2,7 +2,7 @@
 
 Everything counts bytes. tokens: of one micro-batch, padding left out where the layers are smidgen's own. itemsize: of
 the compute type. What is kept is counted tensor by tensor as model/fused.py makes it; for transformers' own layers by
-what their modules were measured to keep.
+what their modules save on the meta device (model/kept.py).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ __all__ = [
     "kept_bytes",
     "layer_work_bytes",
     "loss_bytes",
+    "program_bytes",
     "scratch_bytes",
     "stream_bytes",
 ]
@@ -26,7 +27,8 @@ RECOMPUTE = ("none", "cheap", "full")  # what a layer computes again in the back
 
 _CHUNK_LOGITS = 1 << 25  # 128 MiB of float32: 682 positions of 49,152 classes
 _FLOAT32 = 4
-_MODULES = (14, 5)  # vectors of hidden_size and intermediate_size that a layer of transformers keeps for a token
+_PROGRAMS = 24 << 20  # of oneDNN, for the products of one number of rows
+_MODULES = (14, 5)  # vectors of hidden_size and intermediate_size that a layer of transformers keeps at most
 
 
 def _widths(model: Inventory) -> tuple[int, int, int, int]:
@@ -39,10 +41,20 @@ def _widths(model: Inventory) -> tuple[int, int, int, int]:
     )
 
 
-def kept_bytes(model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32) -> int:
+def kept_bytes(
+    model: Inventory,
+    tokens: int,
+    recompute: Sequence[str],
+    ranks: int,
+    itemsize: int = _FLOAT32,
+    *,
+    longest: int = 1,
+    inputs: int = 0,
+) -> int:
     """What the layers keep for the backward pass, layer by layer as `recompute` says.
 
-    ranks: of all adapters of a layer together (the products x Aᵀ). Left out: nothing of a token's size.
+    ranks: of all adapters of a layer together (the products x Aᵀ). inputs: numbers a token that a layer of transformers
+    keeps for adapters alone. longest: tokens of the longest row. Left out: nothing of a token's size.
     """
     hidden, inner, q, kv = _widths(model)
     if model.fused:
@@ -53,40 +65,64 @@ def kept_bytes(model: Inventory, tokens: int, recompute: Sequence[str], ranks: i
             none += itemsize * (q + kv // 2) + _FLOAT32 * (model.num_heads + model.num_kv_heads)
         of_layer = {"none": none, "cheap": none - 2 * itemsize * hidden, "full": itemsize * hidden}
     else:
-        of_hidden, of_inner = _MODULES
-        none = itemsize * (of_hidden * hidden + of_inner * inner + ranks)
+        if model.kept is not None:
+            none = ceil((model.kept.per_token + model.kept.per_pair * longest) / model.num_layers)
+            none += itemsize * (inputs + ranks)
+        else:
+            of_hidden, of_inner = _MODULES
+            none = itemsize * (of_hidden * hidden + of_inner * inner + ranks)
         of_layer = {"none": none, "cheap": none, "full": itemsize * hidden}
     return tokens * sum(of_layer[choice] for choice in recompute)
 
 
+def _widest(model: Inventory) -> int:
+    """Numbers a token between the products of a layer's MLP: gate and up together, or the one that there is."""
+    inner = model.intermediate_size
+    layer = [linear for linear in model.linears if linear.layer == 0 and not linear.is_expert]
+    found = sum(linear.out_features for linear in layer if linear.out_features % inner == 0)
+    return found or 2 * inner
+
+
 def layer_work_bytes(
-    model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32
+    model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32, **kept: int
 ) -> int:
     """The largest working set of one layer: its backward pass, and what it computes again for that.
 
-    Left out: panels of W (scratch_bytes).
+    kept: more arguments of kept_bytes. Left out: panels of W (scratch_bytes).
     """
     hidden, inner, q, kv = _widths(model)
-    # gradients of the output, of both norms' outputs and of the middle, the input's, norms computed again; of
-    # attention's output and of q, k, v; of the product of gate and up
-    backward = itemsize * (7 * hidden + 2 * q + kv + inner)
-    if not model.fused:
-        backward += itemsize * 4 * inner
+    if model.fused:
+        # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
+        # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
+        backward = itemsize * max(hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv)
+    else:
+        # behind and before each of the widest vectors; or of what goes into attention and comes out
+        backward = itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
     again = 0
     if "full" in recompute:
-        again = kept_bytes(model, 1, ("none",), ranks, itemsize) - itemsize * hidden
+        again = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept) - itemsize * hidden
     return tokens * (backward + again)
 
 
 def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
-    """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums, panels.
+    """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums and, in 16
+    bits, its operands in float32; panels.
 
     longest: tokens of the longest row.
     """
-    _, inner, _, kv = _widths(model)
+    _, inner, q, kv = _widths(model)
     parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
-    work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv) if model.fused else 0
+    wide = _FLOAT32 * (4 * q + 2 * kv) if itemsize < _FLOAT32 else 0  # q, k, v, the output, and gradients of them
+    work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv + wide) if model.fused else 0
     return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
+
+
+def program_bytes(most_tokens: int, least_tokens: int) -> int:
+    """What a CPU compiles for products in 16 bits, for each number of rows, a multiple of 64 (model/device.py).
+
+    most_tokens, least_tokens: of a micro-batch. Two more stand for the labels and for rows that are evaluated.
+    """
+    return _PROGRAMS * (2 + ceil(most_tokens / 64) - least_tokens // 64)
 
 
 def chunk_positions(positions: int, classes: int, most: int | None = None) -> int:
@@ -105,9 +141,9 @@ def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_par
 
     Counts every token as labelled.
     """
-    chunk = chunk_positions(tokens, model.vocab_size)
+    chunk, of_norm = chunk_positions(tokens, model.vocab_size), 3 if model.fused else 1
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
-    return chunk * model.vocab_size * itemsize + 6 * itemsize * tokens * model.hidden_size + learnt
+    return itemsize * (chunk * model.vocab_size + (3 + of_norm) * tokens * model.hidden_size) + learnt
 
 
 def adapter_bytes(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Inventory", "Linear", "packed_bytes"]
+__all__ = ["Inventory", "Linear", "ModuleKept", "packed_bytes"]
 
 # bits of weight i, then bytes for each block of so many weights; GPTQ's groups have a 16-bit scale and a byte of zero
 _BLOCK, _OUTER, _GROUP = 64, 256, 128
@@ -27,13 +27,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class ModuleKept:
+    """What all layers of transformers together keep for the backward pass (model/kept.py): bytes for each token and for
+    each pair of tokens of a row. inputs: (linear layer, number of its input) where an adapter would be the first to
+    keep it; layers with the same input have the same number.
+    """
+
+    per_token: float
+    per_pair: float
+    inputs: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Inventory:
     """A causal LM with its base stored in one way.
 
     linears: of the decoder, experts too. head_bytes: of an untied head as stored; 0 for a tied one. norm_bytes: norms,
     biases and other small parameters, in the compute type. mapped: whether the linear layers' bytes are views of the
-    model file. fused: whether smidgen's own layers compute it (model/fused.py). head_norms: of q and k, as in Qwen 3.
-    modules: name and numbers of what can be trained whole: embeddings, head and norms.
+    model file. fused: whether smidgen's own layers compute it (model/fused.py); kept: of others, where it is known.
+    head_norms: of q and k, as in Qwen 3. modules: name and numbers of what can be trained whole: embeddings, head and
+    norms.
     """
 
     name: str
@@ -55,6 +68,7 @@ class Inventory:
     head_name: str = "lm_head"
     modules: tuple[tuple[str, int], ...] = ()
     embedding_name: str = "model.embed_tokens"
+    kept: ModuleKept | None = None
 
     @cached_property
     def layer_bytes(self) -> list[int]:

@@ -24,7 +24,7 @@ _RUNTIME = 16 << 20  # what starts with the first step: buffers of BLAS, stacks 
 @dataclass(frozen=True)
 class Machine:
     """gflops: of products with packed weights; disk_bytes_per_s: reading; framework_bytes: anonymous memory of the
-    process before the model is loaded; library_bytes: its resident pages of program files.
+    process before the model is loaded; library_bytes: its resident pages of program files. is_cpu: it computes there.
     """
 
     gflops: float
@@ -32,6 +32,7 @@ class Machine:
     framework_bytes: int
     library_bytes: int
     threads: int
+    is_cpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Work:
     """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
     in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
-    that the head computes with.
+    that the head computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone.
     """
 
     lengths: tuple[int, ...]
@@ -50,6 +51,7 @@ class Work:
     pack: int | None = None
     state_bytes: float = 8
     head_parameters: int = 0
+    inputs: int = 0
 
     def tokens(self, rows: int, *, pads: bool) -> int:
         """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
@@ -57,6 +59,11 @@ class Work:
         if self.pack is not None:
             return max(longest, min(self.pack, sum(self.lengths[: self.rows_per_step])))
         return longest * min(rows, len(self.lengths)) if pads else sum(self.lengths[:rows])
+
+    def least_tokens(self, rows: int, *, pads: bool) -> int:
+        """Of the smallest micro-batch that can come."""
+        rows = min(rows, len(self.lengths))
+        return self.lengths[-1] * rows if pads else sum(self.lengths[-rows:])
 
     def mean_tokens(self) -> float:
         """Of one optimizer step."""
@@ -110,8 +117,9 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     item, threads = work.itemsize, machine.threads
     sizes = model.layer_bytes
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
-    kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item)
-    backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item)
+    more = {"longest": longest, "inputs": work.inputs}
+    kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item, **more)
+    backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item, **more)
     loss = estimate.loss_bytes(model, tokens, item, work.head_parameters)
     small = {
         "framework": machine.framework_bytes,
@@ -125,6 +133,9 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "loss chunk": loss,
         "scratch": estimate.scratch_bytes(model, tokens, longest, threads, item),
     }
+    if machine.is_cpu and item == 2:
+        least = work.least_tokens(choice.micro_batch, pads=not model.fused)
+        small["programs"] = estimate.program_bytes(tokens, min(tokens, least))
     small["runtime and slack"] = _RUNTIME + round(
         _SLACK * sum(size for name, size in small.items() if name != "framework")
     )

@@ -143,7 +143,7 @@ def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> st
 
 def _machine(device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, *, runs_here: bool) -> Machine:
     if not runs_here:
-        return Machine(1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1)
+        return Machine(1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1, is_cpu=False)
     files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
     return machine_now(torch.device(device), dtype, largest)

@@ -94,7 +94,10 @@ def chunked_cross_entropy(
     chunk of logits below 128 MiB. weights: float32 [M], how often each position counts. A head's adapter gets its
     gradient.
     """
-    chunk = chunk_positions(len(hidden), base.head.out_features, chunk)
+    if more := base.padded(len(hidden)) - len(hidden):
+        weights = F.pad(hidden.new_ones(len(hidden), dtype=torch.float32) if weights is None else weights, (0, more))
+        hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
+    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features, chunk))
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, weights, *trained)  # type: ignore[return-value]
 
@@ -105,9 +108,9 @@ def token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor) -> tup
     token, bool [M]), a chunk of logits at a time.
     """
     losses, likeliest = [], []
-    chunk = chunk_positions(len(hidden), base.head.out_features)
+    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features))
     for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = base.logits_of(part)
+        logits = base.logits_of(F.pad(part, (0, 0, 0, base.padded(len(part)) - len(part))))[: len(part)]
         likeliest.append(logits.argmax(dim=1) == wanted)
         losses.append(cross_entropy_(logits, wanted, backward=False))
     return torch.cat(losses), torch.cat(likeliest)

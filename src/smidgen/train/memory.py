@@ -66,7 +66,16 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         pack=settings.pack,
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
+        inputs=_adapter_inputs(model, names),
     )
+
+
+def _adapter_inputs(model: Inventory, names: Sequence[str]) -> int:
+    """Numbers a token that one of transformers' layers keeps because adapters learn from them."""
+    group = dict(model.kept.inputs) if model.kept else {}
+    width = {linear.name: linear.in_features for linear in model.linears}
+    chosen = {group[name]: width[name] for name in names if name in group and name in width}
+    return -(-sum(chosen.values()) // model.num_layers)
 
 
 def _beside_lora(model: Inventory, settings: Settings) -> tuple[int, int]:
@@ -98,7 +107,7 @@ def machine_now(device: torch.device, dtype: torch.dtype, file: Path | None = No
 def process_now(device: torch.device) -> Machine:
     """The same, its speed not measured: enough where nothing has to be traded for memory."""
     memory = resident_bytes() if device.type == "cpu" else (CUDA_CONTEXT_BYTES, 0)
-    return Machine(1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads())
+    return Machine(1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), device.type == "cpu")
 
 
 def measure_disk(file: Path, budget_s: float = 0.5) -> float:
