@@ -36,6 +36,14 @@ def test_a_batch_answers_as_each_prompt_alone(architecture: str, tmp_path: Path)
     assert generate_batch(base, PROMPTS, [stop], Sampling(max_new_tokens=10), VOCAB_SIZE) == expected
 
 
+def test_prompts_that_fill_up_a_product_are_answered_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build(tiny_folder(tmp_path, "mistral"))
+    sampling = Sampling(max_new_tokens=10)
+    expected = generate_batch(base, PROMPTS, [], sampling, VOCAB_SIZE)
+    monkeypatch.setattr(type(base), "padded", lambda self, rows: rows + 5)
+    assert generate_batch(base, PROMPTS, [], sampling, VOCAB_SIZE) == expected
+
+
 def test_sampling_is_repeatable_and_follows_its_seed(tmp_path: Path) -> None:
     base = build(tiny_folder(tmp_path))
 

@@ -64,9 +64,11 @@ def test_rows_that_fill_up_a_product_change_nothing(
     base.packs = True
     batch = make_batch(_examples([30, 7, 41]))
     plain, plain_rows = _grads(base, parameters, [batch]), row_losses(base, batch)
+    plain_loss = batch_loss(base, batch).detach()
     monkeypatch.setattr(type(base), "padded", lambda self, rows: -(-rows // 64) * 64)
     assert len(base.hidden_of_rows(batch.input_ids, batch.lengths)[0]) == 128
     _assert_close(_grads(base, parameters, [batch]), plain)
+    torch.testing.assert_close(batch_loss(base, batch).detach(), plain_loss)
     torch.testing.assert_close(row_losses(base, batch), plain_rows, rtol=1e-5, atol=1e-5)
 
 
