@@ -12,6 +12,7 @@ from smidgen.errors import SettingsError
 from smidgen.quant.matrix import quantise
 
 __all__ = [
+    "cgroup_limits",
     "choose_compute_dtype",
     "choose_device",
     "current_rss_bytes",
@@ -139,16 +140,9 @@ def peak_rss_bytes() -> int:
 
 
 def memory_limit_bytes() -> int | None:
-    """What a cgroup (1 or 2) lets this process have in all; None where it has no limit."""
+    """What the cgroups (1 or 2) of this process let it have in all; None where they set no limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limit = int((Path("/sys/fs/cgroup") / name).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit < total:
-            return limit
-    return None
+    return min((limit for limit, _ in cgroup_limits() if limit < total), default=None)
 
 
 def free_memory_bytes() -> int:
@@ -159,13 +153,38 @@ def free_memory_bytes() -> int:
         free = int(available) * 1024
     except (OSError, IndexError):
         pass
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / usage).read_text()))
-        except (OSError, ValueError):
+    return max(0, min([free, *(limit - used for limit, used in cgroup_limits())]))
+
+
+def cgroup_limits(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[tuple[int, int]]:
+    """(limit, bytes used that cannot be given up) of this process's memory cgroup and of each that it lies in.
+
+    In a container the process's own path is often not mounted; the root then is its group. Page cache that has not been
+    used lately (inactive_file of memory.stat) counts as free.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
             continue
-    return max(free, 0)
+        top, names = (
+            (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+            if controllers
+            else (root, ("memory.max", "memory.current", "inactive_file"))
+        )
+        group = top / path.strip("/")
+        for folder in dict.fromkeys([group, *group.parents]):
+            if folder != top and top not in folder.parents:
+                continue
+            try:
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                found.append((limit, used - int(statistics.get(names[2], 0))))
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+    return found

@@ -55,7 +55,7 @@ from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
 from smidgen.train.run import adapter_folder, read_record
 from smidgen.train.sharing import choose_batching
-from smidgen.units import format_bytes, format_count
+from smidgen.units import format_bytes, format_count, parse_bytes
 
 __all__ = ["Prepared", "gptq_folder", "initial_adapter", "prepare"]
 
@@ -223,6 +223,7 @@ def _quantised(source: Source, examples: Examples, folder: Path, settings: Setti
         settings=GPTQ_ON_THE_WAY,
         calibration=text,
         trust_remote_code=settings.trust_remote_code,
+        memory=parse_bytes(settings.memory) if settings.memory else None,
         report=report,
     )
     report(Note(f"the quantised base lies in {folder}: the run needs it from now on"))
