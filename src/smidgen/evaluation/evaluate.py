@@ -63,11 +63,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _File:
-    """kind: rows, text, choices or last word; content: Rows, str or list[Task]."""
+    """kind: rows, text, choices or last word; content: Rows, str or list[Task]. placeholders: see DataSet."""
 
     name: str
     kind: str
     content: Any
+    placeholders: frozenset[str] = frozenset()
 
 
 def evaluate(
@@ -85,6 +86,8 @@ def evaluate(
     _check(model, data, against, questions, out)
     settings = _settings_of_rows(model, how, report)
     files = [_read(name, how, settings, report) for name in data]
+    if "fill" in how.rows:  # a run's own may be for rows that are not here
+        edits_of(settings).check_fill(frozenset().union(*(file.placeholders for file in files)))
     if how.protocol and all(file.kind != "text" for file in files):
         raise SettingsError(["protocol: is for plain text, which none of the files is"])
     asked = read_questions(Path(questions).expanduser(), how.limit) if questions else []
@@ -151,7 +154,7 @@ def _read(name: str, how: Evaluation, settings: Settings, report: Report) -> _Fi
         return _File(name, *task)
     parts = read_data(name, hold_out=False, edits=edits_of(settings), report=report)
     rows = parts.test or parts.validation or parts.train
-    return _File(name, "rows", rows.select(np.arange(len(rows)) < (how.limit or len(rows))))
+    return _File(name, "rows", rows.select(np.arange(len(rows)) < (how.limit or len(rows))), parts.placeholders)
 
 
 def _measure(

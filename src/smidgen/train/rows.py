@@ -74,6 +74,7 @@ def read_rows(
     check_mix(data, settings)
     edits = edits_of(settings)
     rows = read_data(data, limit=settings.limit, edits=edits, report=report)
+    edits.check_fill(rows.placeholders)
     renderer = renderer_of(settings, source.tokenizer, source.max_positions, report)
     cache = cache_folder() / "tokens" if settings.token_cache else None
     odd = find_odd(source.tokenizer)
