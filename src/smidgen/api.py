@@ -141,7 +141,7 @@ def inspect_data(
     """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
 
     data, settings: of the run that is planned, as in finetune; what shared prefixes save in it depends on micro_batch,
-    accumulation and pack.
+    accumulation, pack, share_prefix, dropout, neftune_alpha and group_by_length.
     """
     given = settings_from(settings)
     source = open_source(str(model), report)

@@ -109,7 +109,7 @@ FROZEN_FLAGS = {
     },
     "data": {
         *("seq_len", "too_long", "mix", "limit", "system", "fill", "token_cache", "train_on_prompt", "micro_batch"),
-        *("accumulation", "pack"),
+        *("accumulation", "pack", "share_prefix", "dropout", "neftune_alpha", "group_by_length"),
     },
     "download": set(),
     "doctor": set(),
