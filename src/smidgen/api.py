@@ -12,6 +12,7 @@ smidgen.merge("runs/mine", "models/mine")
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ import torch
 
 from smidgen.bench.doctor import check_disk, check_step
 from smidgen.checkpoint.hub import download as _download
-from smidgen.data.edits import Edits
 from smidgen.data.records import as_specs, read_data
-from smidgen.data.render import Example, Renderer
+from smidgen.data.render import Example
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import RunError, SettingsError, SmidgenError
 from smidgen.evaluation.evaluate import Evaluation
@@ -54,7 +54,7 @@ from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import give_memory_back
-from smidgen.train.rows import read_rows
+from smidgen.train.rows import edits_of, read_rows, renderer_of
 from smidgen.train.run import Record, RunFolder, adapter_folder
 from smidgen.train.sharing import estimate_sharing
 from smidgen.units import format_bytes, parse_bytes
@@ -141,7 +141,7 @@ def inspect_data(
     """How rows become tokens and labels for this model's tokenizer; nothing is trained and no weight is read.
 
     data, settings: of the run that is planned, as in finetune; what shared prefixes save in it depends on micro_batch,
-    accumulation and pack.
+    accumulation, pack, share_prefix, dropout, neftune_alpha and group_by_length.
     """
     given = settings_from(settings)
     source = open_source(str(model), report)
@@ -159,8 +159,11 @@ def evaluate(
     answers: bool = True,
     max_new_tokens: int | None = None,
     batch_size: int = 16,
-    seq_len: int = 1024,
-    train_on_prompt: bool = False,
+    seq_len: int | None = None,
+    too_long: str | None = None,
+    system: str | None = None,
+    fill: dict[str, str] | None = None,
+    train_on_prompt: bool | None = None,
     questions: str | Path | None = None,
     out: str | Path | None = None,
     report: Report = silent,
@@ -172,12 +175,16 @@ def evaluate(
     answers compare; plain UTF-8 text: perplexity by `protocol`, 'gptq' or 'llama.cpp'; multiple choice and last words
     (data.tasks): accuracy. limit: the first rows, windows or questions of each. against: 'base', the base that the run
     was trained on, or another model or run, measured on the same rows. questions: a file of open questions, answered
-    into the new file `out`. max_new_tokens: of an answer; by default 128, of open questions 1,024.
+    into the new file `out`. max_new_tokens: of an answer; by default 128, of open questions 1,024. seq_len, too_long,
+    system, fill, train_on_prompt: of rows, as in finetune; None: as `model` was trained if it is a run.
 
     Returns model, against, data, a list of {data, kind, rows, figures} in their order (see measure.compare); with
     against also worse, a list of {data, kind, figure}: where the model is worse beyond the interval of the difference.
     """
-    how = Evaluation(protocol, limit, answers, max_new_tokens, batch_size, seq_len, train_on_prompt)
+    given = {"seq_len": seq_len, "too_long": too_long, "system": system, "fill": fill,
+             "train_on_prompt": train_on_prompt}  # fmt: skip
+    rows = {name: value for name, value in given.items() if value is not None}
+    how = Evaluation(protocol, limit, answers, max_new_tokens, batch_size, rows)
     return _evaluate(
         str(model),
         data,
@@ -265,14 +272,12 @@ def _held_out(run: Path, trained: LoadedModel, report: Report) -> list[Example]:
     """Rows that the run did not train on, or a plain text where they cannot be had."""
     try:
         _, settings, _, data = RunFolder.open(run)
-        rows = read_data(data, limit=settings.limit, edits=Edits(settings.system, settings.fill or {}))
+        rows = read_data(data, limit=settings.limit, edits=edits_of(settings))
     except SmidgenError:
         report(Note("the run's data is not there: the export is compared on a plain text"))
         return [plain_example(trained.tokenizer)]
-    renderer = Renderer(
-        trained.tokenizer, train_on_prompt=settings.train_on_prompt,
-        seq_len=min(settings.seq_len, trained.base.max_positions),
-    )  # fmt: skip
+    cut = replace(settings, too_long="right")  # for what is compared here a row's beginning is as good as all of it
+    renderer = renderer_of(cut, trained.tokenizer, trained.base.max_positions)
     return renderer.render_all((rows.test or rows.validation or rows.train)[:_COMPARED_ROWS])
 
 

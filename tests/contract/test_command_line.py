@@ -86,8 +86,7 @@ FROZEN_FLAGS = {
         "batch_size",
         "questions",
         "out",
-        "seq_len",
-        "train_on_prompt",
+        *("seq_len", "too_long", "system", "fill", "train_on_prompt"),
         *BASE,
     },
     "report": set(),
@@ -110,7 +109,7 @@ FROZEN_FLAGS = {
     },
     "data": {
         *("seq_len", "too_long", "mix", "limit", "system", "fill", "token_cache", "train_on_prompt", "micro_batch"),
-        *("accumulation", "pack"),
+        *("accumulation", "pack", "share_prefix", "dropout", "neftune_alpha", "group_by_length"),
     },
     "download": set(),
     "doctor": set(),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import smidgen
 import smidgen.errors
 from runs import adapter_bytes, stop_after
-from smidgen.errors import DataError, RunError, SettingsError
+from smidgen.errors import DataError, ModelError, RunError, SettingsError
 from smidgen.events import Evaluated, Event, Note, RowShown, Step
 from tiny import tiny_folder
 
@@ -128,6 +128,19 @@ def plain(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_each_setting_changes_the_result(name: str, plain: bytes, model: Path, rows: Path, tmp_path: Path) -> None:
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK | {name: EFFECTS[name]})
     assert adapter_bytes(run.path) != plain
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_read(rows: Path, tmp_path: Path) -> None:
+    """There is no model at all here: what is said first is what was looked at first."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match=r"runs/a cannot be made: .*/file is a file\. Choose another folder"):
+        smidgen.finetune(str(tmp_path / "no-model"), str(rows), tmp_path / "file" / "runs" / "a")
+    if Path("/proc/self").exists():  # nobody may write there, root neither
+        with pytest.raises(RunError, match="/proc/run cannot be written"):
+            smidgen.finetune(str(tmp_path / "no-model"), str(rows), "/proc/run")
+    with pytest.raises(ModelError, match="no-model"):
+        smidgen.finetune(str(tmp_path / "no-model"), str(rows), tmp_path / "new" / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
 
 
 def test_a_run_starts_from_an_existing_adapter(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -130,6 +130,39 @@ QUESTIONS: list[dict[str, Any]] = [
 ]
 
 
+def test_a_run_is_measured_on_rows_as_it_was_trained_on_them(model: Path, tmp_path: Path) -> None:
+    """The loss on a run's own validation file is the one that it shows itself, whatever its rows were made of."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"I am {{{{who}}}}. {'please ' * (i % 9)}say {i}"},
+                      {"role": "assistant", "content": f"{{{{who}}}}: {i}"}]}
+        for i in range(40)
+    ]  # fmt: skip
+    for name, part in (("train", rows[:28]), ("valid", rows[28:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    made: dict[str, Any] = {"system": "Be brief.", "fill": {"who": "Ann"}, "seq_len": 100, "too_long": "left"}
+    how: dict[str, Any] = {"rank": 4, "max_steps": 2, "compute_dtype": "float32", "share_prefix": "off"}
+    run = smidgen.finetune(str(model), str(tmp_path), tmp_path / "run", train_on_prompt=True, **made, **how)
+    valid, seen = str(tmp_path / "valid.jsonl"), list[Event]()
+
+    def loss(which: Path, **settings: Any) -> float:
+        # the run's batches: other ones round otherwise
+        given = {"answers": False, "batch_size": 4, "report": seen.append} | settings
+        return figures(which, valid, **given)["loss"]["value"]
+
+    own = loss(run.path)
+    assert own == run.summary["loss_after"]
+    assert loss(next((run.path / "checkpoints").iterdir())) == own
+    said = [event.text for event in seen if isinstance(event, (Note, Warned))]
+    assert any("rows as" in text and "system 'Be brief.'" in text and "seq_len 100" in text for text in said)
+    assert any("rows are longer than seq_len 100: their beginnings are cut" in text for text in said)
+    others = [{"system": ""}, {"fill": {"who": "Bo"}}, {"seq_len": 90}, {"too_long": "right"},
+              {"too_long": "drop"}, {"train_on_prompt": False}]  # fmt: skip
+    losses = [loss(run.path, **other) for other in others]
+    assert len({own, *losses}) == 1 + len(others), "each flag wins over the run, and matters"
+    same = loss(model, train_on_prompt=True, compute_dtype="float32", **made)
+    assert same == pytest.approx(run.summary["loss_before"], rel=1e-6), "the same flags make the same rows of a base"
+
+
 def test_open_questions_are_answered_turn_by_turn(stories: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 import smidgen
+from smidgen.data.edits import Edits
+from smidgen.data.records import read_data
 from smidgen.errors import DataError, SettingsError
 from smidgen.events import Note, Warned
 
@@ -114,15 +116,73 @@ def test_placeholders_are_filled_and_those_that_are_not_are_named(model: Path, d
     plain, notes, _ = inspect(model, data)
     assert "{{who}} says" in shown(plain)
     assert any("placeholders are trained on as they stand ({{who}})" in note for note in notes)
-    filled, notes, _ = inspect(model, data, fill={"who": "Ann", "other": "Bo"})
+    filled, notes, _ = inspect(model, data, fill={"who": "Ann"})
     assert "Ann says" in shown(filled)
     assert not any("placeholders" in note for note in notes)
 
 
-def test_edits_do_not_change_which_rows_are_held_out(model: Path, data: str) -> None:
-    from smidgen.data.edits import Edits
-    from smidgen.data.records import read_data
+def test_placeholders_of_texts_and_of_calls_are_named_and_filled(model: Path, tmp_path: Path) -> None:
+    call = {"name": "greet", "arguments": {"names": ["{{who}}"]}}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
+    for name, row in (("text", {"text": "I am {{who}}."}), ("call", {"messages": turns})):
+        (tmp_path / name).with_suffix(".jsonl").write_text(json.dumps(row))
+        spec = str((tmp_path / name).with_suffix(".jsonl"))
+        said = f"{name}.jsonl: placeholders are trained on as they stand ({{{{who}}}}); --fill NAME=TEXT fills them"
+        assert said in read_data(spec).notes
+        filled = read_data(spec, edits=Edits(fill={"who": "Ann"}))
+        assert "Ann" in str(filled.train[0]) and "who" not in str(filled.train[0])
+        assert said not in filled.notes
 
+
+def test_fill_for_a_name_that_no_row_has_is_refused(model: Path, data: str, rows: Path) -> None:
+    says = r"fill: no row says \{\{wo\}\}, placeholders are who"
+    with pytest.raises(SettingsError, match=says):
+        inspect(model, data, fill={"who": "Ann", "wo": "Bo"})
+    with pytest.raises(SettingsError, match=says):
+        smidgen.evaluate(model, data, fill={"wo": "Bo"})
+    with pytest.raises(SettingsError, match=r"placeholders are none"):
+        inspect(model, str(rows), fill={"who": "Ann"})
+    inspect(model, [data, str(rows)], fill={"who": "Ann"})  # one data set with it is enough
+
+
+def test_a_system_message_for_plain_text_is_said_to_change_nothing(model: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "Once upon a time"}))
+    said = "rows of plain text have no system message, so the one that is given changes nothing"
+    assert f"t.jsonl: {said}" in inspect(model, str(tmp_path / "t.jsonl"), system="new")[1]
+    assert not any(said in note for note in inspect(model, data, system="new")[1])
+    assert not any(said in note for note in inspect(model, str(tmp_path / "t.jsonl"))[1])
+
+
+def test_measured_rows_that_are_training_rows_too_are_warned_of(tmp_path: Path) -> None:
+    def write(place: str, numbers: range) -> str:
+        file = tmp_path / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in numbers))
+        return str(file)
+
+    def warned(*specs: str) -> list[str]:
+        events: list[Any] = []
+        read_data(specs, report=events.append)
+        return [event.text for event in events if isinstance(event, Warned)]
+
+    for name, numbers in (("train", range(9)), ("valid", range(7, 11)), ("test", range(8, 20))):
+        write(f"leaky/{name}.jsonl", numbers)
+    assert warned(str(tmp_path / "leaky")) == [
+        "2 of 4 held-out rows are training rows too, so their figures flatter"
+        " (first: valid.jsonl:1, the same as train.jsonl:8)",
+        "1 of 12 test rows are training rows too, so their figures flatter"
+        " (first: test.jsonl:1, the same as train.jsonl:9)",
+    ]
+    for name, numbers in (("train", range(9)), ("valid", range(9, 12))):
+        write(f"clean/{name}.jsonl", numbers)
+    assert warned(str(tmp_path / "clean")) == []
+    # the rows that are held out of one file may be trained on in another
+    one, other = write("one.jsonl", range(100)), write("other.jsonl", range(300))
+    assert warned(one) == warned(other) == []
+    assert [text.split(" are ")[0] for text in warned(one, other)] != []
+
+
+def test_edits_do_not_change_which_rows_are_held_out(model: Path, data: str) -> None:
     places = [
         [row.where for row in read_data(data, edits=edits).validation]
         for edits in (Edits(), Edits("new"), Edits(fill={"who": "Ann"}))

@@ -52,6 +52,25 @@ def test_data_forecasts_the_saving_of_a_file(tmp_path: Path) -> None:
         smidgen.inspect_data(str(model), str(rows), pack=0)
 
 
+def test_the_forecast_says_what_keeps_a_run_from_sharing(tmp_path: Path) -> None:
+    model, rows = tiny_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+
+    def forecast(**settings: Any) -> Any:
+        return smidgen.inspect_data(str(model), str(rows), **{"micro_batch": 8} | settings).sharing
+
+    shared = forecast()
+    assert shared.off == "" and shared.saved > 0.05
+    for settings, why in (
+        ({"share_prefix": "off"}, "share_prefix is off"),
+        ({"dropout": 0.1}, "each row has dropout of its own"),
+        ({"neftune_alpha": 5.0}, "each row has noise of its own"),
+        ({"micro_batch": 1}, "rows computed at once begin alike in 0% of their tokens"),
+    ):
+        found = forecast(**settings)
+        assert (found.saved, found.computed_tokens, found.off) == (0, shared.tokens, why)
+    assert forecast(group_by_length=True).computed_tokens != shared.computed_tokens, "other rows meet"
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings", "packs", "shares", "said"),
     [

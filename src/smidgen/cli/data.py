@@ -11,7 +11,7 @@ __all__ = ["data"]
 
 _FLAGS = base_flags(
     *("seq_len", "too_long", "mix", "limit", "system", "fill", "token_cache", "train_on_prompt"),
-    *("micro_batch", "accumulation", "pack"),
+    *("micro_batch", "accumulation", "pack", "share_prefix", "dropout", "neftune_alpha", "group_by_length"),
 )
 
 

@@ -1,6 +1,7 @@
 """`smidgen evaluate MODEL|RUN DATA...`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from smidgen.cli.console import Console
@@ -61,7 +62,13 @@ _EVALUATION = (
         metavar="FILE",
     ),
     Flag("out", str, None, "New file for the answers, a JSON object a line.", "Evaluation", metavar="FILE"),
-    *base_flags("seq_len", "train_on_prompt"),
+)
+_ROWS = tuple(
+    # not given: the run's, which only api knows
+    replace(
+        flag, default=None, help=flag.help + (f"  [default: the run's, else {flag.default}]" if flag.default else "")
+    )
+    for flag in base_flags("seq_len", "too_long", "system", "fill", "train_on_prompt")
 )
 
 
@@ -80,7 +87,7 @@ def _check(given: Given) -> list[str]:
     arguments=("model_run", "data"),
     optional=("data",),
     several=("data",),
-    flags=(*_EVALUATION, *BASE_FLAGS),
+    flags=(*_EVALUATION, *_ROWS, *BASE_FLAGS),
     check=_check,
 )
 def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
@@ -89,7 +96,8 @@ def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
     Rows to train on: loss, perplexity, and how answers compare. Plain text: perplexity, by the protocol that the papers
     or llama.cpp use. Multiple choice (ARC, PIQA, MMLU files): accuracy. Last words (LAMBADA): accuracy. With --against
     base a run stands beside its base, and what it has forgotten is said. Of a data set with several parts the test rows
-    are taken, else the validation rows.
+    are taken, else the validation rows. Rows become tokens as the run had them trained (--system, --fill, --seq-len,
+    --too-long, --train-on-prompt), where no flag says otherwise.
 
     \b
     Examples:
@@ -105,6 +113,7 @@ def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
         *given["data"],
         report=console.report,
         **given.pick(_EVALUATION),
+        **given.pick(_ROWS),
         **given.pick(BASE_FLAGS),
     )
     console.close()

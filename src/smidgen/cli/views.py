@@ -199,6 +199,8 @@ def data_report(report: "DataReport", *, plain: bool) -> list[tuple[str, Any]]:
 
 def _sharing(sharing: "Sharing") -> str:
     """'41.2 % of the tokens saved (1.70 times fewer), at 4 rows at once'"""
+    if sharing.off:
+        return f"nothing is saved: {sharing.off}"
     at_once = f"{sharing.pack:,} tokens" if sharing.pack else f"{sharing.micro_batch} rows"
     steps = f", {sharing.micro_batch * sharing.accumulation} rows a step"
     fewer = sharing.tokens / max(1, sharing.computed_tokens)

@@ -1,13 +1,16 @@
 """What a run changes in its rows before they are rendered: their system message, and placeholders."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smidgen.data.layouts import Row
+from smidgen.errors import SettingsError
 
-__all__ = ["Edits"]
+__all__ = ["PLACEHOLDERS_SHOWN", "Edits", "placeholders_in"]
+
+PLACEHOLDERS_SHOWN = 8
 
 _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
@@ -32,15 +35,33 @@ class Edits:
             row = replace(row, messages=own + others)
         return row
 
-    def unfilled(self, row: Row) -> set[str]:
-        """Names of placeholders that are left in the row's messages."""
-        contents = [message["content"] for message in row.messages]
-        return {name for content in contents if "{{" in content for name in _PLACEHOLDER.findall(content)}
+    def check_fill(self, placeholders: Set[str]) -> None:
+        """Raise SettingsError for names that no row has. placeholders: those of all rows, before they were filled."""
+        has = ", ".join(sorted(placeholders)[:PLACEHOLDERS_SHOWN]) or "none"
+        unknown = sorted(self.fill.keys() - placeholders)
+        if unknown:
+            raise SettingsError([f"fill: no row says {{{{{name}}}}}, placeholders are {has}" for name in unknown])
 
     def _filled(self, value: Any) -> Any:
-        """Texts at any depth (tool calls have arguments) with their placeholders filled."""
+        """Texts at any depth (tool calls have arguments) with their placeholders filled; see placeholders_in."""
         if isinstance(value, str):
             return _PLACEHOLDER.sub(lambda found: self.fill.get(found[1], found[0]), value) if "{{" in value else value
         if isinstance(value, dict):
             return {key: self._filled(item) for key, item in value.items()}
         return [self._filled(item) for item in value] if isinstance(value, list) else value
+
+
+def placeholders_in(row: Row) -> set[str]:
+    """Names of the placeholders that the row's texts have, at any depth: what `fill` can fill."""
+    found: set[str] = set()
+    waiting: list[Any] = [row.text, *row.messages]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            if "{{" in value:
+                found.update(_PLACEHOLDER.findall(value))
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return found

@@ -26,7 +26,6 @@ class Mixture:
         """The rows of an epoch, as indices, data set by data set: a function of the arguments alone."""
         chosen = array("i")
         firsts = list(accumulate((0, *self.sizes)))[:-1]
-        firsts = list(accumulate((0, *self.sizes)))[:-1]
         for part, (first, size, quota) in enumerate(zip(firsts, self.sizes, self.quotas, strict=True)):
             start, stop = epoch * quota, (epoch + 1) * quota
             for lap in range(start // size, -(-stop // size)):

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from smidgen.data.edits import Edits
+from smidgen.data.edits import PLACEHOLDERS_SHOWN, Edits, placeholders_in
 from smidgen.data.files import SUFFIXES, Record, read_records, whole_in_memory
 from smidgen.data.hub import HUB_DATA, open_hub
 from smidgen.data.layouts import Layout, Row, detect_layout
 from smidgen.data.rows import HASH_BYTES, Hashed, Rows, concatenate, content_hash, scan
 from smidgen.errors import DataError
-from smidgen.events import Note, Report, silent
+from smidgen.events import Note, Report, Warned, silent
 
 __all__ = ["BUILTIN_DATA", "DataSet", "Row", "as_specs", "read_data"]
 
@@ -31,13 +31,13 @@ BUILTIN_DATA = {"toolcalls": Path(__file__).parent / "toolcalls"}
 _SPLITS = {"train": ("train",), "validation": ("valid", "val", "dev"), "test": ("test",)}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 _HELD_OUT_SHARE, _HELD_OUT_MAX, _HELD_OUT_FROM_ROWS = 0.05, 100, 10
-_SHOWN = 8
 _Readers = dict[str, Callable[[], Iterator[Record]]]  # by split
 
 
 @dataclass(frozen=True)
 class DataSet:
     """Rows by split. layout: the names of their layouts. notes: what was chosen automatically, as reported.
+    placeholders: names that the rows' texts had in {{ }}, see data.edits.
 
     names, parts: of each data set that was given, and its number of training rows; they follow one another.
     """
@@ -49,6 +49,7 @@ class DataSet:
     names: tuple[str, ...]
     parts: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    placeholders: frozenset[str] = frozenset()
 
 
 def as_specs(data: str | Path | Sequence[str | Path]) -> list[str]:
@@ -73,7 +74,7 @@ def read_data(
     """
     sets = [_read_one(spec, hold_out, limit, edits, report) for spec in as_specs(data)]
     layouts = dict.fromkeys(one.layout for one in sets)
-    return DataSet(
+    found = DataSet(
         concatenate([one.train for one in sets]),
         concatenate([one.validation for one in sets]),
         concatenate([one.test for one in sets]),
@@ -81,7 +82,11 @@ def read_data(
         tuple(one.names[0] for one in sets),
         tuple(len(one.train) for one in sets),
         tuple(chain.from_iterable(one.notes for one in sets)),
+        frozenset().union(*(one.placeholders for one in sets)),
     )
+    for what, rows in (("held-out", found.validation), ("test", found.test)):
+        _warn_of_copies(rows, what, found.train, report)
+    return found
 
 
 def _read_one(spec: str, hold_out: bool, limit: int | None, edits: Edits, report: Report) -> DataSet:
@@ -108,13 +113,18 @@ def _read_one(spec: str, hold_out: bool, limit: int | None, edits: Edits, report
         chosen = _held_out(train, copies)
         validation, train = train.select(chosen), train.select(~chosen)
         notes.append(f"{name}: no validation file, so {len(validation)} rows are held out (picked by their content)")
+    if edits.system is not None and reader.layout.name == "text":
+        notes.append(f"{name}: rows of plain text have no system message, so the one that is given changes nothing")
     if reader.unfilled:
-        names = ", ".join("{{" + each + "}}" for each in sorted(reader.unfilled)[:_SHOWN])
+        names = ", ".join("{{" + each + "}}" for each in sorted(reader.unfilled)[:PLACEHOLDERS_SHOWN])
         notes.append(f"{name}: placeholders are trained on as they stand ({names}); --fill NAME=TEXT fills them")
     for note in notes:
         report(Note(note))
     test = rows.get("test", nothing)
-    return DataSet(train, validation, test, reader.layout.name, (name,), (len(train),), tuple(notes))
+    return DataSet(
+        train, validation, test, reader.layout.name, (name,), (len(train),), tuple(notes),
+        frozenset(reader.placeholders),
+    )  # fmt: skip
 
 
 def _open(spec: str, report: Report) -> _Readers:
@@ -139,11 +149,14 @@ def _open(spec: str, report: Report) -> _Readers:
 
 
 class _RowReader:
-    """Turns records into rows; the first record of all decides the layout. unfilled: names of placeholders."""
+    """Turns records into rows; the first record of all decides the layout. placeholders: names of them before rows are
+    edited; unfilled: those that are left then.
+    """
 
     def __init__(self, edits: Edits) -> None:
         self.layout: Layout | None = None
         self.left_out: set[str] = set()
+        self.placeholders: set[str] = set()
         self.unfilled: set[str] = set()
         self._edits = edits
         self._first = ""
@@ -153,7 +166,8 @@ class _RowReader:
         for where, record in islice(read(), limit):
             row = self._row(where, record)
             edited = self._edits.apply(row)
-            self.unfilled |= self._edits.unfilled(edited)
+            self.placeholders |= placeholders_in(row)
+            self.unfilled |= placeholders_in(edited)
             yield content_hash(row), edited
 
     def _row(self, where: str, record: Mapping[str, Any]) -> Row:
@@ -195,6 +209,22 @@ def _copies(rows: Rows) -> np.ndarray:
     """bool [N]: the rows whose content another row has too."""
     _, which, counts = np.unique(_as_keys(rows), return_inverse=True, return_counts=True)
     return counts[which] > 1
+
+
+def _warn_of_copies(rows: Rows, what: str, train: Rows, report: Report) -> None:
+    """Rows that are trained on say little of new ones. They stay where they were put: there may be no others."""
+    measured, trained = _as_keys(rows), _as_keys(train)
+    copied = np.flatnonzero(np.isin(measured, trained))
+    if not len(copied):
+        return
+    first = copied[0]
+    other = np.flatnonzero(np.isin(trained, measured[first : first + 1]))[0]
+    report(
+        Warned(
+            f"{len(copied):,} of {len(rows):,} {what} rows are training rows too, so their figures flatter"
+            f" (first: {rows.where(first)}, the same as {train.where(other)})"
+        )
+    )
 
 
 def _held_out(rows: Rows, copies: np.ndarray) -> np.ndarray:

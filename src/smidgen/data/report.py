@@ -23,7 +23,8 @@ _SUSPICIOUS_SHOWN = 50
 class Sharing:
     """A forecast of what a run saves by computing once what rows of a micro-batch begin with alike.
 
-    tokens: of the rows that were looked at; computed_tokens: what is left of them. The rest are settings of the run.
+    tokens: of the rows that were looked at; computed_tokens: what is left of them. off: why all are computed, ""
+    where prefixes are shared. The rest are settings of the run.
     """
 
     micro_batch: int
@@ -31,6 +32,7 @@ class Sharing:
     pack: int | None
     tokens: int
     computed_tokens: int
+    off: str = ""
 
     @property
     def saved(self) -> float:

@@ -1,7 +1,7 @@
 """Rows that stay in their files: what is kept of each is a hash of its content and its place, 28 bytes.
 
-A data set of a million rows as Python objects takes gigabytes. So files are read twice: once to check every row and
-to hash it, which tells copies apart and which rows are held out, and again by whoever needs the rows themselves.
+A data set of a million rows as Python objects takes gigabytes. So files are read once to check and hash every row,
+which tells copies apart and which rows are held out, and again by everyone who needs the rows themselves.
 """
 
 import hashlib

@@ -4,15 +4,19 @@ All files are read before a weight is. The two models are loaded one after the o
 """
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smidgen.data.files import read_text
-from smidgen.data.records import Row, read_data
-from smidgen.data.render import Renderer
+from smidgen.data.gate import leave_out_untrained
+from smidgen.data.records import read_data
+from smidgen.data.rows import Rows
 from smidgen.data.tasks import Question, Task, is_plain_text, read_questions, read_task
+from smidgen.data.tokens import tokenise
 from smidgen.errors import SettingsError
 from smidgen.evaluation.likelihood import measure_choices, measure_last_words, score_tasks
 from smidgen.evaluation.questions import answer_questions, write_answers
@@ -21,26 +25,29 @@ from smidgen.export.files import check_new
 from smidgen.loading import LoadedModel, adapter_folder, load
 from smidgen.measures.answers import measure_answers
 from smidgen.measures.measure import Measure, compare
+from smidgen.train.config import Settings
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, text_perplexity
+from smidgen.train.rows import edits_of, renderer_of
+from smidgen.train.run import stored_settings
 
 __all__ = ["Evaluation", "evaluate"]
 
 # By which figure a file of each kind is said to have become worse: one, so that chance has one chance.
 _DECISIVE = {"rows": ("loss",), "text": ("perplexity",), "choices": ("accuracy_norm", "accuracy"),
              "last word": ("accuracy",)}  # fmt: skip
+_OF_ROWS = ("seq_len", "too_long", "system", "fill", "train_on_prompt")  # settings that decide what rows become
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How files are measured; see api.evaluate."""
+    """How files are measured; see api.evaluate. rows: those settings of rows that were given."""
 
     protocol: str | None = None
     limit: int | None = None
     answers: bool = True
     max_new_tokens: int | None = None
     batch_size: int = 16
-    seq_len: int = 1024
-    train_on_prompt: bool = False
+    rows: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
@@ -56,11 +63,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _File:
-    """kind: rows, text, choices or last word; content: list[Row], str or list[Task]."""
+    """kind: rows, text, choices or last word; content: Rows, str or list[Task]. placeholders: see DataSet."""
 
     name: str
     kind: str
     content: Any
+    placeholders: frozenset[str] = frozenset()
 
 
 def evaluate(
@@ -76,14 +84,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """See api.evaluate. Raises SettingsError for settings without a use, DataError before a model is loaded."""
     _check(model, data, against, questions, out)
-    files = [_read(name, how, report) for name in data]
+    settings = _settings_of_rows(model, how, report)
+    files = [_read(name, how, settings, report) for name in data]
+    if "fill" in how.rows:  # a run's own may be for rows that are not here
+        edits_of(settings).check_fill(frozenset().union(*(file.placeholders for file in files)))
     if how.protocol and all(file.kind != "text" for file in files):
         raise SettingsError(["protocol: is for plain text, which none of the files is"])
     asked = read_questions(Path(questions).expanduser(), how.limit) if questions else []
 
     def measured(spec: str, when: str, *, adapter: bool = True) -> tuple[list[dict[str, Measure]], list[Any]]:
         loaded = load(spec, adapter=adapter, report=report, **loading)
-        measures = [_measure(loaded, file, how, when, report) for file in files]
+        measures = [_measure(loaded, file, how, settings, when, report) for file in files]
         return measures, _answers(loaded, asked, how, report)
 
     other, when = None, "given"
@@ -122,7 +133,17 @@ def _check(model: str, data: Sequence[str], against: str | None, questions: str 
         check_new(out)
 
 
-def _read(name: str, how: Evaluation, report: Report) -> _File:
+def _settings_of_rows(model: str, how: Evaluation, report: Report) -> Settings:
+    """What rows become: as given, else as the run was trained, so that its figures are those of its own prompts."""
+    unset = Settings()
+    stored = stored_settings(Path(model)) or unset
+    kept = {name: getattr(stored, name) for name in _OF_ROWS if name not in how.rows}
+    if said := ", ".join(f"{name} {value!r}" for name, value in kept.items() if value != getattr(unset, name)):
+        report(Note(f"rows as {model} was trained on: {said}"))
+    return replace(unset, **kept, **how.rows)
+
+
+def _read(name: str, how: Evaluation, settings: Settings, report: Report) -> _File:
     path = Path(name).expanduser()
     if is_plain_text(path, asked=how.protocol is not None):
         if how.protocol is None:
@@ -131,16 +152,19 @@ def _read(name: str, how: Evaluation, report: Report) -> _File:
     if task := read_task(name, how.limit):
         report(Note(f"{name}: {len(task[1]):,} rows, {task[0]}"))
         return _File(name, *task)
-    parts = read_data(name, hold_out=False, report=report)
-    return _File(name, "rows", (parts.test or parts.validation or parts.train)[: how.limit])
+    parts = read_data(name, hold_out=False, edits=edits_of(settings), report=report)
+    rows = parts.test or parts.validation or parts.train
+    return _File(name, "rows", rows.select(np.arange(len(rows)) < (how.limit or len(rows))), parts.placeholders)
 
 
-def _measure(loaded: LoadedModel, file: _File, how: Evaluation, when: str, report: Report) -> dict[str, Measure]:
+def _measure(
+    loaded: LoadedModel, file: _File, how: Evaluation, settings: Settings, when: str, report: Report
+) -> dict[str, Measure]:
     base, tokenizer = loaded.base, loaded.tokenizer
     if file.kind == "text":
         return text_perplexity(base, tokenizer, file.content, how.protocol or "gptq", how.limit, report).measures
     if file.kind == "rows":
-        return _measure_rows(loaded, file.content, how, when, report)
+        return _measure_rows(loaded, file.content, how, settings, when, report)
     tasks: list[Task] = file.content
     what = Path(file.name).name
     scores = score_tasks(base, tokenizer, tasks, batch_size=how.batch_size, what=what, report=report)
@@ -148,11 +172,11 @@ def _measure(loaded: LoadedModel, file: _File, how: Evaluation, when: str, repor
 
 
 def _measure_rows(
-    loaded: LoadedModel, rows: Sequence[Row], how: Evaluation, when: str, report: Report
+    loaded: LoadedModel, rows: Rows, how: Evaluation, settings: Settings, when: str, report: Report
 ) -> dict[str, Measure]:
-    seq_len = min(how.seq_len, loaded.base.max_positions)
-    renderer = Renderer(loaded.tokenizer, train_on_prompt=how.train_on_prompt, seq_len=seq_len, report=report)
-    measures = held_out_loss(loaded.base, renderer.render_all(rows), how.batch_size, report).measures
+    renderer = renderer_of(settings, loaded.tokenizer, loaded.base.max_positions, report)
+    examples = leave_out_untrained(tokenise(rows, renderer, report=report), "rows", renderer, report)
+    measures = held_out_loss(loaded.base, examples, how.batch_size, report).measures
     if how.answers and any(row.messages for row in rows):
         given = answer_rows(
             loaded.base,

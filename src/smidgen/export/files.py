@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from smidgen.errors import RunError
 __all__ = [
     "check_new",
     "check_vacant",
+    "check_writable",
     "disk_errors",
     "folder_bytes",
     "new_file",
@@ -38,6 +40,15 @@ def check_vacant(path: Path, cure: str = "choose another folder, or remove this 
     """Raise RunError unless `path` is free to become a folder: nothing there, or an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise RunError(f"{path} holds something already", expected="a new or empty folder", cure=cure)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RunError unless `path` can be made, which a folder in the nearest one that exists tells; none is left."""
+    with disk_errors(path):  # rights alone do not tell: root has all of them on a disk that is mounted read-only
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise RunError(f"{path} cannot be made: {parent} is a file", cure="choose another folder")
+        os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
 
 
 @contextmanager

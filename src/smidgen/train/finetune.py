@@ -15,7 +15,7 @@ from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
-from smidgen.export.files import check_vacant
+from smidgen.export.files import check_vacant, check_writable
 from smidgen.kernels.library import describe_library
 from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.model.device import peak_rss_bytes
@@ -51,6 +51,7 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
     check_unlocked(out)
     resumable = f", or go on: smidgen finetune --resume {out}" if read_record(out) else ""
     check_vacant(out, "choose another folder" + resumable)
+    check_writable(out)
     check_logs(settings.logs)
     check_mix(data, settings)
     source = open_source(model, report)

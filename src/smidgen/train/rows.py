@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.data.edits import Edits
@@ -13,11 +14,11 @@ from smidgen.data.report import find_odd
 from smidgen.data.rows import Rows
 from smidgen.data.tokens import Examples, tokenise
 from smidgen.errors import DataError, SettingsError
-from smidgen.events import Note, Report
+from smidgen.events import Note, Report, silent
 from smidgen.model.load import Source
 from smidgen.train.config import Settings
 
-__all__ = ["RunRows", "check_mix", "read_rows"]
+__all__ = ["RunRows", "check_mix", "edits_of", "read_rows", "renderer_of"]
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,34 @@ def check_mix(data: str | Sequence[str], settings: Settings) -> None:
         raise SettingsError([f"mix: expected {expected}, found {settings.mix!r}"])
 
 
-def read_rows(
-    source: Source, data: str | Sequence[str], settings: Settings, report: Report, *, test: bool = False
-) -> RunRows:
-    """Read and tokenise a run's rows. test: the test rows too. Raises DataError for rows that cannot be used."""
-    check_mix(data, settings)
-    edits = Edits(settings.system, settings.fill or {})
-    rows = read_data(data, limit=settings.limit, edits=edits, report=report)
-    seq_len = min(settings.seq_len, source.max_positions)
+def edits_of(settings: Settings) -> Edits:
+    """What the settings change in rows before they are rendered."""
+    return Edits(settings.system, settings.fill or {})
+
+
+def renderer_of(settings: Settings, tokenizer: Any, max_positions: int, report: Report = silent) -> Renderer:
+    """How the settings make tokens of rows, for a model with so many positions: the same in a run and after it."""
+    seq_len = min(settings.seq_len, max_positions)
     if seq_len < settings.seq_len:
         report(Note(f"seq_len {seq_len}: the model has no more positions"))
-    renderer = Renderer(
-        source.tokenizer,
+    return Renderer(
+        tokenizer,
         train_on_prompt=settings.train_on_prompt,
         seq_len=seq_len,
         too_long=settings.too_long,
         report=report,
     )
+
+
+def read_rows(
+    source: Source, data: str | Sequence[str], settings: Settings, report: Report, *, test: bool = False
+) -> RunRows:
+    """Read and tokenise a run's rows. test: the test rows too. Raises DataError for rows that cannot be used."""
+    check_mix(data, settings)
+    edits = edits_of(settings)
+    rows = read_data(data, limit=settings.limit, edits=edits, report=report)
+    edits.check_fill(rows.placeholders)
+    renderer = renderer_of(settings, source.tokenizer, source.max_positions, report)
     cache = cache_folder() / "tokens" if settings.token_cache else None
     odd = find_odd(source.tokenizer)
 

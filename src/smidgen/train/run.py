@@ -36,7 +36,7 @@ from smidgen.train.config import Settings
 from smidgen.train.lock import LOCK
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, prune_checkpoints, save_state, write_manifest
 
-__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "adapter_folder", "read_record"]
+__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "adapter_folder", "read_record", "stored_settings"]
 
 RECORD = "smidgen.json"
 STATISTICS = "data.json"
@@ -100,6 +100,14 @@ def adapter_folder(path: Path, report: Report) -> Path | None:
         raise RunError(f"{path} has no adapter yet", cure=f"go on with it: smidgen finetune --resume {path}")
     report(Note(f"{path} is not finished: taking {checkpoint.name}"))
     return checkpoint
+
+
+def stored_settings(path: Path) -> Settings | None:
+    """What a run, or the run of a checkpoint, was started with; None for anything else. Raises RunError if that cannot
+    be read.
+    """
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    return RunFolder.open(run)[1] if (run / RECORD).is_file() else None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from smidgen.data.report import Sharing
 from smidgen.events import Note, Report
 from smidgen.model.build import Base
 from smidgen.model.fused import is_fused, learns_norms
+from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
 __all__ = ["choose_batching", "estimate_sharing", "refuse_packing"]
@@ -20,7 +21,9 @@ _MOST_DISTANT = 0.2  # of a token's hidden states in norm; a first token that se
 
 
 def estimate_sharing(examples: Sequence[Example], schedule: Schedule) -> Sharing:
-    """What computing shared prefixes once would save in the first 100 steps."""
+    """What computing shared prefixes once saves in the first 100 steps, where the layers pack rows; nothing where the
+    settings do not let it, or it would be too little.
+    """
     settings = schedule.settings
     batching = Batching(settings.micro_batch, settings.pack, share_prefix=True)
     tokens = computed = 0
@@ -30,7 +33,19 @@ def estimate_sharing(examples: Sequence[Example], schedule: Schedule) -> Sharing
             ids = [rows[index].input_ids for index in part]
             tokens += sum(map(len, ids))
             computed += batching.tokens_of(ids)
-    return Sharing(settings.micro_batch, settings.accumulation, settings.pack, tokens, computed)
+    off = _off_by_settings(settings)
+    if not off and tokens - computed < _LEAST_SAVED * tokens:
+        off = f"rows computed at once begin alike in {1 - computed / tokens:.0%} of their tokens"
+    computed = tokens if off else computed
+    return Sharing(settings.micro_batch, settings.accumulation, settings.pack, tokens, computed, off)
+
+
+def _off_by_settings(settings: Settings) -> str:
+    if settings.share_prefix == "off":
+        return "share_prefix is off"
+    if settings.neftune_alpha or settings.dropout:
+        return f"each row has {'noise' if settings.neftune_alpha else 'dropout'} of its own"
+    return ""
 
 
 def choose_batching(base: Base, examples: Sequence[Example], schedule: Schedule, report: Report) -> Batching:
@@ -46,17 +61,16 @@ def choose_batching(base: Base, examples: Sequence[Example], schedule: Schedule,
             report(Note("rows are packed, without padding: a trial on this model gave what it gives for rows apart"))
     base.packs = packs
     share = False
-    if settings.share_prefix == "auto" and (settings.neftune_alpha or settings.dropout):
-        report(Note(f"share_prefix off: each row has {'noise' if settings.neftune_alpha else 'dropout'} of its own"))
-    elif settings.share_prefix == "auto":
-        saved = estimate_sharing(examples, schedule).saved
-        if saved < _LEAST_SAVED:
-            report(Note(f"share_prefix off: rows computed at once begin alike in {saved:.0%} of their tokens"))
+    if settings.share_prefix == "auto":
+        sharing = estimate_sharing(examples, schedule)
+        if sharing.off:
+            report(Note(f"share_prefix off: {sharing.off}"))
         elif not packs:
-            report(Note(f"share_prefix off: rows are padded, it would save {saved:.0%} of the tokens"))
+            report(Note(f"share_prefix off: rows are padded, it would save {sharing.saved:.0%} of the tokens"))
         else:
             share = True
-            report(Note(f"share_prefix: rows computed at once begin alike, that saves {saved:.0%} of the tokens"))
+            saved = f"{sharing.saved:.0%} of the tokens"
+            report(Note(f"share_prefix: rows computed at once begin alike, that saves {saved}"))
     return Batching(settings.micro_batch, settings.pack, share_prefix=share, pads=not packs)
 
 
