@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import smidgen
+import smidgen.export.verified as verified
 from gguf_models import UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.errors import RunError, SettingsError
@@ -134,6 +135,15 @@ def test_a_fine_tune_that_does_not_survive_is_an_error_and_leaves_nothing(
     run = _run(tmp_path, tiny_folder(tmp_path / "tiny"), learning_rate=1e-6, quantize="none")
     with pytest.raises(RunError, match="the fine-tune is lost in Q4_0"):
         smidgen.export_run(run, tmp_path / "merged.gguf", to="gguf", type="Q4_0")
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+def test_an_export_that_is_not_finite_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path, tiny_folder(tmp_path / "tiny"), quantize="none", max_time="1s")
+    reopened = verified._reopened
+    monkeypatch.setattr(verified, "_reopened", lambda *given: reopened(*given) * torch.nan)
+    with pytest.raises(RunError, match="nothing finite in Q8_0"):
+        smidgen.export_run(run, tmp_path / "merged.gguf", to="gguf")
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 

@@ -85,7 +85,7 @@ def export_verified(
             theirs = _reopened(opened, examples)
         found = Distance.between(reference, theirs)
         if not math.isfinite(found.mean_kl):
-            raise RunError(f"the logits of the export in {kind} are not finite; nothing was kept", cure="take a wider type")
+            raise RunError(f"the export computes nothing finite in {kind}; nothing was kept", cure="take a wider type")
         if not found.mean_kl <= _MOST_KL.get(kind, math.inf):
             raise RunError(
                 f"the export computes something else than the run: mean KL {found.mean_kl:.3g}, too much for the"
