@@ -39,7 +39,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows
     assert smidgen.load(tmp_path / "cut").model is not None  # an unfinished run is usable
     resumed = smidgen.resume(tmp_path / "cut")
     assert adapter_bytes(whole.path) == adapter_bytes(resumed.path)
-    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes"}
+    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes", "forecast_terms"}
     assert {k: v for k, v in whole.summary.items() if k not in timing} == {
         k: v for k, v in resumed.summary.items() if k not in timing
     }

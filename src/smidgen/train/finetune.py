@@ -180,7 +180,8 @@ def _train(
             if "held_out_loss" not in folder.logged_at(at.step):
                 share = prepared.batching.share_prefix
                 result = held_out_loss(base, prepared.held_out, settings.micro_batch, report, share_prefix=share)
-                log({"step": at.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
+                measured = {"held_out_loss": result.loss, "perplexity": result.perplexity}
+                log({"step": at.step, **measured, "held_out_tokens": result.tokens})
                 report(Evaluated(at.step, result.loss, result.rows, result.tokens))
             found = evaluations(folder.logged(), settings.eval_interval)
             if settings.keep_best and best_step(found) == at.step:
@@ -248,11 +249,14 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
         "base_format": prepared.base.storage,
         "loss_before": before.get("held_out_loss"),
         "loss_after": after.get("held_out_loss"),
+        "perplexity_before": before.get("perplexity"),
+        "perplexity_after": after.get("perplexity"),
         "steps": cursor.step,
         "tokens": cursor.tokens,
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "forecast_peak_bytes": prepared.plan.peak_bytes,
+        "forecast_terms": prepared.plan.terms,
         "trainable_parameters": sum(
             p.numel() for layer in prepared.adapters.values() for p in layer.trainable.values()
         ),
