@@ -42,6 +42,7 @@ from smidgen.model.device import (
     free_memory_bytes,
     measure_gflops,
     memory_limit_bytes,
+    processor_name,
 )
 from smidgen.model.load import load_base, open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
@@ -354,13 +355,6 @@ def quantize(
     )  # fmt: skip
 
 
-def _processor_name() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text().split("model name")[1].split(":", 1)[1].split("\n")[0].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, what this machine has (cores, memory, disk, GPUs), the measured compute type, a check of every kernel
     and back end here against plain arithmetic, and a training step against its forecast of memory and time.
@@ -377,7 +371,7 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
     return {
         "versions": Record.versions_now(),
         "python": platform.python_version(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -1,11 +1,13 @@
 """Whole runs on tiny models: what is written, what is equal, what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import smidgen.errors
 from runs import adapter_bytes, stop_after
 from smidgen.errors import DataError, ModelError, RunError, SettingsError
 from smidgen.events import Evaluated, Event, Note, RowShown, Step
+from smidgen.train.config import Settings
 from tiny import tiny_folder
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
@@ -35,13 +38,20 @@ def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) 
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary == run.summary
     assert set(summary) == {
-        "run", "base_format", "loss_before", "loss_after", "exact_match_before", "exact_match_after",
+        "run", "base_format", "loss_before", "loss_after", "perplexity_before", "perplexity_after",
+        "exact_match_before", "exact_match_after",
         "valid_json_before", "valid_json_after", "json_f1_before", "json_f1_after",
-        "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes",
+        "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes", "forecast_terms",
         "trainable_parameters", "stopped",
     }  # fmt: skip
     assert summary["base_format"] == "nf4-dq"
     assert summary["loss_after"] < summary["loss_before"] - 0.3
+    assert sum(summary["forecast_terms"].values()) == summary["forecast_peak_bytes"]
+    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in logged if "held_out_loss" in line]
+    for line, when in zip(evaluated, ("before", "after"), strict=True):
+        assert line["perplexity"] == pytest.approx(math.exp(line["held_out_loss"]))
+        assert line["perplexity"] == summary[f"perplexity_{when}"]
     steps = [event for event in events if isinstance(event, Step)]
     assert [step.step for step in steps] == list(range(1, summary["steps"] + 1))
     assert [type(event) for event in events if isinstance(event, Evaluated | RowShown)] == [
@@ -115,6 +125,26 @@ EFFECTS = {
     "quantize": "int8", "compute_dtype": "bfloat16", "group_by_length": True, "share_prefix": "off", "pack": 60,
     "modules_to_save": "norm", "new_tokens": "say",
 }  # fmt: skip
+
+
+# Settings that no run here changes the result by -> the file of tests where each does what it says.
+ELSEWHERE = {
+    "device": "cuda/test_cuda.py", "trust_remote_code": "cli/test_quantize.py", "memory": "train/test_memory.py",
+    "init_adapter": "e2e/test_finetune.py", "optimizer": "e2e/test_loop.py", "label_smoothing": "e2e/test_loop.py",
+    "neftune_alpha": "e2e/test_loop.py", "max_time": "e2e/test_resume.py", "recompute": "e2e/test_resume.py",
+    "too_long": "train/test_rows.py", "mix": "train/test_rows.py", "limit": "train/test_rows.py",
+    "system": "train/test_rows.py", "fill": "train/test_rows.py", "token_cache": "data/test_tokens.py",
+    "eval_interval": "e2e/test_loop.py", "early_stopping": "e2e/test_loop.py", "keep_best": "e2e/test_loop.py",
+    "save_interval": "e2e/test_resume.py", "keep_checkpoints": "e2e/test_resume.py", "compare": "e2e/test_loop.py",
+    "log_to": "train/test_logs.py",
+}  # fmt: skip
+
+
+def test_every_setting_has_a_test_that_it_changes_something() -> None:
+    names = [field.name for field in fields(Settings)]
+    assert sorted([*EFFECTS, *ELSEWHERE]) == sorted(names)
+    for name, file in ELSEWHERE.items():
+        assert name in (Path(__file__).parents[1] / file).read_text(encoding="utf-8"), f"{name} is not in {file}"
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import smidgen
 import smidgen.errors
 from runs import adapter_bytes, stop_after
 from smidgen.errors import RunError
+from smidgen.events import Warned
 from tiny import tiny_folder, write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
@@ -38,7 +39,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows
     assert smidgen.load(tmp_path / "cut").model is not None  # an unfinished run is usable
     resumed = smidgen.resume(tmp_path / "cut")
     assert adapter_bytes(whole.path) == adapter_bytes(resumed.path)
-    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes"}
+    timing = {"run", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes", "forecast_terms"}
     assert {k: v for k, v in whole.summary.items() if k not in timing} == {
         k: v for k, v in resumed.summary.items() if k not in timing
     }
@@ -46,11 +47,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(extra: dict, model: Path, rows
     assert [line["step"] for line in logged if "grad_norm" in line] == list(range(1, whole.summary["steps"] + 1))
 
 
-@pytest.mark.parametrize("left_out", ["exp_avg", "rng"])
+@pytest.mark.parametrize("left_out", ["exp_avg", "rng", "cursor"])
 def test_a_resume_that_leaves_a_piece_out_would_be_caught(
     left_out: str, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control arm: without the moments, or without the random state, the adapter must differ."""
+    """The control arm: without the moments, the random state, or the place in the data, the adapter must differ."""
     from safetensors.torch import save_file
 
     settings = QUICK | {"dropout": 0.2, "micro_batch": 3}
@@ -66,6 +67,10 @@ def test_a_resume_that_leaves_a_piece_out_would_be_caught(
         torch.manual_seed(99)
         tensors["rng"] = torch.get_rng_state()
     save_file(tensors, state)
+    if left_out == "cursor":
+        cursor = state.with_suffix(".json")
+        content = json.loads(cursor.read_text())
+        cursor.write_text(json.dumps(content | {"step": content["step"] - 1}))
     monkeypatch.setattr("smidgen.train.state.is_whole", lambda folder: True)
     assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) != adapter_bytes(whole.path)
 
@@ -107,6 +112,44 @@ def test_changed_data_or_base_is_refused_at_resume(model: Path, tmp_path: Path) 
         smidgen.resume(tmp_path / "run")
     with pytest.raises(RunError, match="is not the base that"):
         smidgen.load(tmp_path / "run")
+
+
+def test_a_resume_under_other_conditions_names_each_of_them_in_one_line(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=stop_after(2), **QUICK)
+    file = tmp_path / "run" / "smidgen.json"
+    record, said = json.loads(file.read_text()), []
+    assert record["processor"] and record["device"] == "cpu"
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    smidgen.resume(tmp_path / "same", report=lambda event: said.append(event) if isinstance(event, Warned) else None)
+    assert not said
+    then = {"processor": "an abacus", "device": "a slide rule", "kernels": "beads", "threads": 77}
+    file.write_text(json.dumps(record | then | {"versions": record["versions"] | {"torch": "0.1"}}))
+    smidgen.resume(tmp_path / "run", report=lambda event: said.append(event) if isinstance(event, Warned) else None)
+    (warned,) = said
+    for thing in ("77 threads", "kernels beads", "an abacus", "a slide rule", "torch 0.1"):
+        assert thing in warned.text.split("; now ")[0]
+    for thing in (record["processor"], f"torch {torch.__version__.split('+')[0]}", "cpu", "rounding will differ"):
+        assert thing in warned.text.split("; now ")[1]
+    assert "safetensors" not in warned.text  # it has not changed
+
+
+def test_a_resume_with_less_memory_tells_of_its_smaller_micro_batch(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside PyTorch a tiny model is nothing; PyTorch is counted as nothing here, so that the budget has to choose."""
+    monkeypatch.setattr("smidgen.train.memory.resident_bytes", lambda: (0, 0))
+    how = QUICK | {"recompute": "none", "max_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(model), str(rows), tmp_path / "run", report=stop_after(1), **how)
+    least = smidgen.plan(str(model), str(rows), **how)["smallest_bytes"]
+    file = tmp_path / "run" / "settings.yaml"
+    file.write_text(file.read_text().replace("memory: null", f"memory: '{least}'"))
+    said: list[str] = []
+    smidgen.resume(tmp_path / "run", report=lambda event: said.append(getattr(event, "text", "")))
+    assert any("started with micro-batch 4, now 1 by the memory there is" in text for text in said)
 
 
 def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import smidgen
 from smidgen.errors import RunError
 from smidgen.events import Event, Saved, Step
 from smidgen.report.page import run_page
+from smidgen.units import format_bytes
 from tiny import tiny_folder, write_rows
 
 EVIL = '</td><script src="https://x.example/a.js">alert(1)</script>\x07\x1b[31m'
@@ -64,6 +65,14 @@ def test_a_finished_run_has_a_page_with_everything(run: smidgen.Run) -> None:
     assert page.headings == ["Training", "Answers to held-out rows", "Data", "Settings"]
     assert [tag for tag, _ in page.tags].count("svg") == 4
     assert f"{run.summary['loss_after']:.3f}" in page.text and f"{run.summary['steps']:,} steps in" in page.text
+    figures = run.summary
+    for size in (figures["peak_rss_bytes"], figures["forecast_peak_bytes"], max(figures["forecast_terms"].values())):
+        assert format_bytes(size) in page.text
+    assert set(figures["forecast_terms"]) - {"scratch"} and "Forecast by parts" in page.text
+    assert f"{figures['perplexity_after']:.4g}" in page.text
+    for title in ("exact match", "valid JSON", "JSON fields F1"):
+        assert title in page.text
+    assert "tokens cut off" in page.text and "an epoch takes" not in page.text  # there is one data set
     for shown in ("learning rate", "0.0005", "torch", "nf4-dq", "rows to train on", "held out"):
         assert shown in page.text
 
@@ -112,6 +121,33 @@ def test_a_run_that_is_not_finished_has_a_page_of_what_there_is(tmp_path: Path) 
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "data.json").unlink()  # a run of before there were statistics
     assert _Page(run_page(tmp_path / "run")).headings == ["Settings"]
+
+
+def test_the_page_shows_mix_cut_tokens_sharing_and_wording_where_a_run_has_them(
+    run: smidgen.Run, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    for name in ("a", "b"):
+        turns = [{"role": "user", "content": f"say {name}"}, {"role": "assistant", "content": "an answer in words"}]
+        (tmp_path / f"{name}.jsonl").write_text(24 * (json.dumps({"messages": turns}) + "\n") + rows.read_text())
+    mixed = smidgen.finetune(
+        str(run.path.parent / "base"), [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], tmp_path / "run",
+        mix="2,1", system="Be polite.", seq_len=64, too_long="left", max_steps=1, rank=2,
+        compute_dtype="float32",
+    )  # fmt: skip
+    statistics = json.loads((mixed.path / "data.json").read_text())
+    text = " ".join(_Page(run_page(mixed.path)).text.split())
+    assert statistics["lost_tokens"] and f"tokens cut off {statistics['lost_tokens']:,}" in text
+    assert statistics["mix"] and f"an epoch takes {statistics['mix']}" in text
+    assert statistics["sharing"]["saved"] > 0.05
+    assert f"saved by shared beginnings {100 * statistics['sharing']['saved']:.0f} %" in text
+    measures = {
+        f"{key}_{when}": 0.5 for key in ("rouge_1", "rouge_2", "rouge_l", "bleu") for when in ("before", "after")
+    }
+    (mixed.path / "summary.json").write_text(json.dumps(mixed.summary | measures))
+    text = _Page(run_page(mixed.path)).text
+    for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"):
+        assert title in text
 
 
 def test_what_is_no_run_or_damaged_is_one_line(run: smidgen.Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The loss and one step: what must be equal whatever is chunked, recomputed or accumulated."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,38 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_changes_nothing(tmp_path: 
             lambda b: batch_loss(base, b), [make_batch(_examples([9]))], parameters, optimizer, learning_rate=1, clip=1
         )
     assert all(torch.equal(p, b) for p, b in zip(parameters[1:], before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch_and_not_all_of_them(tmp_path: Path) -> None:
+    base, parameters = _model(tmp_path)
+    examples = _examples([9] * 24)
+    batches = [make_batch(examples[start : start + size]) for start, size in ((0, 2), (2, 2), (4, 10), (14, 10))]
+    factors = iter([1.0, torch.inf])
+    optimizer = torch.optim.SGD(parameters)
+
+    def step(loss_of: Callable[[Batch], torch.Tensor], chosen: list[Batch]) -> str:
+        with pytest.raises(RunError) as refused:
+            optimizer_step(loss_of, chosen, parameters, optimizer, learning_rate=1, clip=1)
+        return str(refused.value)
+
+    said = step(lambda batch: batch_loss(base, batch) * next(factors), batches)
+    assert said.startswith("loss inf, found rows row 2, row 3. Lower")
+    said = step(lambda batch: batch_loss(base, batch) * torch.nan, batches[2:])
+    assert "found rows row 4, row 5, row 6, row 7, row 8, row 9, row 10, row 11 and 2 more. Lower" in said
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[0, 0] = torch.nan  # as a damaged row of a base would be
+    damaged = [make_batch([example]) for example in examples[:3]]
+    damaged[1].input_ids[0, 3] = 0
+    clean = [batch for batch in damaged if not (batch.input_ids == 0).any()]
+    assert "found rows row 1. Lower" in step(lambda batch: batch_loss(base, batch), [*clean, damaged[1]])
+    # finite losses with a gradient that is not: nothing tells which of the rows it was
+    steep = [make_batch(examples[start : start + 6]) for start in (0, 6)]
+    assert "row 0, row 1, row 2, row 3, row 4, row 5, row 6, row 7 and 4 more" in step(_steep(parameters[0]), steep)
+
+
+def _steep(parameter: torch.nn.Parameter) -> Callable[[Batch], torch.Tensor]:
+    """A loss of zero whose slope is infinite: the square root at zero."""
+    return lambda batch: (parameter * 0).abs().sum().sqrt()
 
 
 def test_lora_plus_is_a_rate_of_b_alone(tmp_path: Path) -> None:

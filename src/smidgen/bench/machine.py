@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from smidgen.bench.workers.serving import versions
+from smidgen.model.device import processor_name
 
 __all__ = ["describe"]
 
@@ -22,7 +23,7 @@ def describe(isa: str, threads: int, peer_versions: dict[str, str] | None = None
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"),
             "threads": threads,
@@ -33,14 +34,6 @@ def describe(isa: str, threads: int, peer_versions: dict[str, str] | None = None
         },
         "versions": {**(peer_versions or {}), **versions(*_PACKAGES)},
     }
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return text.split("model name")[1].split(":", 1)[1].split("\n")[0].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smidgen.events import Answer, Answers, Saved
+from smidgen.measures.titles import TITLES
 from smidgen.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
@@ -35,19 +36,6 @@ __all__ = [
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ROW_CHARACTERS = 1500
 _SHARES = {"same_top_token"}
-TITLES = {  # measures by their names in results
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "accuracy_norm": "accuracy, by length",
-    "exact_match": "exact match",
-    "valid_json": "valid JSON",
-    "json_f1": "JSON fields F1",
-    "rouge_1": "ROUGE-1",
-    "rouge_2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-}
 
 
 def printable(text: str) -> str:
@@ -78,8 +66,9 @@ def marked_row(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
 def before_after(summary: Mapping[str, Any]) -> Table:
     """Held-out figures before and after training; rows without figures are left out."""
     table = _table("", "before", "after", right=("before", "after"))
+    losses = [("held-out loss", "loss", "{:.3f}".format), ("perplexity", "perplexity", "{:.4g}".format)]
     answers = [(title, key, percent) for key, title in TITLES.items() if key not in ("loss", "perplexity")]
-    for title, key, form in (("held-out loss", "loss", "{:.3f}".format), *answers):
+    for title, key, form in (*losses, *answers):
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
         if before is not None or after is not None:
             table.add_row(

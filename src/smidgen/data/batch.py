@@ -22,12 +22,14 @@ class Batch:
 
     There is no attention mask: attention is causal, so padding behind a row changes nothing before it, and padded
     positions have no label. groups: rows whose beginning is computed once, each row in one of them; none: no sharing.
+    where: of each row, its place in the data.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     lengths: torch.Tensor
     groups: tuple[Group, ...] = ()
+    where: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +52,7 @@ def make_batch(examples: Sequence[Example], *, share_prefix: bool = False) -> Ba
         input_ids[index, : len(example.input_ids)] = torch.tensor(example.input_ids)
         labels[index, : len(example.labels)] = torch.tensor(example.labels)
     groups = group_rows([example.input_ids for example in examples]) if share_prefix else []
-    return Batch(input_ids, labels, lengths, tuple(groups))
+    return Batch(input_ids, labels, lengths, tuple(groups), tuple(example.where for example in examples))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Where and in which number type to compute, chosen by measuring, each with its reason."""
 
 import os
+import platform
 import sys
 import time
 import warnings
@@ -16,11 +17,13 @@ __all__ = [
     "choose_compute_dtype",
     "choose_device",
     "current_rss_bytes",
+    "device_name",
     "free_memory_bytes",
     "measure_gflops",
     "memory_limit_bytes",
     "padded_rows",
     "peak_rss_bytes",
+    "processor_name",
     "resident_bytes",
     "swapped_bytes",
 ]
@@ -61,6 +64,20 @@ def choose_device(wanted: str) -> torch.device:
         # PyTorch says so once where the first operation of the backward pass's thread is a product; nothing is wrong.
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
     return device
+
+
+def processor_name() -> str:
+    """As the system names it, or the kind of machine where it does not."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return text.split("model name")[1].split(":", 1)[1].split("\n")[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """'cpu' or 'mps', or what kind of GPU it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def measure_gflops(dtype: torch.dtype, device: torch.device, budget_s: float = 0.3) -> float:

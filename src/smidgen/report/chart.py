@@ -68,12 +68,12 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
     )
 
 
-def bars(title: str, buckets: Sequence[tuple[str, int]]) -> str:
-    """A <figure> of counts, a bar for each, with its label and its number beside it."""
+def bars(title: str, buckets: Sequence[tuple[str, int]], number: Callable[[int], str] = "{:,}".format) -> str:
+    """A <figure> of counts, a bar for each, with its label and its number, as `number` writes it, beside it."""
     most = max((count for _, count in buckets), default=0) or 1
     rows = "".join(
         f'<tr><th scope="row">{escape(label)}</th><td><div class="bar" style="width:{100 * count / most:.1f}%"></div>'
-        f"</td><td>{count:,}</td></tr>"
+        f"</td><td>{escape(number(count))}</td></tr>"
         for label, count in buckets
     )
     return f'<figure><figcaption>{escape(title)}</figcaption><table class="bars">{rows}</table></figure>'

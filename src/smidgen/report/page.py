@@ -15,6 +15,8 @@ from typing import Any
 from smidgen.data.records import as_specs
 from smidgen.errors import RunError
 from smidgen.export.files import replace_file
+from smidgen.measures.answers import ANSWER_MEASURES
+from smidgen.measures.titles import TITLES
 from smidgen.report.chart import Series, bars, line_chart, smoothed, thinned
 from smidgen.report.style import STYLE
 from smidgen.train.run import STATISTICS, SUMMARY, RunFolder
@@ -52,6 +54,7 @@ def run_page(run: Path) -> str:
         f" {escape(state)}</p></header>",
         _tiles(summary, lines),
         _section("Training", _charts(lines), "charts"),
+        _section("Memory", _memory(summary), "charts"),
         _section("Answers to held-out rows", _answers(folder.answers())),
         _section("Data", _data(statistics)),
         _section("Settings", _facts(where | asdict(settings)), "fold"),
@@ -90,8 +93,10 @@ def _tiles(summary: Mapping[str, Any], lines: Lines) -> str:
     before = summary.get("loss_before", losses[0] if losses else None)
     after = summary.get("loss_after", losses[-1] if len(losses) > 1 else None)
     tiles = [("held-out loss", _change(before, after, "{:.3f}".format))]
-    for key, title in (("exact_match", "exact match"), ("valid_json", "valid JSON")):
-        tiles.append((title, _change(summary.get(f"{key}_before"), summary.get(f"{key}_after"), _percent)))
+    perplexities = (summary.get(f"perplexity_{when}") for when in ("before", "after"))
+    tiles.append(("perplexity", _change(*perplexities, "{:.4g}".format)))
+    for key in ANSWER_MEASURES:
+        tiles.append((TITLES[key], _change(summary.get(f"{key}_before"), summary.get(f"{key}_after"), _percent)))
     if summary:
         tiles.append(("tokens a second", f"{summary['tokens_per_s']:,.0f}"))
         tiles.append(("tokens trained", format_count(summary["tokens"])))
@@ -141,6 +146,16 @@ def _charts(lines: Lines) -> str:
     return "".join(charts)
 
 
+def _memory(summary: Mapping[str, Any]) -> str:
+    """The forecast beside what the process took at most, and the forecast's parts, largest first."""
+    terms = summary.get("forecast_terms")
+    if not terms:  # not finished, or a run of before the parts were kept
+        return ""
+    peaks = [("forecast", summary["forecast_peak_bytes"]), ("measured", summary["peak_rss_bytes"])]
+    parts = sorted(((name, size) for name, size in terms.items() if size), key=lambda part: -part[1])
+    return bars("Peak of the process", peaks, format_bytes) + bars("Forecast by parts", parts, format_bytes)
+
+
 def _speed(steps: Lines) -> list[tuple[float, float]]:
     """Of each step, from the running totals."""
     found, tokens, seconds = [], 0, 0.0
@@ -188,8 +203,12 @@ def _data(statistics: Mapping[str, Any]) -> str:
         "the loss counts": f"{statistics['trained_tokens']:,} tokens ({_percent(statistics['share'])})",
         "longest row": f"{statistics['longest_tokens']:,} tokens",
         "longer than seq_len": statistics["truncated"],
+        "tokens cut off": statistics.get("lost_tokens"),
+        "an epoch takes": statistics.get("mix"),
+        "saved by shared beginnings": _percent(sharing["saved"]) if (sharing := statistics.get("sharing")) else None,
         "suspicious rows": statistics["suspicious_rows"],
     }
+    counts = {name: value for name, value in counts.items() if value not in (None, "")}
     bounds = [0, *(bound for bound, _ in statistics["lengths"])]
     buckets = [
         (f"{low + 1:,}-{bound:,}", rows) for low, (bound, rows) in zip(bounds, statistics["lengths"], strict=False)

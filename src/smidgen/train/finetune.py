@@ -18,7 +18,7 @@ from smidgen.export.adapter import read_adapter
 from smidgen.export.files import check_vacant, check_writable
 from smidgen.kernels.library import describe_library
 from smidgen.measures.answers import ANSWER_MEASURES
-from smidgen.model.device import peak_rss_bytes
+from smidgen.model.device import choose_device, device_name, peak_rss_bytes, processor_name
 from smidgen.model.load import needs_gptq, open_source
 from smidgen.model.tokenizer import add_tokens
 from smidgen.model.trained import Adapters
@@ -73,6 +73,8 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
         threads=torch.get_num_threads(),
         system=prepared.system,
         kernels=describe_library(),
+        processor=processor_name(),
+        device=device_name(prepared.base.device),
     )
     places = [_absolute(spec) for spec in as_specs(data)]
     folder = RunFolder.create(
@@ -113,12 +115,9 @@ def _resume(
     source = open_source(model, report, tokenizer_from=run)
     if source.checkpoint.fingerprint() != folder.record.base_fingerprint:
         raise RunError(f"{source.checkpoint.path} is not the base that {run} was started with", cure="put it back")
-    if folder.record.threads != torch.get_num_threads():
-        now, then = torch.get_num_threads(), folder.record.threads
-        report(Warned(f"started with {then} threads, now {now}: rounding will differ from the uninterrupted run"))
-    if folder.record.kernels not in ("", describe_library()):
-        now, then = describe_library(), folder.record.kernels
-        report(Warned(f"started with kernels {then}, now {now}: rounding will differ from the uninterrupted run"))
+    if differences := _differences(folder.record, settings):
+        then, now = (", ".join(side) for side in zip(*differences, strict=True))
+        report(Warned(f"started with {then}; now {now}: rounding will differ from the uninterrupted run"))
     # what `auto` chose at the start is kept, whatever it would choose now
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
@@ -127,7 +126,24 @@ def _resume(
     if prepared.data_sha256 != folder.record.data_sha256:
         names = ", ".join(as_specs(data))
         raise RunError(f"{names} is not the data that {run} was started with", cure="put it back, or start a new run")
+    now, then = prepared.settings.micro_batch, settings.micro_batch
+    if now != then:
+        why = "by the memory there is: rounding and dropout will differ"
+        report(Warned(f"started with micro-batch {then}, now {now} {why}"))
     return _train(prepared, folder, prepared.settings, checkpoint, started, report)
+
+
+def _differences(record: Record, settings: Settings) -> list[tuple[str, str]]:
+    """(then, now) of what a run's rounding hangs on, where it has changed. Older records do not know all of it."""
+    versions = Record.versions_now()
+    pairs = [
+        (f"{record.threads} threads", f"{torch.get_num_threads()} threads"),
+        (record.kernels and f"kernels {record.kernels}", f"kernels {describe_library()}"),
+        (record.processor, processor_name()),
+        (record.device, device_name(choose_device(settings.device))),
+        *((f"{name} {then}", f"{name} {versions.get(name)}") for name, then in record.versions.items()),
+    ]
+    return [(then, now) for then, now in pairs if then and then != now]
 
 
 def _read_summary(run: Path) -> dict[str, Any] | None:
@@ -165,7 +181,8 @@ def _train(
             if "held_out_loss" not in folder.logged_at(at.step):
                 share = prepared.batching.share_prefix
                 result = held_out_loss(base, prepared.held_out, settings.micro_batch, report, share_prefix=share)
-                log({"step": at.step, "held_out_loss": result.loss, "held_out_tokens": result.tokens})
+                measured = {"held_out_loss": result.loss, "perplexity": result.perplexity}
+                log({"step": at.step, **measured, "held_out_tokens": result.tokens})
                 report(Evaluated(at.step, result.loss, result.rows, result.tokens))
             found = evaluations(folder.logged(), settings.eval_interval)
             if settings.keep_best and best_step(found) == at.step:
@@ -233,11 +250,14 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
         "base_format": prepared.base.storage,
         "loss_before": before.get("held_out_loss"),
         "loss_after": after.get("held_out_loss"),
+        "perplexity_before": before.get("perplexity"),
+        "perplexity_after": after.get("perplexity"),
         "steps": cursor.step,
         "tokens": cursor.tokens,
         "tokens_per_s": round(cursor.tokens / max(cursor.train_s, 1e-9), 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "forecast_peak_bytes": prepared.plan.peak_bytes,
+        "forecast_terms": prepared.plan.terms,
         "trainable_parameters": sum(
             p.numel() for layer in prepared.adapters.values() for p in layer.trainable.values()
         ),

@@ -128,10 +128,8 @@ def train(
             try:
                 result = optimizer_step(loss_of, batches, parameters, optimizer, learning_rate=rate, clip=settings.clip)
             except RunError as error:
-                where = ", ".join(row.where for row in rows)
-                raise RunError(
-                    f"step {cursor.step + 1}: {error.what}", found=f"rows {where}", cure=error.cure
-                ) from error
+                what = f"step {cursor.step + 1}: {error.what}"
+                raise RunError(what, found=error.found, cure=error.cure) from error
             base.model.eval()
 
             cursor.step += 1

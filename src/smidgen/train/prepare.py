@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from smidgen.train.memory import (
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
 from smidgen.train.run import adapter_folder, read_record
-from smidgen.train.sharing import choose_batching
+from smidgen.train.sharing import choose_batching, estimate_sharing
 from smidgen.units import format_bytes, format_count, parse_bytes
 
 __all__ = ["Prepared", "gptq_folder", "initial_adapter", "prepare"]
@@ -168,6 +168,10 @@ def prepare(
         report(Note(f"{what} computed by transformers' layers, which are slower than smidgen's own"))
     set_recompute(base, plan.choice.recompute)
     settings = settings_for(settings, plan)
+    schedule = Schedule(examples.lengths, settings, rows.mixture)
+    batching = choose_batching(base, examples, schedule, report)
+    if batching.share_prefix:
+        statistics = replace(statistics, sharing=estimate_sharing(examples, schedule))
     return Prepared(
         settings,
         plan,
@@ -175,7 +179,7 @@ def prepare(
         rows.renderer,
         base,
         adapters,
-        choose_batching(base, examples, Schedule(examples.lengths, settings, rows.mixture), report),
+        batching,
         examples,
         rows.mixture,
         held_out,

@@ -59,6 +59,8 @@ class Record:
     threads: int
     system: str = ""  # the system message that all training rows begin with, if they do
     kernels: str = ""  # the native kernels' instruction set, as `smidgen doctor` names it
+    processor: str = ""
+    device: str = ""  # 'cpu', or the GPU's name
 
     @property
     def peft_base(self) -> str:

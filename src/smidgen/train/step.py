@@ -11,6 +11,8 @@ from smidgen.errors import RunError
 
 __all__ = ["StepResult", "learning_rate_at", "optimizer_step"]
 
+_MOST_ROWS = 8  # that an error names
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -35,25 +37,32 @@ def optimizer_step(
 
     loss_of gives a batch's summed loss. The sum is divided once, by all labelled tokens of the step, so that 1 x 4 and
     4 x 1 rows are the same step whatever the lengths. An optimizer group learns at its `lr_ratio` times learning_rate.
-    Raises RunError for a loss or gradient that is not finite.
+    Raises RunError for a loss that is not finite, with the rows of its batch, and for such a gradient, with all rows.
     """
     labelled = sum(batch.num_labels for batch in batches)
     loss = 0.0
     for batch in batches:
         batch_loss = loss_of(batch) / labelled
+        added = float(batch_loss.detach())
+        if not math.isfinite(added):
+            raise _not_finite(f"loss {added}", [batch])
         batch_loss.backward()
-        loss += float(batch_loss.detach())
+        loss += added
 
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RunError(
-            f"loss {loss} with gradient norm {norm}", cure="lower --learning-rate; look at the rows of this step"
-        )
+        raise _not_finite(f"loss {loss} with gradient norm {norm}", batches)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm, sum(batch.num_tokens for batch in batches), labelled)
+
+
+def _not_finite(what: str, batches: list[Batch]) -> RunError:
+    where = [place for batch in batches for place in batch.where]
+    shown = ", ".join(where[:_MOST_ROWS]) + (f" and {len(where) - _MOST_ROWS} more" if len(where) > _MOST_ROWS else "")
+    return RunError(what, found=f"rows {shown}", cure="lower --learning-rate; look at these rows")
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float, schedule: str) -> float:
