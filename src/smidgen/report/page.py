@@ -93,8 +93,8 @@ def _tiles(summary: Mapping[str, Any], lines: Lines) -> str:
     before = summary.get("loss_before", losses[0] if losses else None)
     after = summary.get("loss_after", losses[-1] if len(losses) > 1 else None)
     tiles = [("held-out loss", _change(before, after, "{:.3f}".format))]
-    perplexities = (summary.get(f"perplexity_{when}") for when in ("before", "after"))
-    tiles.append(("perplexity", _change(*perplexities, "{:.4g}".format)))
+    perplexity = _change(summary.get("perplexity_before"), summary.get("perplexity_after"), "{:.4g}".format)
+    tiles.append(("perplexity", perplexity))
     for key in ANSWER_MEASURES:
         tiles.append((TITLES[key], _change(summary.get(f"{key}_before"), summary.get(f"{key}_after"), _percent)))
     if summary:
