@@ -158,3 +158,17 @@ def test_exports_of_every_architecture(architecture: str, tmp_path: Path) -> Non
     difference = _relative_difference(tmp_path / "merged.gguf")
     print(f"{architecture}: {difference:.5f}")
     assert difference < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_exports_in_blocks(kind: str, tmp_path: Path) -> None:
+    """The same file read by both: llama.cpp rounds activations to 8 bits with one scale for 32."""
+    pytest.importorskip("xllamacpp")
+    how: dict[str, Any] = {"learning_rate": 5e-3, "compute_dtype": "float32", "compare": 0, "max_time": "3s"}
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run = smidgen.finetune(str(tiny_folder(tmp_path / "tiny")), str(rows), tmp_path / "run", **how)
+    smidgen.export_run(run.path, tmp_path / "merged.gguf", to="gguf", type=kind)
+    difference = _relative_difference(tmp_path / "merged.gguf")
+    print(f"{kind}: {difference:.5f}")
+    assert difference < 0.03
