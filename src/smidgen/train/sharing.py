@@ -94,7 +94,7 @@ def refuse_packing(base: Base, longest: int) -> str:
     apart = torch.cat([base.hidden_of(row[None, :length].to(base.device))[0] for row, length in pairs])
     try:
         base.packs = False
-        padded, _ = base.hidden_of_rows(ids, torch.tensor(lengths))
+        padded, of_padded = base.hidden_of_rows(ids, torch.tensor(lengths))
         base.packs = True
         hidden, places = base.hidden_of_rows(ids, torch.tensor(lengths), [((0,), 0), ((1, 2), 8)])
     except Exception as error:  # whatever a model's code makes of arguments that it does not expect
@@ -103,7 +103,7 @@ def refuse_packing(base: Base, longest: int) -> str:
         base.packs = False
     # Rounding is what padding changes, and where that is nothing, some steps of the type: no other computation.
     distance, rounding = (
-        float(((found - apart).norm(dim=1) / apart.norm(dim=1)).max()) for found in (hidden[places], padded)
+        float(((found - apart).norm(dim=1) / apart.norm(dim=1)).max()) for found in (hidden[places], padded[of_padded])
     )
     steps = 8 * torch.finfo(base.compute_dtype).eps
     if distance <= min(_MOST_DISTANT, max(steps, 1e-4) + 4 * rounding):
