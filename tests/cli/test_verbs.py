@@ -329,6 +329,7 @@ def test_data_shows_a_row_and_lengths(smidgen: Callable[..., Any], api: Any) -> 
     said = {key: value for key, value in given.items() if value is not None}
     assert said == {
         **{"seq_len": 1024, "too_long": "right", "token_cache": True, "train_on_prompt": False},
+        **{"dropout": 0.0, "neftune_alpha": 0.0, "share_prefix": "auto", "group_by_length": False},
         **{"micro_batch": 8, "accumulation": 2, "pack": 600},
     }
     assert "50 % of the tokens saved (2.00 times fewer), at 4 rows at once, 8 rows a step" in " ".join(out.split())

@@ -13,7 +13,7 @@ import smidgen
 import smidgen.errors
 from runs import adapter_bytes, stop_after
 from smidgen.errors import RunError
-from smidgen.events import Warned
+from smidgen.events import Event, Warned
 from tiny import tiny_folder, write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
@@ -120,14 +120,19 @@ def test_a_resume_under_other_conditions_names_each_of_them_in_one_line(
     with pytest.raises(KeyboardInterrupt):
         smidgen.finetune(str(model), str(rows), tmp_path / "run", report=stop_after(2), **QUICK)
     file = tmp_path / "run" / "smidgen.json"
-    record, said = json.loads(file.read_text()), []
+    record, said = json.loads(file.read_text()), list[Warned]()
+
+    def warned_of(event: Event) -> None:
+        if isinstance(event, Warned) and "training rows too" not in event.text:  # the rows are few, and repeat
+            said.append(event)
+
     assert record["processor"] and record["device"] == "cpu"
     shutil.copytree(tmp_path / "run", tmp_path / "same")
-    smidgen.resume(tmp_path / "same", report=lambda event: said.append(event) if isinstance(event, Warned) else None)
+    smidgen.resume(tmp_path / "same", report=warned_of)
     assert not said
     then = {"processor": "an abacus", "device": "a slide rule", "kernels": "beads", "threads": 77}
     file.write_text(json.dumps(record | then | {"versions": record["versions"] | {"torch": "0.1"}}))
-    smidgen.resume(tmp_path / "run", report=lambda event: said.append(event) if isinstance(event, Warned) else None)
+    smidgen.resume(tmp_path / "run", report=warned_of)
     (warned,) = said
     for thing in ("77 threads", "kernels beads", "an abacus", "a slide rule", "torch 0.1"):
         assert thing in warned.text.split("; now ")[0]

@@ -141,7 +141,7 @@ def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_par
 
     Counts every token as labelled.
     """
-    chunk, of_norm = chunk_positions(tokens, model.vocab_size), 3 if model.fused else 1
+    chunk, of_norm = chunk_positions(tokens, model.vocab_size), 1 if model.kept else 3  # kept has its input
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
     return itemsize * (chunk * model.vocab_size + (3 + of_norm) * tokens * model.hidden_size) + learnt
 
