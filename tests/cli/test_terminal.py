@@ -109,6 +109,24 @@ def test_finetune_shows_its_progress_and_what_it_reached(trained: tuple[Path, st
     assert "smidgen chat run" in plain
 
 
+def _stop(child: Any, line: str, until: str) -> None:
+    """Ctrl-C ends the answer once `until` is seen. On a busy machine it may come when the answer has ended; then anew.
+
+    While modules are imported, for the first answer, Python itself can lose one (in a callback of a weak reference).
+    """
+    for _ in range(5):
+        child.sendline(line)
+        child.expect(until)
+        child.sendintr()
+        if child.expect(["stopped", "> "]) == 0:
+            child.expect("> ")
+            return
+        child.sendline("/reset")
+        child.expect("A new conversation")
+        child.expect("> ")
+    raise AssertionError("no Ctrl-C ended an answer")
+
+
 def test_chat_streams_stops_with_ctrl_c_and_leaves_with_ctrl_d(tmp_path: Path) -> None:
     story = stories_folder(tmp_path)
     for file in (story / "config.json", story / "tokenizer_config.json"):  # its stories have no end
@@ -124,16 +142,8 @@ def test_chat_streams_stops_with_ctrl_c_and_leaves_with_ctrl_d(tmp_path: Path) -
     child.sendline("/reset")
     child.expect("A new conversation")
     child.expect("> ")
-    child.sendline("Tom saw 3 cats")
-    child.expect("cats\r\n")
-    child.sendintr()  # ends the answer, even before its first word (it once ended the chat there)
-    child.expect("stopped")
-    child.expect("> ")
-    child.sendline("Tom saw 4 cats")
-    child.expect('"Here,"')  # how it begins; hundreds of tokens follow
-    child.sendintr()
-    child.expect("stopped")
-    child.expect("> ")
+    _stop(child, "Tom saw 3 cats", "cats\r\n")  # even before its first word: it once ended the chat there
+    _stop(child, "Tom saw 4 cats", "cats\r\n.*[a-z]{2}")
     child.sendintr()  # only clears the line
     child.expect("> ")
     child.sendeof()
