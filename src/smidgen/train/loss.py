@@ -46,7 +46,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses = _smoothed_(gradient, targets[start : start + chunk], smoothing, backward=wants_grad)
             if weights is not None:
                 losses = losses * weights[start : start + chunk]
-                gradient *= weights[start : start + chunk, None]
+                # in the gradient's type: another would be a second chunk of logits
+                gradient *= weights[start : start + chunk, None].to(gradient.dtype)
             total += losses.sum()
             if grad_hidden is not None:
                 grad_part, *grad_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
