@@ -24,7 +24,8 @@ HELD_OUT = 64  # rows
 
 
 def summary_of(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0, "seeds": len(values)}
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "spread": spread, "seeds": len(values)}
 
 
 parser = argparse.ArgumentParser(description=__doc__)
