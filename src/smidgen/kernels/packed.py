@@ -182,9 +182,9 @@ def panel_product_t(
         ctypes.byref(weights), fused and _addresses_of(fused, parts), g.data_ptr(), dx.data_ptr(), m, n, k,
         g.stride(0), dx.stride(0), step, PANEL_WEIGHTS // _slice(k), _slice(k), columns, 1, accumulate,
     )  # fmt: skip
-    if adapter is None or parts is None:
-        return None if adapter is None else adapter.backward(g, dx)
-    return parts.sum(0).t()
+    if parts is not None:
+        return parts.sum(0).t()
+    return adapter.backward(g, dx) if adapter is not None else None
 
 
 def _addresses_of(adapter: LowRank, grad_b: torch.Tensor | None = None) -> Any:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _MUCH_FASTER = 1.5  # bfloat16 has to be this much faster on a CPU to be worth its rounding
-_ROWS = 64
+_ROWS = 64  # of a product in 16 bits: see padded_rows
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,7 +37,8 @@ def padded_rows(rows: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows a matrix product takes so as to compute `rows`.
 
     For every size of a product in 16 bits oneDNN compiles a program of up to a megabyte on a CPU, and gives none back,
-    whatever its cache may hold: 75 steps over rows of many lengths kept 0.6 GB. With multiples of 64 there are few.
+    whatever its cache may hold: each step over rows of another length kept about 8 MB (docs/log.md). With multiples of
+    64 there are few sizes.
     """
     narrow = dtype.itemsize == 2 and device.type == "cpu"
     return -(-rows // _ROWS) * _ROWS if narrow else rows
