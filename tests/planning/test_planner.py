@@ -11,6 +11,8 @@ from smidgen.planning import estimate
 from smidgen.planning.inventory import Inventory, packed_bytes
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, smallest
 from smidgen.planning.shapes import SHAPES
+from smidgen.train.config import Settings
+from smidgen.train.memory import work_of
 from smidgen.units import parse_bytes
 
 MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
@@ -116,6 +118,17 @@ def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
     assert changed(work(), Choice(4, 1, ("cheap",) * 32)) == {"kept activations"}
     assert changed(work(), Choice(4, 1, ("none",) * 32, (3,))) == {"packed weights", "stream buffers"}
     assert "kept activations" in changed(work(), Choice(2, 2, ("none",) * 32))
+
+
+def test_the_heads_adapter_follows_its_settings(seven: Inventory) -> None:
+    def numbers(**how: Any) -> tuple[int, int]:
+        found = work_of(seven, Settings(targets="head", **how), [512], 4)
+        return found.parameters, found.head_parameters
+
+    both = 32000 + 4096
+    assert numbers(rank=8) == (8 * both, 8 * both)
+    assert numbers(rank=8, rank_pattern={"lm_head": 2}) == (2 * both, 2 * both)
+    assert numbers(rank=8, use_dora=True) == (8 * both + 32000,) * 2
 
 
 def test_kept_activations_of_a_llama_layer(seven: Inventory) -> None:

@@ -16,6 +16,7 @@ from smidgen.checkpoint.gguf import unpermute
 from smidgen.checkpoint.gguf_header import read_header
 from smidgen.errors import RunError
 from smidgen.export.gguf_layout import GgufLayout, finish, write_metadata
+from smidgen.lora.attach import adapters
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.trained import learning_parts
@@ -28,8 +29,8 @@ def save_gguf_lora(base: Base, path: Path) -> None:
     import gguf
 
     layout = GgufLayout.of(base)
-    adapters = _adapters(base)
-    if base.head_name in adapters and base.model.config.get_text_config().tie_word_embeddings:
+    layers = adapters(base.model)
+    if base.head_name in layers and base.model.config.get_text_config().tie_word_embeddings:
         raise RunError(
             "the head has an adapter, but shares its weight with the embedding: llama.cpp cannot apply that",
             cure="use --to gguf, which merges it",
@@ -40,13 +41,13 @@ def save_gguf_lora(base: Base, path: Path) -> None:
             f"{', '.join(others)}: trained whole or with new tokens, which llama.cpp's adapters cannot hold",
             cure="use --to gguf, which merges them",
         )
-    first = next(iter(adapters.values()))
-    if any(layer.use_dora for layer in adapters.values()):
+    first = next(iter(layers.values()))
+    if any(layer.use_dora for layer in layers.values()):
         raise RunError("llama.cpp has no DoRA", expected="plain LoRA", cure="use --to gguf, which merges it")
     alpha = first.scaling * first.rank
     writer = gguf.GGUFWriter(None, layout.architecture)
     write_metadata(writer, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha})
-    for name, layer in adapters.items():
+    for name, layer in layers.items():
         theirs = layout.name(f"{name}.weight")
         lora_B = layer.lora_B.detach().float().cpu() * (layer.scaling * layer.rank / alpha)
         writer.add_tensor(f"{theirs}.lora_a", layer.lora_A.detach().float().cpu().contiguous().numpy())
@@ -60,7 +61,7 @@ def read_gguf_lora(base: Base, path: Path) -> dict[str, tuple[torch.Tensor, torc
     header = read_header(path, mapped.data)
     alpha = header.metadata.number("adapter.lora.alpha")
     found: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    for name in _adapters(base):
+    for name in adapters(base.model):
         theirs = layout.name(f"{name}.weight")
         pair = []
         for suffix in ("lora_a", "lora_b"):
@@ -73,7 +74,3 @@ def read_gguf_lora(base: Base, path: Path) -> dict[str, tuple[torch.Tensor, torc
             pair[1] = unpermute(pair[1], getattr(layout.config, layout.row.permuted[part]))
         found[name] = pair[0], pair[1], alpha / pair[0].shape[0]
     return found
-
-
-def _adapters(base: Base) -> dict[str, LoraLinear]:
-    return {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLinear)}

@@ -24,7 +24,7 @@ from smidgen.export.merge import write_merged
 from smidgen.export.ollama import modelfile
 from smidgen.export.packed import save_packed
 from smidgen.export.quantise import plain_dtype
-from smidgen.lora.linear import LoraLinear
+from smidgen.lora.attach import adapters
 from smidgen.model.build import Base
 from smidgen.model.load import load_base, open_source
 
@@ -111,7 +111,7 @@ def _reopened(path: Path, examples: Sequence[Example]) -> torch.Tensor:
 
 def _with_adapters_of(base: Base, path: Path, examples: Sequence[Example]) -> torch.Tensor:
     """Logits of `base` with the adapters that the file holds in the place of its own."""
-    layers = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLinear)}
+    layers = adapters(base.model)
     kept = {name: (layer.lora_A.data, layer.lora_B.data, layer.scaling) for name, layer in layers.items()}
     try:
         for name, (lora_A, lora_B, scaling) in read_gguf_lora(base, path).items():

@@ -10,8 +10,7 @@ must be known: `logits_of` covers scaling and soft-capping, and every model is c
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.packing import PackedRows, pack_rows
+from smidgen.model.pages import pages_given_back
 from smidgen.model.segments import SegmentMasks, segment_attention
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import LayerStream, layer_of
@@ -36,7 +36,7 @@ from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
 
-__all__ = ["Base", "build_base", "pages_given_back", "read_config", "skeleton"]
+__all__ = ["Base", "build_base", "read_config", "skeleton"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
 _LARGEST_BUFFER = 1 << 26  # numbers; a causal mask over 8,192 positions
@@ -127,23 +127,6 @@ class Base:
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-
-@contextmanager
-def pages_given_back(base: Base) -> Iterator[None]:
-    """Mapped pages leave the memory behind each decoder layer, so that a pass through a model needs those of one."""
-
-    def give_back(*_: Any) -> None:
-        base.checkpoint.release()
-
-    lists = [module for module in base.model.modules() if isinstance(module, nn.ModuleList)]
-    hooks = [layer.register_forward_hook(give_back) for layers in lists for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        base.checkpoint.release()
 
 
 def build_base(
@@ -398,7 +381,7 @@ def _check_head(base: Base) -> None:
     """Our logits from the backbone's output must be the model's own logits, on three tokens."""
     captured: list[torch.Tensor] = []
     hook = base.backbone.register_forward_hook(lambda _m, _a, output: captured.append(output[0]))
-    with pages_given_back(base):
+    with pages_given_back(base.model, base.checkpoint):
         expected = base.model(input_ids=torch.arange(3, device=base.device)[None], use_cache=False).logits
     hook.remove()
     # A few models call a part of their backbone directly; then it has to run once more.

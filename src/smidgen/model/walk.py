@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from smidgen.errors import ModelError
-from smidgen.model.build import Base, pages_given_back
+from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer
+from smidgen.model.pages import pages_given_back
 from smidgen.quant.gptq import Hessian
 from smidgen.quant.linear import FrozenLinear
 
@@ -37,7 +38,7 @@ class LayerWalk:
             for child in owner.children()
             if not isinstance(child, nn.ModuleList)
         ]
-        with pages_given_back(base):
+        with pages_given_back(base.model, base.checkpoint):
             end = base.hidden_of(row[None].to(base.device))
         for hook in hooks:
             hook.remove()

@@ -48,15 +48,16 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
     of_layer = [0] * model.num_layers
     parameters, head_parameters = _beside_lora(model, settings)
     for name in names:
-        linear = by_name.get(name)
-        if linear is None:  # the head
-            head_parameters += settings.rank * (model.vocab_size + model.hidden_size)
-            parameters += settings.rank * (model.vocab_size + model.hidden_size)
-            continue
         pattern = match_pattern(settings.rank_pattern or {}, name)
         rank = settings.rank if pattern is None else (settings.rank_pattern or {})[pattern]
-        parameters += rank * (linear.out_features + linear.in_features) + settings.use_dora * linear.out_features
-        of_layer[linear.layer] += rank
+        linear = by_name.get(name)  # None: the head
+        n, k = (linear.out_features, linear.in_features) if linear else (model.vocab_size, model.hidden_size)
+        numbers = rank * (n + k) + settings.use_dora * n
+        parameters += numbers
+        if linear:
+            of_layer[linear.layer] += rank
+        else:
+            head_parameters += numbers
     return Work(
         lengths=tuple(sorted(lengths, reverse=True)),
         rows_per_step=settings.micro_batch * settings.accumulation,

@@ -1,0 +1,28 @@
+"""Pages of a mapped checkpoint, which a pass through the model need not hold all at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from smidgen.checkpoint.base import Checkpoint
+
+__all__ = ["pages_given_back"]
+
+
+@contextmanager
+def pages_given_back(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+    """Mapped pages leave the memory behind each decoder layer, so that a pass through a model needs those of one."""
+
+    def give_back(*_: Any) -> None:
+        checkpoint.release()
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    hooks = [layer.register_forward_hook(give_back) for layers in lists for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        checkpoint.release()
