@@ -44,7 +44,6 @@ class Cell:
     cut: int = 2
     rank: int = 8
     targets: str = "q,v"
-    mode: str = "train"
 
 
 def _cells() -> list[Cell]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.bench.figures import format_rate
+from smidgen.measures.titles import TITLES
 
 ROOT = Path(__file__).parents[1]
 _DOCS = ("performance", "quality", "results", "memory")
 PAGES = (*(ROOT / "docs" / f"{name}.md" for name in _DOCS), ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
+_SHOWN = ("loss", "exact_match", "valid_json", "json_f1", "rouge_l")  # of docs/results.md
 Result = dict[str, Any]
 
 
@@ -196,72 +198,16 @@ def forecasts_table(result: Result) -> str:
     return f"{counts}\n\n{_with_place(table(titles, rows), result)}"
 
 
-def seed_memory_table(result: Result) -> str:
-    """A table for each seed."""
-    parts = []
-    for seed in dict.fromkeys(cell["table"] for cell in result["cells"]):
-        rows = []
-        for cell in (cell for cell in result["cells"] if cell["table"] == seed):
-            days = f"{cell['epoch_days']:,.0f} days" if "epoch_days" in cell else "-"
-            rows.append(
-                [
-                    cell["shape"],
-                    {"none": "16 bits"}.get(cell["quantize"], cell["quantize"]),
-                    f"{cell['micro_batch']} x {cell['seq_len']:,}",
-                    f"{cell['theirs']} GB" if cell["theirs"] else "out of memory",
-                    _gigabytes(cell["peak_bytes"]),
-                    cell["how"],
-                    days if cell["mode"] == "train" else "-",
-                ]
-            )
-        titles = ["model", "base", "rows x tokens", f"{seed}, its card", "smidgen, whole process", "how", "52,002 rows"]
-        parts.append(table(titles, rows))
-    return _with_place("\n\n".join(parts), result)
-
-
-def budgets_table(result: Result) -> str:
-    """One sentence and a line for each job."""
-    jobs: dict[str, list[Result]] = {}
-    for run in result["runs"]:
-        name = f"{run['shape']}, {run['layers']} layers, {run['micro_batch']} x {run['seq_len']}"
-        jobs.setdefault(f"{name}, {run.get('quantize', 'nf4-dq')}", []).append(run)
-    rows = []
-    for name, runs in jobs.items():
-        done = [run for run in runs if run["feasible"]]
-        limits = [run["budget_bytes"] for run in done]
-        below = next(run for run in runs if not run["feasible"])
-        rows.append(
-            [
-                name,
-                f"{below['budget_bytes'] / 1e6:,.0f} MB: {below['end']}",
-                f"{min(limits) / 1e6:,.0f} to {max(limits) / 1e6:,.0f} MB",
-                f"{sum(run['end'] == 'finished' for run in done)} of {len(done)}",
-                max(f"{run.get('streamed_layers', 0):2d}" for run in done).strip(),
-            ]
-        )
-    refused = f"{result['refused']} of {result['infeasible']} refused"
-    text = f"{result['finished']} of {result['feasible']} finished, {refused}."
-    titles = ["job", "below the smallest", "limits", "finished", "most layers streamed"]
-    return f"{text}\n\n{_with_place(table(titles, rows), result)}"
-_FIGURES = {
-    "loss": "loss a token",
-    "exact_match": "exact match",
-    "valid_json": "valid JSON",
-    "json_f1": "F1 of JSON fields",
-    "rouge_l": "ROUGE-L",
-}
-
-
 def results_table(result: Result) -> str:
     """What each run gave, figure by figure, then what it took."""
     gave, took, commands = [], [], []
     for data, run in result["runs"].items():
-        for name in [name for name in _FIGURES if name in run["figures"]]:
+        for name in [name for name in _SHOWN if name in run["figures"]]:
             found = run["figures"][name]
             write = _loss if name == "loss" else _percent
             sides = [_interval(side, write) for side in (found["against"], found)]
             sides.append(_interval(found["difference"], lambda value, write=write: "+" * (value >= 0) + write(value)))
-            gave.append([data, _FIGURES[name], str(run["test_rows"]), *sides])
+            gave.append([data, TITLES[name], str(run["test_rows"]), *sides])
         summary = run["summary"]
         wall = f"{summary['wall_s'] / 60:.1f} min"
         numbers = [f"{summary['steps']:,}", f"{summary['tokens']:,}", f"{summary['tokens_per_s']:.0f}"]
@@ -316,8 +262,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gptq_quality": ("gptq_quality.py", perplexity_table),
     "quality": ("quality.py", quality_table),
     "forecasts": ("forecasts.py", forecasts_table),
-    "seed_memory": ("seed_memory.py", seed_memory_table),
-    "budgets": ("budgets.py", budgets_table),
     "results": ("results.py", results_table),
     "kills": ("kills.py", kills_line),
 }
