@@ -115,7 +115,7 @@ def test_the_tables_of_results(tool: ModuleType) -> None:
     text = tool.results_table({"runs": {"snips": {**run, "figures": {"exact_match": exact, "loss": loss}}}, **WHERE})
     lines = text.splitlines()
     assert lines[2] == (
-        "| snips | loss a token | 50 | 2.500 (2.000 to 3.000) | 0.500 (0.250 to 0.750) | -2.000 (-2.500 to -1.500) |"
+        "| snips | loss | 50 | 2.500 (2.000 to 3.000) | 0.500 (0.250 to 0.750) | -2.000 (-2.500 to -1.500) |"
     )
     assert lines[3] == "| snips | exact match | 50 | 0% | 50% | +50% |"
     assert "| snips | 100 | 31,000 | 123 | 1.5 min | 1.25 GB |" in lines
