@@ -55,6 +55,8 @@ COMBINATIONS = [
     # bfloat16
     _of(LLAMA, 6, seq_len=512, compute_dtype="bfloat16"),
     _of(TINY, 2, seq_len=512, compute_dtype="bfloat16"),
+    *(_of(LLAMA, 12, seq_len=1024, activation_dtype="bfloat16", recompute=name) for name in ("none", "full")),
+    _of(TINY, 4, seq_len=1024, activation_dtype="bfloat16"),
     # larger layers
     _of("llama-7b", 2, seq_len=512),
     _of("llama-7b", 2, seq_len=512, quantize="gptq", recompute="full"),

@@ -49,6 +49,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "group_by_length": False,
     "seed": 0,
     "recompute": "auto",
+    "activation_dtype": "auto",
     "seq_len": 1024,
     "too_long": "right",
     "mix": None,

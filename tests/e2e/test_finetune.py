@@ -123,7 +123,7 @@ EFFECTS = {
     "lora_plus_ratio": 4.0, "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0,
     "max_steps": 2, "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True,
     "quantize": "int8", "compute_dtype": "bfloat16", "group_by_length": True, "share_prefix": "off", "pack": 60,
-    "modules_to_save": "norm", "new_tokens": "say",
+    "modules_to_save": "norm", "new_tokens": "say", "activation_dtype": "bfloat16",
 }  # fmt: skip
 
 

@@ -47,3 +47,12 @@ def test_the_smallest_budget_gives_the_same_adapter(
     one, other = ((run.path / "adapter_model.safetensors").read_bytes() for run in (free, kept))
     assert one == other
     assert kept.summary["forecast_peak_bytes"] <= smallest < free.summary["forecast_peak_bytes"]
+
+
+def test_rounded_activations_are_of_layers_that_round_them(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    for name, more in (("gemma2", {}), ("llama", {"dropout": 0.1})):
+        folder = tiny_folder(tmp_path / name, name)
+        with pytest.raises(SettingsError, match="activation_dtype: bfloat16 is for layers of the Llama family"):
+            smidgen.finetune(str(folder), str(rows), tmp_path / "run", activation_dtype="bfloat16", **QUICK, **more)
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,7 @@ class MemorySettings:
     vocab_size: int = 0
     compute_dtype: str = "float32"
     memory: int | None = None
+    activation_dtype: str = "auto"
     recompute: str = "auto"
     rank: int = 8
     targets: str = "q,v"
@@ -73,6 +74,7 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
         "vocab_size": config["vocab_size"],
         "quantize": settings.quantize,
         "compute_dtype": settings.compute_dtype,
+        "activation_dtype": settings.activation_dtype,
         "rank": settings.rank,
         "targets": settings.targets,
         "mode": settings.mode,
@@ -138,6 +140,7 @@ def _run(
             targets=settings.targets,
             train=settings.mode == "train",
             compute_dtype=settings.compute_dtype,
+            activation_dtype=settings.activation_dtype,
         )
         streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
         report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))

@@ -8,6 +8,8 @@ each norm, rotation and gate. What is kept for the backward pass is a choice of 
     cheap   all but the inputs after their norms       those are computed again, no matrix product twice
     full    the layer's input                          the layer is computed again
 
+It may wait rounded to bfloat16 (`kept_dtype`), for half of float32's memory; what is computed with it is float32 again.
+
 The layer keeps transformers' submodules and their names, so adapters attach as ever, and falls back on transformers'
 own forward for what is not known here: padding masks, key caches, LoRA dropout, norms that learn. Packed rows it takes
 either way.
@@ -123,10 +125,15 @@ class _Kept:
 
 
 _CHEAP = ("normed", "middle_normed")  # computed again by `cheap`
+# What may be rounded: the large ones.
+_ROUNDED = ("x", "normed", "qkv", "q_input", "k_input", "attended", "middle", "middle_normed", "gate_up")
 
 
 class FusedLayer(nn.Module):
-    """Stands where `layer` stood. recompute: see the module's docstring; anyone may set it, layer by layer."""
+    """Stands where `layer` stood.
+
+    recompute, kept_dtype (None: the compute type): see the module's docstring; anyone may set them, layer by layer.
+    """
 
     def __init__(self, layer: nn.Module, last_rows: _LastRows) -> None:
         super().__init__()
@@ -135,6 +142,7 @@ class FusedLayer(nn.Module):
         self._original = [layer]  # in a list, so that its parameters are not counted twice
         self._last_rows = last_rows
         self.recompute = "none"
+        self.kept_dtype: torch.dtype | None = None
         attention: Any = layer.self_attn
         config: Any = attention.config
         self.shape = Heads(
@@ -256,12 +264,12 @@ class FusedLayer(nn.Module):
         wants_x: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """grad [tokens, hidden_size] -> (gradient of x or None, gradients of parts.parameters in order)."""
-        shape = self.shape
+        shape, dtype = self.shape, grad.dtype
         grad_product, grad_low, down_B = parts.down.backward_input(grad, kept.down_low, wants_x=True)
         assert grad_product is not None
-        grad_gate_up = scratch("grad_gate_up", kept.gate_up.shape, grad.dtype, grad.device)
-        product = scratch("product", grad_product.shape, grad.dtype, grad.device)
-        swiglu_backward(grad_product, kept.gate_up, grad_gate_up, product)
+        grad_gate_up = scratch("grad_gate_up", kept.gate_up.shape, dtype, grad.device)
+        product = scratch("product", grad_product.shape, dtype, grad.device)
+        swiglu_backward(grad_product, kept.gate_up.to(dtype), grad_gate_up, product)
         del grad_product  # here and below: what is of all tokens' size leaves as soon as nothing needs it
         down_A = parts.down.backward_A(grad_low, product)
         down_m = parts.down.backward_magnitude(grad, product, kept.down_low)
@@ -269,33 +277,36 @@ class FusedLayer(nn.Module):
         grad_normed, grad_low, gate_up_B = parts.gate_up.backward_input(grad_gate_up, kept.gate_up_low, wants_x=True)
         assert grad_normed is not None
         norm = self._norm(self.post_attention_layernorm)
-        normed = kept.middle_normed if kept.middle_normed.numel() else rms_norm(kept.middle, *norm)[0]
+        middle = kept.middle.to(dtype)
+        normed = kept.middle_normed.to(dtype) if kept.middle_normed.numel() else rms_norm(middle, *norm)[0]
         gate_up_A = parts.gate_up.backward_A(grad_low, normed)
         gate_up_m = parts.gate_up.backward_magnitude(grad_gate_up, normed, kept.gate_up_low)
-        grad_middle = rms_norm_backward(grad_normed, kept.middle, norm[0], kept.middle_rstd, residual=grad)
-        del normed, grad_normed
+        grad_middle = rms_norm_backward(grad_normed, middle, norm[0], kept.middle_rstd, residual=grad)
+        del normed, grad_normed, middle
 
         grad_attended, grad_low, out_B = parts.out.backward_input(grad_middle, kept.out_low, wants_x=True)
         assert grad_attended is not None
-        out_A = parts.out.backward_A(grad_low, kept.attended)
-        out_m = parts.out.backward_magnitude(grad_middle, kept.attended, kept.out_low)
-        grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse, rows.segments, shape)
-        del grad_attended
+        attended = kept.attended.to(dtype)
+        out_A = parts.out.backward_A(grad_low, attended)
+        out_m = parts.out.backward_magnitude(grad_middle, attended, kept.out_low)
+        grad_qkv = attention_backward(grad_attended, kept.qkv.to(dtype), attended, kept.lse, rows.segments, shape)
+        del grad_attended, attended
         rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
         for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):
             part = grad_qkv[:, columns].contiguous().view(-1, shape.head_dim)
-            part = rms_norm_backward(part, states, self._norm(head_norm)[0], rstd)
+            part = rms_norm_backward(part, states.to(dtype), self._norm(head_norm)[0], rstd)
             grad_qkv[:, columns] = part.view(len(grad_qkv), -1)
 
         grad_normed, grad_low, qkv_B = parts.qkv.backward_input(grad_qkv, kept.qkv_low, wants_x=wants_x)
         norm = self._norm(self.input_layernorm)
-        normed = kept.normed if kept.normed.numel() else rms_norm(kept.x, *norm)[0]
+        x = kept.x.to(dtype)
+        normed = kept.normed.to(dtype) if kept.normed.numel() else rms_norm(x, *norm)[0]
         qkv_A = parts.qkv.backward_A(grad_low, normed)
         qkv_m = parts.qkv.backward_magnitude(grad_qkv, normed, kept.qkv_low)
         grad_x = None
         if grad_normed is not None:
-            grad_x = rms_norm_backward(grad_normed, kept.x, norm[0], kept.rstd, residual=grad_middle)
+            grad_x = rms_norm_backward(grad_normed, x, norm[0], kept.rstd, residual=grad_middle)
         of_adapters = zip(
             [*qkv_A, *out_A, *gate_up_A, *down_A],
             [*qkv_B, *out_B, *gate_up_B, *down_B],
@@ -328,22 +339,20 @@ class _LayerFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layer: FusedLayer, parts: _Parts, rows: Rows, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        out, kept = layer.run(x, parts, rows)
+        out, all_kept = layer.run(x, parts, rows)
         ctx.layer, ctx.parts, ctx.rows, ctx.recompute = layer, parts, rows, layer.recompute
-        if layer.recompute == "full":
-            ctx.save_for_backward(x)
-        else:
-            if layer.recompute == "cheap":
-                for name in _CHEAP:
-                    setattr(kept, name, x.new_empty(0))
-            ctx.save_for_backward(*vars(kept).values())
+        kept = {"x": x} if layer.recompute == "full" else vars(all_kept)
+        if layer.recompute == "cheap":
+            kept |= dict.fromkeys(_CHEAP, x.new_empty(0))
+        rounded = _ROUNDED if layer.kept_dtype else ()
+        ctx.save_for_backward(*(part.to(layer.kept_dtype) if name in rounded else part for name, part in kept.items()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         if ctx.recompute == "full":
-            kept = ctx.layer.run(*ctx.saved_tensors, ctx.parts, ctx.rows)[1]
+            kept = ctx.layer.run(ctx.saved_tensors[0].to(grads[0].dtype), ctx.parts, ctx.rows)[1]
         else:
             kept = _Kept(*ctx.saved_tensors)
         grad_x, of_parameters = ctx.layer.run_back(

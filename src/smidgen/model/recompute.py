@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smidgen.model.build import Base
@@ -13,16 +14,18 @@ from smidgen.planning.estimate import RECOMPUTE
 __all__ = ["set_recompute"]
 
 
-def set_recompute(base: Base, modes: str | Sequence[str]) -> None:
+def set_recompute(base: Base, modes: str | Sequence[str], activation_dtype: str = "auto") -> None:
     """'none', 'cheap' or 'full' for every layer, or one for each (model/fused.py).
 
-    Layers that are not fused take 'cheap' as 'none', and 'full' only together.
+    Layers that are not fused take 'cheap' as 'none', and 'full' only together. activation_dtype: of what fused layers
+    keep; auto: that of the computation.
     """
     layers = [module for module in base.model.modules() if isinstance(module, FusedLayer)]
     each = [modes] * max(1, len(layers)) if isinstance(modes, str) else list(modes)
     assert set(each) <= set(RECOMPUTE)
+    kept_dtype = None if activation_dtype == "auto" else getattr(torch, activation_dtype)
     for layer, mode in zip(layers, each, strict=False):
-        layer.recompute = mode
+        layer.recompute, layer.kept_dtype = mode, kept_dtype
     if not any(isinstance(module, GradientCheckpointingLayer) for module in base.model.modules()):
         return
     if "full" in each and not layers:

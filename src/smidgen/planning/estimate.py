@@ -50,20 +50,23 @@ def kept_bytes(
     *,
     longest: int = 1,
     inputs: int = 0,
+    kept_item: int | None = None,
 ) -> int:
     """What the layers keep for the backward pass, layer by layer as `recompute` says.
 
     ranks: of all adapters of a layer together (the products x Aᵀ). inputs: numbers a token that a layer of transformers
-    keeps for adapters alone. longest: tokens of the longest row. Left out: nothing of a token's size.
+    keeps for adapters alone. longest: tokens of the longest row. kept_item: bytes of what is rounded while it waits.
+    Left out: nothing of a token's size.
     """
     hidden, inner, q, kv = _widths(model)
     if model.fused:
         # x, both norms' outputs, the middle; q, k, v; attended; gate and up; the adapters' products; and in float32
         # the log-sums of attention and the two norms' factors
-        none = itemsize * (4 * hidden + 2 * q + kv + 2 * inner + ranks) + _FLOAT32 * (model.num_heads + 2)
+        item = kept_item or itemsize
+        none = item * (4 * hidden + 2 * q + kv + 2 * inner) + itemsize * ranks + _FLOAT32 * (model.num_heads + 2)
         if model.head_norms:
-            none += itemsize * (q + kv // 2) + _FLOAT32 * (model.num_heads + model.num_kv_heads)
-        of_layer = {"none": none, "cheap": none - 2 * itemsize * hidden, "full": itemsize * hidden}
+            none += item * (q + kv // 2) + _FLOAT32 * (model.num_heads + model.num_kv_heads)
+        of_layer = {"none": none, "cheap": none - 2 * item * hidden, "full": item * hidden}
     else:
         if model.kept is not None:
             none = ceil((model.kept.per_token + model.kept.per_pair * longest) / model.num_layers)
@@ -84,7 +87,14 @@ def _widest(model: Inventory) -> int:
 
 
 def layer_work_bytes(
-    model: Inventory, tokens: int, recompute: Sequence[str], ranks: int, itemsize: int = _FLOAT32, **kept: int
+    model: Inventory,
+    tokens: int,
+    recompute: Sequence[str],
+    ranks: int,
+    itemsize: int = _FLOAT32,
+    *,
+    kept_item: int | None = None,
+    **kept: int,
 ) -> int:
     """The largest working set of one layer: its backward pass, and what it computes again for that.
 
@@ -94,7 +104,12 @@ def layer_work_bytes(
     if model.fused:
         # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
         # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
-        backward = itemsize * max(hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv)
+        numbers = [hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv]
+        if (kept_item or itemsize) < itemsize:
+            # once more what was rounded: gate and up; attention's; norms'. Or forwards all that is to be rounded
+            numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
+            numbers.append(kept_bytes(model, 1, ("none",), ranks, itemsize, **kept) // itemsize + inner)
+        backward = itemsize * max(numbers)
     else:
         # behind and before each of the widest vectors; or of what goes into attention and comes out
         backward = itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))

@@ -41,6 +41,7 @@ class Work:
     one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
     in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
     that the head computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone.
+    kept_item: bytes of a number that waits for the backward pass; None: itemsize.
     """
 
     lengths: tuple[int, ...]
@@ -52,6 +53,7 @@ class Work:
     state_bytes: float = 8
     head_parameters: int = 0
     inputs: int = 0
+    kept_item: int | None = None
 
     def tokens(self, rows: int, *, pads: bool) -> int:
         """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
@@ -118,8 +120,9 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     sizes = model.layer_bytes
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
     more = {"longest": longest, "inputs": work.inputs}
-    kept = estimate.kept_bytes(model, tokens, choice.recompute, work.ranks, item, **more)
-    backward = estimate.layer_work_bytes(model, tokens, choice.recompute, work.ranks, item, **more)
+    layers = (model, tokens, choice.recompute, work.ranks, item)
+    kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
+    backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item)
     loss = estimate.loss_bytes(model, tokens, item, work.head_parameters)
     small = {
         "framework": machine.framework_bytes,

@@ -183,6 +183,13 @@ class Settings:
         " allows, layer by layer.",
         choices=("auto", *RECOMPUTE),
     )
+    activation_dtype: str = _setting(
+        "auto",
+        "Training",
+        "Number type in which a layer's results wait for the backward pass. auto: that of the computation; bfloat16:"
+        " rounded, for half of float32's memory. Layers of the Llama family.",
+        choices=("auto", "bfloat16"),
+    )
 
     seq_len: int = _setting(1024, "Data", "Longest row in tokens; see --too-long.")
     too_long: str = _setting(

@@ -68,7 +68,21 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int], itemsi
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
         inputs=_adapter_inputs(model, names),
+        kept_item=_kept_item(model, settings),
     )
+
+
+def _kept_item(model: Inventory, settings: Settings) -> int | None:
+    if settings.activation_dtype == "auto":
+        return None
+    if not model.fused:
+        raise SettingsError(
+            [
+                f"activation_dtype: {settings.activation_dtype} is for layers of the Llama family without dropout or"
+                f" trained norms, but those of {model.name or 'this model'} are transformers' own; leave it out"
+            ]
+        )
+    return getattr(torch, settings.activation_dtype).itemsize
 
 
 def _adapter_inputs(model: Inventory, names: Sequence[str]) -> int:

@@ -166,7 +166,7 @@ def prepare(
     if is_fused(base.backbone) and (settings.dropout or learns_norms(base.backbone)):
         what = "dropout is" if settings.dropout else "trained norms are"
         report(Note(f"{what} computed by transformers' layers, which are slower than smidgen's own"))
-    set_recompute(base, plan.choice.recompute)
+    set_recompute(base, plan.choice.recompute, settings.activation_dtype)
     settings = settings_for(settings, plan)
     schedule = Schedule(examples.lengths, settings, rows.mixture)
     batching = choose_batching(base, examples, schedule, report)

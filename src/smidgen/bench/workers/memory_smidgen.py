@@ -53,11 +53,12 @@ class MemoryWorker:
         targets: str,
         train: bool,
         compute_dtype: str = "float32",
+        activation_dtype: str = "auto",
         can_stream: bool = True,
     ) -> dict[str, Any]:
         settings = Settings(
             rank=rank, alpha=2.0 * rank, learning_rate=1e-4, targets=targets, recompute=recompute,
-            micro_batch=len(input_ids), seq_len=max(8, len(input_ids[0])),
+            micro_batch=len(input_ids), seq_len=max(8, len(input_ids[0])), activation_dtype=activation_dtype,
         )  # fmt: skip
         give_memory_back()
         path = Path(folder)

@@ -26,7 +26,7 @@ class Stepper:
         adapters = attach_lora(
             base.model, names, rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed
         )
-        set_recompute(base, recompute)
+        set_recompute(base, recompute, settings.activation_dtype)
         self.parameters = [parameter for layer in adapters.values() for parameter in layer.parameters()]
         self.optimizer = make_optimizer(adapters, settings)
 
