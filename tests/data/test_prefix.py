@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
+import smidgen.data.prefix
 from smidgen.data.batch import Batching, grouped_order, make_batch
 from smidgen.data.prefix import computed_tokens, group_rows
 from smidgen.data.render import Example
@@ -38,6 +39,15 @@ def test_a_row_keeps_a_token_of_its_own_and_a_short_beginning_is_not_shared() ->
     assert [group.prefix_tokens for group in group_rows(same)] == [11]
     assert all(group.prefix_tokens == 0 for group in group_rows([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]))
     assert group_rows([]) == []
+
+
+def test_a_group_is_no_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [_row(SYSTEM, [1, index]) for index in range(20)]
+    assert [len(group.rows) for group in group_rows(rows)] == [20]
+    monkeypatch.setattr(smidgen.data.prefix, "TILE_TOKENS", 30)
+    groups = group_rows(rows)
+    assert max(len(group.rows) for group in groups) == (30 - len(SYSTEM) - 1) // 1 == 9
+    assert sorted(index for group in groups for index in group.rows) == list(range(20))
 
 
 def test_no_other_cut_into_runs_saves_more() -> None:

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 import smidgen.model.build
 import smidgen.model.fused
+import smidgen.model.packing
 import smidgen.model.segments
 from smidgen.data.batch import Batch, make_batch
 from smidgen.data.prefix import computed_tokens
@@ -119,6 +120,26 @@ def test_gradients_are_exact_in_float64(
     expected = _gradient(base, [make_batch([example]) for example in examples])[1]
     gradient = _gradient(base, [make_batch(examples, share_prefix=True)])[1]
     assert _distance(gradient, expected) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap", "full"])
+def test_tiles_of_a_large_batch_give_the_gradients_of_the_whole(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, batch = _model(tiny_folder(tmp_path, "qwen3")), make_batch(_examples("all"), share_prefix=True)
+    set_recompute(base, mode)
+    expected_loss, expected = _gradient(base, [batch])
+    tokens: list[int] = []
+    run = FusedLayer.run
+    monkeypatch.setattr(FusedLayer, "run", lambda self, x, *more: tokens.append(len(x)) or run(self, x, *more))
+    monkeypatch.setattr(smidgen.model.packing, "TILE_TOKENS", 60)
+    loss, gradient = _gradient(base, [batch])
+    assert len(tokens) > 2 * (1 + (mode == "full")) and len(set(tokens)) > 1
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert _distance(gradient, expected) < 1e-5  # sums in another order
+    put = smidgen.model.fused._put  # the control arm: all tiles in the place of the first one
+    monkeypatch.setattr(smidgen.model.fused, "_put", lambda whole, tile, part, n: put(whole, slice(0, len(part)), part, n))
+    assert not _distance(_gradient(base, [batch])[1], expected) < 1e-3
 
 
 def _positions_restart(packed: PackedRows) -> PackedRows:

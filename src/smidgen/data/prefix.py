@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from smidgen.kernels.sizes import TILE_TOKENS
+
 __all__ = ["Group", "computed_tokens", "group_rows"]
 
 # A seam costs two small products of attention in place of a large one, in each layer; less would hardly pay for it.
@@ -29,16 +31,19 @@ class Group(NamedTuple):
 def group_rows(rows: Sequence[list[int]]) -> list[Group]:
     """The groups of rows of token ids that leave the fewest tokens to compute; each row is in one of them.
 
-    In lexical order rows that begin alike are neighbours; how to cut that into runs is found by dynamic programming.
+    No group has more than TILE_TOKENS tokens to compute, so that it fits into one tile of a layer's working set. In
+    lexical order rows that begin alike are neighbours; how to cut that into runs is found by dynamic programming.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index])
     alike = [_common_tokens(rows[a], rows[b]) for a, b in pairwise(order)]
     most_saved, starts = [0], []  # tokens saved in the first n rows, and where the last run of those begins
     for last in range(len(order)):
         saved, start, prefix = most_saved[last], last, len(rows[order[last]])
+        tokens = prefix
         for first in range(last - 1, -1, -1):
             prefix = min(prefix, alike[first])
-            if prefix < _LEAST_PREFIX_TOKENS:
+            tokens += len(rows[order[first]])
+            if prefix < _LEAST_PREFIX_TOKENS or tokens - (last - first) * prefix > TILE_TOKENS:
                 break
             if most_saved[first] + (last - first) * prefix > saved:
                 saved, start = most_saved[first] + (last - first) * prefix, first

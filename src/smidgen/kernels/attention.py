@@ -9,7 +9,7 @@ The native kernel needs PyTorch's BLAS and float32; other types are converted. P
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -53,10 +53,13 @@ class Segments:
 
     prefixes[i]: the row that row i goes on after, seeing all of it, or -1. That row goes on after none itself, and all
     that go on after it follow it directly: a group. The longest work comes first, so that no thread is left with it at
-    the end.
+    the end. tile_ends: numbers of rows, ascending, after each of which a tile ends; no group lies in two. `tiles` has
+    each one's tokens and its rows as Segments of their own.
     """
 
-    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], prefixes: Sequence[int] | None = None, tile_ends: Sequence[int] = ()
+    ) -> None:
         self.lengths = list(lengths)
         self.tokens = sum(self.lengths)
         prefix_of = [-1] * len(self.lengths) if prefixes is None else list(prefixes)
@@ -76,6 +79,16 @@ class Segments:
         self.parts = torch.tensor(sorted(parts, key=lambda part: -tokens[part[0]])).view(-1, 3)
         self.parts_of_group = torch.tensor(parts_of_group)
         self.most_parts = max(parts_of_group, default=1)
+
+        self.tiles: list[tuple[slice, Segments]] = [(slice(0, self.tokens), self)]
+        if len(tile_ends) > 1:
+            self.tiles = [
+                (
+                    slice(ends[first], ends[last]),
+                    Segments(self.lengths[first:last], [p - first if p >= 0 else p for p in prefix_of[first:last]]),
+                )
+                for first, last in pairwise([0, *tile_ends])
+            ]
 
 
 def _library(*tensors: torch.Tensor) -> Any:

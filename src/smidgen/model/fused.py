@@ -16,8 +16,9 @@ either way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,11 +48,22 @@ _KNOWN_BACKBONES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 @dataclass(frozen=True)
 class Rows:
-    """What all layers need to know of a batch: its rows, and float32 cos, sin [tokens, head_dim / 2] of positions."""
+    """What all layers need to know of a batch: its rows, and float32 cos, sin [tokens, head_dim / 2] of positions.
+
+    A layer takes `tiles` one after the other, so that its working set is that of one of them.
+    """
 
     segments: Segments
     cosine: torch.Tensor
     sine: torch.Tensor
+
+    @cached_property
+    def tiles(self) -> list[tuple[slice, "Rows"]]:
+        """The tokens of each tile, and the same for it alone."""
+        found = self.segments.tiles
+        if len(found) == 1:
+            return [(found[0][0], self)]
+        return [(part, Rows(segments, self.cosine[part], self.sine[part])) for part, segments in found]
 
 
 class _LastRows:
@@ -315,6 +327,14 @@ class FusedLayer(nn.Module):
         )
         return grad_x, [gradient for parts_of in of_adapters for gradient in parts_of if gradient is not None]
 
+    def waiting(self, kept: _Kept) -> list[torch.Tensor]:
+        """What waits for the backward pass, as `recompute` and `kept_dtype` say."""
+        parts = {"x": kept.x} if self.recompute == "full" else vars(kept)
+        if self.recompute == "cheap":
+            parts |= dict.fromkeys(_CHEAP, kept.x.new_empty(0))
+        rounded = _ROUNDED if self.kept_dtype else ()
+        return [part.to(self.kept_dtype) if name in rounded else part for name, part in parts.items()]
+
     @staticmethod
     def _norm(module: Any) -> tuple[torch.Tensor, float]:
         return module.weight if module.weight.dtype == torch.float32 else module.weight.float(), module.variance_epsilon
@@ -338,27 +358,43 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, layer: FusedLayer, parts: _Parts, rows: Rows, *parameters: torch.Tensor
-    ) -> torch.Tensor:
-        out, all_kept = layer.run(x, parts, rows)
+    ) -> torch.Tensor | None:
         ctx.layer, ctx.parts, ctx.rows, ctx.recompute = layer, parts, rows, layer.recompute
-        kept = {"x": x} if layer.recompute == "full" else vars(all_kept)
-        if layer.recompute == "cheap":
-            kept |= dict.fromkeys(_CHEAP, x.new_empty(0))
-        rounded = _ROUNDED if layer.kept_dtype else ()
-        ctx.save_for_backward(*(part.to(layer.kept_dtype) if name in rounded else part for name, part in kept.items()))
+        out, saved = None, []
+        for tile, rows_of_tile in rows.tiles:
+            part, kept = layer.run(x[tile], parts, rows_of_tile)
+            out = _put(out, tile, part, len(x))
+            saved += layer.waiting(kept)
+            del kept  # before the next tile's
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        if ctx.recompute == "full":
-            kept = ctx.layer.run(ctx.saved_tensors[0].to(grads[0].dtype), ctx.parts, ctx.rows)[1]
-        else:
-            kept = _Kept(*ctx.saved_tensors)
-        grad_x, of_parameters = ctx.layer.run_back(
-            grads[0].contiguous(), kept, ctx.parts, ctx.rows, wants_x=ctx.needs_input_grad[0]
-        )
+        grad, layer, saved = grads[0].contiguous(), ctx.layer, iter(ctx.saved_tensors)
+        grad_x, of_parameters = None, []
+        for tile, rows in ctx.rows.tiles:
+            if ctx.recompute == "full":
+                kept = layer.run(next(saved).to(grad.dtype), ctx.parts, rows)[1]
+            else:
+                kept = _Kept(*islice(saved, len(fields(_Kept))))
+            part, gradients = layer.run_back(grad[tile], kept, ctx.parts, rows, wants_x=ctx.needs_input_grad[0])
+            del kept
+            grad_x = part if part is None else _put(grad_x, tile, part, len(grad))
+            for total, more in zip(of_parameters, gradients, strict=False):
+                total += more
+            of_parameters = of_parameters or gradients
         return grad_x, None, None, None, *of_parameters
+
+
+def _put(whole: torch.Tensor | None, tile: slice, part: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`part` in its place of a matrix of all tokens, which the first one makes; or itself where it has them all."""
+    if len(part) == tokens:
+        return part
+    whole = part.new_empty(tokens, part.shape[1]) if whole is None else whole
+    whole[tile] = part
+    return whole
 
 
 def is_known(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from smidgen.kernels.attention import Segments
+from smidgen.kernels.sizes import TILE_TOKENS
 
 __all__ = ["PackedRows", "pack_rows"]
 
@@ -31,14 +32,16 @@ def pack_rows(
 ) -> PackedRows:
     """input_ids int64 [B, T], padded on the right; lengths int64 [B].
 
-    groups: (rows, how many tokens all of them begin with alike), each row once; none: nothing is shared. padded: how
-    many tokens are to be computed for so many; what is too few becomes a row of its own, which no place points to.
+    groups: (rows, how many tokens all of them begin with alike), each row once; none: nothing is shared. A tile ends
+    before the group that would make it longer than TILE_TOKENS. padded: how many tokens are to be computed for so many
+    of a tile; what is too few becomes a row of its own, which no place points to.
     """
     row_lengths = lengths.tolist()
-    pieces: list[tuple[int, int, int]] = []  # row, its first token, behind its last one
+    pieces: list[tuple[int, int, int]] = []  # row (-1: padding), its first token, behind its last one
     prefixes: list[int] = []
     starts: dict[tuple[int, int], int] = {}  # (row, its first token) of a piece -> where that is computed
-    tokens = 0
+    tile_ends: list[int] = []
+    tokens = tile_start = 0
 
     def add(row: int, start: int, stop: int, prefix: int) -> None:
         nonlocal tokens
@@ -47,8 +50,18 @@ def pack_rows(
         prefixes.append(prefix)
         tokens += stop - start
 
+    def end_tile() -> None:
+        nonlocal tile_start
+        if more := padded(tokens - tile_start) - (tokens - tile_start):
+            add(-1, 0, more, -1)
+        tile_ends.append(len(pieces))
+        tile_start = tokens
+
     shared: dict[int, tuple[int, int]] = {}  # row -> where its prefix is computed, tokens of that
     for rows, prefix_tokens in groups or [((row,), 0) for row in range(len(row_lengths))]:
+        count = sum(row_lengths[row] for row in rows) - prefix_tokens * (len(rows) - 1)
+        if tokens > tile_start and tokens - tile_start + count > TILE_TOKENS:
+            end_tile()
         before = -1
         if prefix_tokens:
             shared |= {row: (tokens, prefix_tokens) for row in rows}
@@ -56,20 +69,18 @@ def pack_rows(
             add(rows[0], 0, prefix_tokens, -1)
         for row in rows:
             add(row, prefix_tokens, row_lengths[row], before)
+    end_tile()
 
     places = []
     for row, length in enumerate(row_lengths):
         first, prefix_tokens = shared.get(row, (0, 0))
         places += [torch.arange(first, first + prefix_tokens)]
         places += [torch.arange(length - prefix_tokens) + starts[row, prefix_tokens]]
-    ids = [input_ids[row, start:stop] for row, start, stop in pieces]
-    if more := padded(tokens) - tokens:
-        ids.append(input_ids.new_zeros(more))
-        pieces.append((-1, 0, more))
-        prefixes.append(-1)
     return PackedRows(
-        ids=torch.cat(ids),
+        ids=torch.cat(
+            [input_ids.new_zeros(stop) if row < 0 else input_ids[row, start:stop] for row, start, stop in pieces]
+        ),
         positions=torch.cat([torch.arange(start, stop) for _, start, stop in pieces]),
-        segments=Segments([stop - start for _, start, stop in pieces], prefixes),
+        segments=Segments([stop - start for _, start, stop in pieces], prefixes, tile_ends),
         places=torch.cat(places),
     )

@@ -8,7 +8,7 @@ what their modules save on the meta device (model/kept.py).
 from collections.abc import Sequence
 from math import ceil
 
-from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS
+from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS, TILE_TOKENS
 from smidgen.planning.inventory import Inventory
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "program_bytes",
     "scratch_bytes",
     "stream_bytes",
+    "tile_tokens",
 ]
 
 RECOMPUTE = ("none", "cheap", "full")  # what a layer computes again in the backward pass, from fastest to smallest
@@ -116,7 +117,14 @@ def layer_work_bytes(
     again = 0
     if "full" in recompute:
         again = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept) - itemsize * hidden
-    return tokens * (backward + again)
+    tile = tile_tokens(model, tokens, kept.get("longest", 1))
+    whole = 0 if tile == tokens else itemsize * 2 * hidden  # gradients of the output and of the input
+    return tokens * whole + tile * (backward + again)
+
+
+def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
+    """Tokens that go through a layer at once. longest: of one row, which is never cut."""
+    return min(tokens, max(longest, TILE_TOKENS)) if model.fused else tokens
 
 
 def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
@@ -128,7 +136,11 @@ def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, ite
     _, inner, q, kv = _widths(model)
     parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
     wide = _FLOAT32 * (4 * q + 2 * kv) if itemsize < _FLOAT32 else 0  # q, k, v, the output, and gradients of them
-    work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv + wide) if model.fused else 0
+    work = (
+        tile_tokens(model, tokens, longest) * (3 * itemsize * inner + _FLOAT32 * parts * kv + wide)
+        if model.fused
+        else 0
+    )
     return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
 
 
