@@ -162,15 +162,22 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
 
 def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
-    """Logits of one chunk of positions, what the last norm keeps, hidden states of the labelled positions and their
-    gradient; for what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the
-    compute type.
+    """With the last norm's input, of all tokens: its output, the hidden states of the labelled positions, their
+    gradient and a chunk of logits with its own; or then what the norm's gradient needs. For what the head learns (head_parameters) a
+    chunk's gradient, the chunks' sum, and the parameters in the compute type.
 
     Counts every token as labelled.
     """
-    chunk, of_norm = chunk_positions(tokens, model.vocab_size), 1 if model.kept else 3  # kept has its input
+    chunk = chunk_positions(tokens, model.vocab_size) * (model.vocab_size + 2 * model.hidden_size)
+    of_norm = 0 if model.kept else 1  # kept has its input
+    if itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
+        numbers = (5 + of_norm) * tokens * model.hidden_size + chunk
+    else:
+        numbers = tokens * model.hidden_size * of_norm + max(
+            3 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
+        )
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
-    return itemsize * (chunk * model.vocab_size + (3 + of_norm) * tokens * model.hidden_size) + learnt
+    return itemsize * numbers + learnt
 
 
 def adapter_bytes(
