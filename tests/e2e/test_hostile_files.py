@@ -70,7 +70,7 @@ def _grouped(path: Path, method: str, **how: Any) -> Path:
 
 def _gguf(path: Path, *types: str) -> Path:
     wide = {} if types[0] == "Q8_0" else {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
-    parts = dict(zip(("attn_q", "attn_v", "ffn_up"), types[1:], strict=True))
+    parts: dict[str, str] = dict(zip(("attn_q", "attn_v", "ffn_up"), types[1:], strict=True))
     write_gguf(_dense(path, **wide), path / "model.gguf", parts, default=types[0])
     return path / "model.gguf"
 

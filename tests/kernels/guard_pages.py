@@ -96,7 +96,9 @@ def _run(matrix: FrozenMatrix, place: str) -> None:
         for start, stop in ((0, n), (n - 1, n)):
             kernels.dequantise(weights, start, fenced(torch.empty(stop - start, k, dtype=dtype), place))
     few = matrix._small_weights()
-    for rows in () if few is None else _FEW:
+    for rows in _FEW:
+        if few is None:
+            break
         kernels.product(few, fenced(torch.randn(rows, k), place), fenced(torch.empty(rows, n), place))
     for rows in _MANY:
         A, B, low = (fenced(torch.randn(shape), place) for shape in ((3, k), (n, 3), (rows, 3)))
