@@ -4,7 +4,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LLAMA", "TENSORS", "TOKENIZER", "entry", "gguf_bytes", "string", "tensor_row", "write_small_gguf"]
+__all__ = [
+    "LLAMA",
+    "SENTENCEPIECE",
+    "TENSORS",
+    "TOKENIZER",
+    "entry",
+    "gguf_bytes",
+    "string",
+    "tensor_row",
+    "write_small_gguf",
+]
 
 _HIDDEN, _HEADS, _FFN, _VOCAB = 32, 2, 64, 261
 
@@ -55,6 +65,15 @@ TOKENIZER: dict[str, Any] = {
     "tokenizer.ggml.merges": ["h e", "he l", "1 2"],
     "tokenizer.ggml.bos_token_id": 256,
     "tokenizer.ggml.eos_token_id": 257,
+}
+# The other kind: a token for every byte, and two pieces.
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"],
+    "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1, 1],
+    "tokenizer.ggml.scores": [0.0] * 259 + [-1.0, -2.0],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
 }
 TENSORS: dict[str, tuple[tuple[int, ...], int]] = {  # name -> (sizes fastest first, type: 0 F32, 1 F16, 8 Q8_0)
     "token_embd.weight": ((_HIDDEN, _VOCAB), 8),

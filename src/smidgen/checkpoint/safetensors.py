@@ -190,8 +190,8 @@ def read_safetensors_header(path: Path, mapped: MappedFile) -> dict[str, TensorI
     start = 8 + length
     header = _parse_object(path, mapped.data[8:start], ": its header")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise ModelError(f"{path}: __metadata__ of its header is not an object")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{path}: __metadata__ of its header is not an object of strings")
     tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
     end, before = start, "the header"
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):

@@ -9,8 +9,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from smidgen.errors import DataError, ModelError
 from smidgen.events import Note, Report, Warned
 
@@ -64,7 +62,7 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero, recurse or ask for all memory
             roles = ", ".join(message["role"] for message in messages)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(

@@ -53,7 +53,7 @@ class BitsandbytesWeights:
             fits = tuple(scale.shape) == shape[:1] and scale.dtype in _FLOATS
             _check(checkpoint, scale_name, fits, f"one float scale for each of {shape[0]} rows")
             order = name.removesuffix("weight") + "weight_format"
-            rows = order not in tensors or int(checkpoint.read(order).flatten()[0]) == 0
+            rows = order not in tensors or checkpoint.read(order).flatten().tolist() == [0]
             _check(checkpoint, order, rows, "0 (rows)")
             _check(checkpoint, scale_name, bool(scale.isfinite().all()), "finite scales")
             return Int8Matrix(codes, scale.float())

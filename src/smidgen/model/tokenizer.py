@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_tokens", "ids_of_tokens", "load_tokenizer", "pieces_of_tokens"]
 
+_PROBE = "Words, 12\n\tnaïve 文 \U0001f600 \ufdd0"  # the last is no character: unknown where anything is
+
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder, run folder or .gguf file, with its chat template and special tokens.
@@ -26,12 +28,15 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        # Some tables that do not fit together are found out only when they are used.
+        tokenizer.decode(tokenizer(_PROBE).input_ids)
     # transformers raises what it likes, and a panic of the Rust tokenizers is no Exception.
     except BaseException as error:
         if not is_reading_error(error):
             raise
         raise _unreadable(path, error) from error
+    return tokenizer
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], vocab_size: int) -> None:
@@ -76,5 +81,17 @@ def _unreadable(path: Path, error: BaseException) -> ModelError:
     if not any((path / name).exists() for name in names):
         cure = "copy tokenizer.json and tokenizer_config.json of the model into the folder"
         return ModelError(f"{path} has no tokenizer", expected="tokenizer.json or tokenizer.model", cure=cure)
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(f"{path}: the tokenizer cannot be read ({lines[0][:200].rstrip('.')})")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    what = "config.json" if _is_config_at_fault(path) else "the tokenizer"
+    return ModelError(f"{path}: {what} cannot be read ({reason[:200].rstrip('.')})")
+
+
+def _is_config_at_fault(path: Path) -> bool:
+    """transformers reads the model's configuration before its tokenizer."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception:
+        return (path / "config.json").exists()
+    return False
