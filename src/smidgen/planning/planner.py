@@ -5,7 +5,7 @@ memory and every number of layers that are computed again, adds up the terms of 
 equally fast ones, the one that reads least from disk.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -43,7 +43,7 @@ class Work:
     that the head computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     rows_per_step: int
     parameters: int
     ranks: int
