@@ -28,6 +28,14 @@ _CHATML = (
 )
 
 
+# What jinja raises, and what a template's own arithmetic, ranges (100,000 at most in its sandbox), products of texts
+# and macros without an end raise through it.
+_REFUSALS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, MemoryError, RecursionError),
+)
+
+
 class ChatTemplate:
     """Renders conversations to text with the tokenizer's template, or with ChatML where it has none.
 
@@ -64,7 +72,7 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _REFUSALS as error:
             roles = ", ".join(message["role"] for message in messages)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
