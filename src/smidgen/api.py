@@ -29,7 +29,7 @@ from smidgen.evaluation.evaluate import evaluate as _evaluate
 from smidgen.events import Note, Report, Saved, silent
 from smidgen.export.adapter import load_adapter
 from smidgen.export.compare import compare_models, plain_example
-from smidgen.export.files import check_new, check_vacant, folder_bytes
+from smidgen.export.files import check_new, check_vacant, check_writable, folder_bytes
 from smidgen.export.merge import save_merged
 from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
 from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
@@ -145,6 +145,7 @@ def inspect_data(
     accumulation, pack, share_prefix, dropout, neftune_alpha and group_by_length.
     """
     given = settings_from(settings)
+    give_memory_back()
     source = open_source(str(model), report)
     rows = read_rows(source, as_specs(data), given, report, test=True)
     sharing = estimate_sharing(rows.train, Schedule(rows.train.lengths, given, rows.mixture))
@@ -210,6 +211,7 @@ def merge(
         raise SettingsError([f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}"])
     out = Path(out)
     check_vacant(out)
+    check_writable(out)
     folder = _folder_of_run(run, report)
     trained = load(run, compute_dtype="float32")
     target = trained.base
@@ -251,7 +253,6 @@ def export_run(
     types = EXPORT_TYPES[to]
     if type != "auto" and type not in types:
         raise SettingsError([f"type: expected auto, {', '.join(types)} with --to {to}, found {type!r}"])
-    _folder_of_run(run, report)
     out = Path(out)
     if to in ("gguf", "gguf-lora"):
         if out.suffix != ".gguf":
@@ -259,6 +260,8 @@ def export_run(
         check_new(out)
     else:
         check_vacant(out)
+    check_writable(out)
+    _folder_of_run(run, report)
     trained = load(run, compute_dtype="float32", report=report)
     examples = _held_out(Path(run), trained, report)
     automatic = str(plain_dtype(trained.base)).removeprefix("torch.") if to == "hf" else types[0]
@@ -340,6 +343,7 @@ def quantize(
         raise SettingsError(problems)
     out = Path(out)
     check_vacant(out)
+    check_writable(out)
     source = open_source(str(model), report)
     check_quantisable(source)
     give_memory_back()

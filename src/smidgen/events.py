@@ -5,7 +5,7 @@ a notebook may collect them, and the default ignores them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = [
@@ -74,12 +74,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss (mean over labelled tokens) after `step` optimizer steps."""
+    """Held-out loss (mean over labelled tokens) after `step` optimizer steps. measures: of answers, if some were asked
+    for, as those of Answers.
+    """
 
     step: int
     loss: float
     rows: int
     tokens: int
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

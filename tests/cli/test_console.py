@@ -99,9 +99,11 @@ def test_loss_is_smoothed_without_a_wrong_start() -> None:
 def test_evaluations_and_answers_are_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.report(Evaluated(0, 2.6817, 100, 3456))
+    console.report(Evaluated(20, 2.5, 100, 3456, {"exact_match": 1 / 3, "rouge_l": 0.5}))
     console.report(Answers("before", (Answer("q", "e", "a"),) * 3, {"exact_match": 1 / 3, "rouge_l": 0.5}))
     assert capfd.readouterr().err.splitlines() == [
         "held-out loss before training: 2.6817 (100 rows, 3,456 tokens)",
+        "held-out loss after 20 steps: 2.5000 (100 rows, 3,456 tokens); answers: exact match 33.3 %, ROUGE-L 50 %",
         "answers before training: exact match 33.3 %, ROUGE-L 50 % (3 rows)",
     ]
 

@@ -59,6 +59,7 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "token_cache": True,
     "train_on_prompt": False,
     "eval_interval": 0,
+    "eval_answers": 0,
     "early_stopping": 0,
     "keep_best": False,
     "save_interval": 100,

@@ -1,5 +1,6 @@
 """Which rows share a beginning, what that saves, and how the rows of a step are put together."""
 
+import hashlib
 import random
 from itertools import combinations, pairwise
 
@@ -117,3 +118,10 @@ def test_steps_of_one_length_come_in_random_order() -> None:
     assert steps != sorted(steps)
     assert order == grouped_order(lengths, 0, 0, 8)
     assert len({tuple(grouped_order(lengths, seed, epoch, 8)) for seed in range(2) for epoch in range(2)}) == 4
+
+
+def test_the_order_by_length_is_the_one_that_earlier_runs_had() -> None:
+    """A run is resumed in the order that it was started in; this one was written out by lists of Python numbers."""
+    lengths = [5 + 37 * row % 11 for row in range(231)]  # two pools and a part, and a step that is not full
+    order = list(grouped_order(lengths, 3, 1, 2))
+    assert hashlib.sha256(repr(order).encode()).hexdigest().startswith("41b3d1365cd1d7ea")

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smidgen.data.records import read_data
+from smidgen.data.rows import first_alike
 from smidgen.errors import DataError
 from smidgen.events import Note
 
@@ -191,6 +193,28 @@ def test_the_same_rows_are_held_out_in_any_order_and_never_a_copy_of_a_training_
     assert texts(first.validation) == texts(second.validation)
     assert len(first.validation) == 5
     assert not any(text.startswith("again") for text in texts(first.validation))
+
+
+def test_the_first_of_rows_that_are_alike_is_found() -> None:
+    draw = np.random.default_rng(0)
+    kinds = draw.integers(0, 256, (50, 16), np.uint8)
+    kinds[1, 8:], kinds[3, :8] = kinds[0, 8:], kinds[2, :8]  # halves alone do not make rows alike
+    hashes = kinds[draw.integers(0, 50, 400)]
+    rows = [row.tobytes() for row in hashes]
+    assert first_alike(hashes).tolist() == [rows.index(row) for row in rows]
+    assert first_alike(hashes[:0]).tolist() == []
+
+
+def test_rows_of_several_files_know_their_places(tmp_path: Path) -> None:
+    for name, count in (("train-a", 3), ("train-b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(count)))
+    (tmp_path / "c.jsonl").write_text('\n{"text": "c"}\n')
+    rows = read_data([str(tmp_path), str(tmp_path / "c.jsonl"), str(tmp_path)], hold_out=False).train
+    places = ["train-a.jsonl:1", "train-a.jsonl:2", "train-a.jsonl:3", "train-b.jsonl:1", "train-b.jsonl:2"]
+    assert [rows.where(index) for index in range(len(rows))] == [*places, "c.jsonl:2", *places]
+    chosen = np.arange(11) % 3 == 1
+    assert [row.where for row in rows.select(chosen)] == [row.where for row in rows][1::3]
+    assert [rows.select(chosen).where(index) for index in range(4)] == [row.where for row in rows][1::3]
 
 
 def test_columns_that_the_layout_does_not_know_are_left_out_and_said(tmp_path: Path) -> None:

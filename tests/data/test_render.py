@@ -208,6 +208,21 @@ def test_a_conversation_that_the_template_refuses_names_its_line() -> None:
         Renderer(word_tokenizer(LLAMA2)).render(row(("user", "hi"), ("tool", "one"), ("assistant", "bye")))
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{{ messages[0].content * 10**15 }}", "MemoryError"),  # more than there are addresses
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth"),
+        ("{{ 1 // (messages | length - messages | length) }}", "division"),
+        ("{{ messages[9].content.x }}", "undefined|no element"),
+    ],
+)
+def test_a_template_without_bounds_is_one_line(template: str, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"the model's chat template refuses this conversation \(.*({reason})"):
+        Renderer(word_tokenizer(template)).render(row(("user", "hi"), ("assistant", "bye")))
+
+
 def test_render_all_keeps_the_order_of_mixed_chunks_and_reports_progress() -> None:
     events: list[Any] = []
     rows = [row(("user", "hi"), ("assistant", "one" if i % 2 else "two")) for i in range(300)]

@@ -173,3 +173,24 @@ def test_a_run_from_the_cache_is_the_same_and_token_cache_switches_it_off(
     ] * 2
     stored = [json.loads((run.path / "smidgen.json").read_text())["data_sha256"] for run in (plain, first, second)]
     assert len(set(stored)) == 1
+
+
+def test_what_is_kept_of_a_row_is_small_and_its_pages_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run over a million rows took 250 bytes a row more than one over none; the file's pages were some of them."""
+    few, many = (tokenised(write(tmp_path / f"{count}.jsonl", count), None) for count in (200, 4200))
+    kept = [_array_bytes(examples) + _array_bytes(examples._rows) for examples in (few, many)]
+    assert kept[1] - kept[0] <= 32 * 4000  # a hash of 16, a line's number of 4, two orders of 4
+
+    monkeypatch.setattr(tokens, "_MAPPED_BYTES", 1 << 20)
+    examples = tokenised(write(tmp_path / "many.jsonl", 4200), tmp_path / "cache")
+    expected, most = list(many), 0
+    for number, example in enumerate(examples):
+        assert example.input_ids == expected[number].input_ids
+        most = max(most, examples._touched_bytes)
+    assert most <= 1 << 20
+
+
+def _array_bytes(owner: object) -> int:
+    """Of the arrays that an object has beside the file of tokens, which may be mapped."""
+    parts = [*vars(owner).values(), *vars(owner).get("_places", ())]
+    return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))

@@ -53,9 +53,9 @@ def test_every_change_that_a_save_makes_may_fail_or_be_the_last(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_processes_killed_at_random_moments_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
     from kills import killed_and_whole
 
-    found = killed_and_whole(tmp_path, kills=10, seed=1)
+    found = killed_and_whole(tmp_path, kills=10, seed=1, fresh=True)
     assert found["same_bytes"] and found["same_log"] and not found["remains"], found

@@ -136,7 +136,7 @@ ELSEWHERE = {
     "system": "train/test_rows.py", "fill": "train/test_rows.py", "token_cache": "data/test_tokens.py",
     "eval_interval": "e2e/test_loop.py", "early_stopping": "e2e/test_loop.py", "keep_best": "e2e/test_loop.py",
     "save_interval": "e2e/test_resume.py", "keep_checkpoints": "e2e/test_resume.py", "compare": "e2e/test_loop.py",
-    "log_to": "train/test_logs.py",
+    "log_to": "train/test_logs.py", "eval_answers": "e2e/test_loop.py",
 }  # fmt: skip
 
 
@@ -171,6 +171,33 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_read(rows: P
     with pytest.raises(ModelError, match="no-model"):
         smidgen.finetune(str(tmp_path / "no-model"), str(rows), tmp_path / "new" / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
+
+
+@pytest.mark.parametrize("verb", ["merge", "export", "quantize", "evaluate", "finetune"])
+def test_no_verb_begins_what_it_cannot_write(verb: str, rows: Path, tmp_path: Path) -> None:
+    """One line and exit code 2, before the model is looked for: there is none here."""
+    (tmp_path / "file").write_text("mine")
+    places = [tmp_path / "file" / "a" / "b.gguf", *([Path("/proc/b.gguf")] if Path("/proc/self").exists() else [])]
+    words: dict[str, list[str]] = {
+        "merge": ["no-model"],
+        "export": ["no-model", "--to", "gguf"],
+        "quantize": ["no-model", "--to", "nf4"],
+        "evaluate": ["no-model", "--questions", str(rows)],
+        "finetune": ["no-model", str(rows)],
+    }
+    for place in places:
+        done = subprocess.run(
+            [sys.executable, "-m", "smidgen", verb, *words[verb], "--out", str(place)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+        assert f"{place} cannot be " in line, line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_a_run_starts_from_an_existing_adapter(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import smidgen
 from runs import adapter_bytes, stop_after
 from smidgen.errors import DataError, RunError, SettingsError
-from smidgen.events import Event, Step
+from smidgen.events import Evaluated, Event, Step
 from smidgen.train.state import is_whole
 from tiny import write_rows
 
@@ -38,6 +38,7 @@ def losses_of(run: Path) -> dict[int, float]:
         {"optimizer": "adafactor"},
         {"neftune_alpha": 5.0, "label_smoothing": 0.1},
         {"eval_interval": 2, "early_stopping": 2, "keep_best": True, "epochs": 3.0, **DIVERGES},
+        {"eval_interval": 2, "eval_answers": 2, "dropout": 0.3},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -53,6 +54,8 @@ def test_resumed_equals_uninterrupted_with_each_option(
     resumed = smidgen.resume(tmp_path / "cut")
     assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
     assert losses_of(resumed.path) == losses_of(whole.path)
+    logs = [[line for line in lines_of(run.path) if "held_out_loss" in line] for run in (resumed, whole)]
+    assert logs[0] == logs[1]
     assert resumed.summary["steps"] == whole.summary["steps"]
     assert resumed.summary["stopped"] == whole.summary["stopped"]
 
@@ -116,14 +119,54 @@ def test_a_best_checkpoint_that_is_damaged_is_not_the_result(model: Path, rows: 
     assert adapter_bytes(run.path) == adapter_bytes(run.path / "checkpoints" / "step-6")
 
 
-@pytest.mark.parametrize("name", ["early_stopping", "keep_best"])
+def test_answers_are_measured_at_every_evaluation_and_training_stays_the_same(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    how = QUICK | {"eval_interval": 64, "dropout": 0.1, "epochs": 20.0, "learning_rate": 1e-2}
+    plain = smidgen.finetune(str(model), str(rows), tmp_path / "plain", **how)
+    events: list[Event] = []
+    run = smidgen.finetune(
+        str(model), str(rows), tmp_path / "run", eval_answers=2, compare=2, report=events.append, **how
+    )
+    assert adapter_bytes(run.path) == adapter_bytes(plain.path)
+    assert [line["loss"] for line in lines_of(run.path) if "loss" in line] == [
+        line["loss"] for line in lines_of(plain.path) if "loss" in line
+    ]
+    names = ("exact_match", "valid_json", "json_f1")
+    found = {
+        line["step"]: [line[f"held_out_{name}"] for name in names]
+        for line in lines_of(run.path)
+        if "held_out_loss" in line
+    }
+    steps = run.summary["steps"]
+    assert sorted(found) == sorted({*range(0, steps, 64), steps})
+    assert found[0] == [run.summary[f"{name}_before"] for name in names]  # --compare asks the same rows
+    assert found[steps] == [run.summary[f"{name}_after"] for name in names]
+    assert found[0] != found[steps], "training must change the answers"
+    told = [event.measures for event in events if isinstance(event, Evaluated)]
+    assert [list(measures.values()) for measures in told] == [found[step] for step in sorted(found)]
+    assert not any(key.startswith("held_out_exact") for line in lines_of(plain.path) for key in line)
+    page = (run.path / "report.html").read_text()
+    assert page.count("Answers to held-out rows, from step 0") == 2  # exact match beside each of the others
+    assert "Answers to held-out rows, from" not in (plain.path / "report.html").read_text()
+
+
+def test_rows_without_answers_cannot_be_asked(model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"timer {i}"}) + "\n" for i in range(12)))
+    with pytest.raises(DataError, match="the held-out rows are plain text, expected rows with answers"):
+        smidgen.finetune(str(model), str(texts), tmp_path / "run", eval_interval=1, eval_answers=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["early_stopping", "keep_best", "eval_answers"])
 def test_what_goes_by_evaluations_needs_them(name: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=f"{name}: expected an eval_interval of 1 or more"):
-        smidgen.finetune("m", "d", "out", **{name: 1 if name == "early_stopping" else True})
+        smidgen.finetune("m", "d", "out", **{name: True if name == "keep_best" else 1})
     few = write_rows(tmp_path / "few.jsonl", count=1)  # too few to hold any out
     with pytest.raises(DataError, match="no held-out rows"):
         smidgen.finetune(
-            str(model), str(few), tmp_path / "run", eval_interval=1, **{name: 1 if name == "early_stopping" else True}
+            str(model), str(few), tmp_path / "run", eval_interval=1, **{name: True if name == "keep_best" else 1}
         )
     assert not (tmp_path / "run").exists()
 

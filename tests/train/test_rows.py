@@ -134,6 +134,28 @@ def test_placeholders_of_texts_and_of_calls_are_named_and_filled(model: Path, tm
         assert said not in filled.notes
 
 
+def test_placeholders_of_the_given_system_message_are_filled(
+    model: Path, data: str, rows: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"system": "You are {{who}}. It is {{day}}.", "fill": {"who": "Ann"}}
+    for spec in (data, str(rows)):  # rows that have the name themselves, and rows that have not
+        filled, notes, _ = inspect(model, spec, **how)
+        assert "You are Ann. It is {{day}}." in shown(filled)
+        assert any("placeholders are trained on as they stand ({{day}})" in note for note in notes)
+    kept = {Edits(how["system"], fill).key() for fill in ({}, {"who": "Ann"}, {"day": "Monday"})}
+    assert len(kept) == 3  # tokens of one are not taken for those of another
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", rank=2, max_steps=1, compute_dtype="float32", **how)
+    assert json.loads((run.path / "smidgen.json").read_text())["system"] == "You are Ann. It is {{day}}."
+
+
+def test_a_name_that_only_a_replaced_system_message_had_is_refused(model: Path, tmp_path: Path) -> None:
+    turns = [{"role": r, "content": c} for r, c in (("system", "{{who}}"), ("user", "hi"), ("assistant", "bye"))]
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for _ in range(12)))
+    assert "Ann" in shown(inspect(model, str(tmp_path / "s.jsonl"), fill={"who": "Ann"})[0])
+    with pytest.raises(SettingsError, match=r"fill: no row says \{\{who\}\}"):
+        inspect(model, str(tmp_path / "s.jsonl"), fill={"who": "Ann"}, system="new")
+
+
 def test_fill_for_a_name_that_no_row_has_is_refused(model: Path, data: str, rows: Path) -> None:
     says = r"fill: no row says \{\{wo\}\}, placeholders are who"
     with pytest.raises(SettingsError, match=says):

@@ -70,15 +70,15 @@ class Console:
                 self._bars.step(event)
             case RowShown(pieces):
                 self._row(pieces)
-            case Evaluated(step, loss, rows, tokens):
+            case Evaluated(step, loss, rows, tokens, measures):
                 self._bars.close(but_training=True)
                 when = f"after {step:,} steps" if step else "before training"
-                self._say(f"held-out loss {when}: {loss:.4f} ({rows:,} rows, {tokens:,} tokens)")
+                answers = f"; answers: {_measured(measures)}" if measures else ""
+                self._say(f"held-out loss {when}: {loss:.4f} ({rows:,} rows, {tokens:,} tokens){answers}")
             case Answers():
                 self._bars.close(but_training=True)
                 self._answers[event.when] = event
-                shown = ", ".join(f"{views.TITLES[name]} {views.percent(v)}" for name, v in event.measures.items())
-                self._say(f"{_answers_when(event.when)}: {shown} ({len(event.rows):,} rows)")
+                self._say(f"{_answers_when(event.when)}: {_measured(event.measures)} ({len(event.rows):,} rows)")
             case Saved():
                 self._saved.append(event)
 
@@ -253,6 +253,10 @@ def _console(stream: Any) -> rich.console.Console:
         markup=False,
         emoji=False,
     )
+
+
+def _measured(measures: Mapping[str, float]) -> str:
+    return ", ".join(f"{views.TITLES[name]} {views.percent(value)}" for name, value in measures.items())
 
 
 def _answers_when(when: str) -> str:

@@ -6,7 +6,9 @@ from bisect import bisect_right
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from smidgen.data.prefix import Group, computed_tokens, group_rows
 from smidgen.data.render import IGNORED, Example
@@ -108,15 +110,21 @@ def epoch_order(num_rows: int, seed: int | str, epoch: int) -> MutableSequence[i
     return order
 
 
-def grouped_order(lengths: Sequence[int], seed: int, epoch: int, step_rows: int) -> list[int]:
+def grouped_order(
+    lengths: Sequence[int] | NDArray[np.integer], seed: int, epoch: int, step_rows: int
+) -> MutableSequence[int]:
     """An epoch's order whose steps of step_rows rows have rows of about the same length; steps come in random order.
 
     A function of its arguments alone too. Rows are sorted within 50 steps of the plain order, so epochs differ.
     """
     order, pool = epoch_order(len(lengths), seed, epoch), _POOL_STEPS * step_rows
-    pools = [sorted(order[i : i + pool], key=lambda row: lengths[row]) for i in range(0, len(order), pool)]
-    by_length = [row for part in pools for row in part]
-    steps = [by_length[i : i + step_rows] for i in range(0, len(order), step_rows)]
-    last = [steps.pop()] if len(order) % step_rows else []  # a step that is not full stays the last one
+    rows, tokens = np.asarray(order), np.asarray(lengths)  # the same memory
+    for start in range(0, len(rows), pool):
+        part = rows[start : start + pool]
+        part[:] = part[np.argsort(tokens[part], kind="stable")]
+    full = len(rows) // step_rows  # a step that is not full stays the last one
+    steps = array("i", range(full))
     random.Random(f"{seed} {epoch} steps").shuffle(steps)
-    return [row for step in [*steps, *last] for row in step]
+    taken = rows[: full * step_rows].reshape(full, step_rows)
+    taken[:] = taken[np.asarray(steps)]
+    return order

@@ -18,7 +18,7 @@ _PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 @dataclass(frozen=True)
 class Edits:
     """system: the system message of every chat row, in place of its own; "": none. None: rows keep theirs.
-    fill: what is written for {{name}} in the rows' texts; other placeholders stay.
+    fill: what is written for {{name}} in the rows' texts and in `system`; other placeholders stay.
     """
 
     system: str | None = None
@@ -26,14 +26,23 @@ class Edits:
 
     def apply(self, row: Row) -> Row:
         """The row as the run has it."""
+        row = self.with_system(row)
         if self.fill:
             text = None if row.text is None else self._filled(row.text)
             row = replace(row, text=text, messages=tuple(self._filled(message) for message in row.messages))
-        if self.system is not None and row.text is None:
-            others = tuple(message for message in row.messages if message["role"] != "system")
-            own = ({"role": "system", "content": self.system},) if self.system else ()
-            row = replace(row, messages=own + others)
         return row
+
+    def with_system(self, row: Row) -> Row:
+        """The row with its system message exchanged, and placeholders as they stand."""
+        if self.system is None or row.text is not None:
+            return row
+        others = tuple(message for message in row.messages if message["role"] != "system")
+        own = ({"role": "system", "content": self.system},) if self.system else ()
+        return replace(row, messages=own + others)
+
+    def key(self) -> str:
+        """Changes with whatever `apply` makes of rows."""
+        return repr((self._filled(self.system), dict(self.fill)))
 
     def check_fill(self, placeholders: Set[str]) -> None:
         """Raise SettingsError for names that no row has. placeholders: those of all rows, before they were filled."""

@@ -31,7 +31,8 @@ def check_examples(
     """
     if not examples:
         raise DataError("there are no rows to train on", expected="one row or more")
-    trains, ends, cut, longest = False, False, [], 0
+    trains, ends, cut, longest = False, False, 0, 0
+    first_cut: Example | None = None
     for example in examples:  # once: each is made anew from its tokens
         _check_vocabulary(example, vocab_size)
         _check_bos(example, tokenizer)
@@ -39,11 +40,11 @@ def check_examples(
         ends = ends or not set(end_ids).isdisjoint(example.labels)
         longest = max(longest, len(example.input_ids) + example.cut_tokens)
         if example.truncated:
-            cut.append((example.where, len(example.input_ids)))
-    if layout != "text" and too_long == "right" and len(cut) > _MOST * len(examples):
+            cut, first_cut = cut + 1, first_cut or example
+    if first_cut and layout != "text" and too_long == "right" and cut > _MOST * len(examples):
         raise DataError(
-            f"the answers of {len(cut)} of {len(examples)} rows are cut off (first: {cut[0][0]})",
-            expected=f"rows of at most {cut[0][1]} tokens",
+            f"the answers of {cut} of {len(examples)} rows are cut off (first: {first_cut.where})",
+            expected=f"rows of at most {len(first_cut.input_ids)} tokens",
             found=f"up to {longest}",
             cure="raise --seq-len, or shorten the rows",
         )

@@ -20,7 +20,7 @@ from smidgen.data.edits import PLACEHOLDERS_SHOWN, Edits, placeholders_in
 from smidgen.data.files import SUFFIXES, Record, read_records, whole_in_memory
 from smidgen.data.hub import HUB_DATA, open_hub
 from smidgen.data.layouts import Layout, Row, detect_layout
-from smidgen.data.rows import HASH_BYTES, Hashed, Rows, concatenate, content_hash, scan
+from smidgen.data.rows import HASH_BYTES, Hashed, Rows, concatenate, content_hash, first_alike, scan
 from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
 
@@ -31,6 +31,7 @@ BUILTIN_DATA = {"toolcalls": Path(__file__).parent / "toolcalls"}
 _SPLITS = {"train": ("train",), "validation": ("valid", "val", "dev"), "test": ("test",)}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 _HELD_OUT_SHARE, _HELD_OUT_MAX, _HELD_OUT_FROM_ROWS = 0.05, 100, 10
+_CHUNK_ROWS = 1 << 16  # looked up at once: np.isin takes several times its rows' memory
 _Readers = dict[str, Callable[[], Iterator[Record]]]  # by split
 
 
@@ -149,8 +150,8 @@ def _open(spec: str, report: Report) -> _Readers:
 
 
 class _RowReader:
-    """Turns records into rows; the first record of all decides the layout. placeholders: names of them before rows are
-    edited; unfilled: those that are left then.
+    """Turns records into rows; the first record of all decides the layout. placeholders: names of them before they are
+    filled; unfilled: those that are left then.
     """
 
     def __init__(self, edits: Edits) -> None:
@@ -166,7 +167,7 @@ class _RowReader:
         for where, record in islice(read(), limit):
             row = self._row(where, record)
             edited = self._edits.apply(row)
-            self.placeholders |= placeholders_in(row)
+            self.placeholders |= placeholders_in(self._edits.with_system(row))
             self.unfilled |= placeholders_in(edited)
             yield content_hash(row), edited
 
@@ -207,18 +208,23 @@ def _read_files(paths: Iterable[Path]) -> Iterator[Record]:
 
 def _copies(rows: Rows) -> np.ndarray:
     """bool [N]: the rows whose content another row has too."""
-    _, which, counts = np.unique(_as_keys(rows), return_inverse=True, return_counts=True)
-    return counts[which] > 1
+    first = first_alike(rows.hashes)
+    copies = first != np.arange(len(first), dtype=np.int32)
+    copies[first[copies]] = True
+    return copies
 
 
 def _warn_of_copies(rows: Rows, what: str, train: Rows, report: Report) -> None:
     """Rows that are trained on say little of new ones. They stay where they were put: there may be no others."""
     measured, trained = _as_keys(rows), _as_keys(train)
-    copied = np.flatnonzero(np.isin(measured, trained))
+    if not len(measured):
+        return
+    parts = [trained[start : start + _CHUNK_ROWS] for start in range(0, len(trained), _CHUNK_ROWS)]
+    copied = np.flatnonzero(np.isin(measured, np.concatenate([part[np.isin(part, measured)] for part in parts])))
     if not len(copied):
         return
     first = copied[0]
-    other = np.flatnonzero(np.isin(trained, measured[first : first + 1]))[0]
+    other = np.flatnonzero(trained == measured[first])[0]
     report(
         Warned(
             f"{len(copied):,} of {len(rows):,} {what} rows are training rows too, so their figures flatter"

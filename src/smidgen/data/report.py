@@ -9,7 +9,7 @@ import numpy as np
 
 from smidgen.data.layouts import Row
 from smidgen.data.render import IGNORED, Example
-from smidgen.data.rows import HASH_BYTES
+from smidgen.data.rows import first_alike
 from smidgen.data.tokens import Examples
 from smidgen.events import RowShown
 
@@ -139,14 +139,13 @@ def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _suspicious(examples: Sequence[Examples]) -> tuple[list[tuple[str, str]], int]:
     """((where, why) of the first 50 suspicious rows, how many there are in all)."""
-    hashes = np.concatenate([part.hashes() for part in examples]).view(f"V{HASH_BYTES}").ravel()
-    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    first = first_alike(np.concatenate([part.hashes() for part in examples]))
     starts = np.cumsum([0, *(len(part) for part in examples)])
     found: list[tuple[str, str]] = []
     shown = rows = 0
     for part, start in zip(examples, starts, strict=False):
         cut, trained, remarks = part.cut_tokens, part.trained_tokens, dict(part.remarks())
-        earlier = first[which[start : start + len(part)]]
+        earlier = first[start : start + len(part)]
         copies = earlier < np.arange(start, start + len(part))
         flagged = np.flatnonzero(part.odd | (cut > 0) | (trained == 0) | copies)
         rows += len(flagged)

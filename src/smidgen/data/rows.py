@@ -1,4 +1,4 @@
-"""Rows that stay in their files: what is kept of each is a hash of its content and its place, 28 bytes.
+"""Rows that stay in their files: what is kept of each is a hash of its content and its place, 24 bytes.
 
 A data set of a million rows as Python objects takes gigabytes. So files are read once to check and hash every row,
 which tells copies apart and which rows are held out, and again by everyone who needs the rows themselves.
@@ -7,8 +7,9 @@ which tells copies apart and which rows are held out, and again by everyone who 
 import hashlib
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -17,18 +18,18 @@ from numpy.typing import NDArray
 from smidgen.data.layouts import Row
 from smidgen.errors import DataError
 
-__all__ = ["HASH_BYTES", "Hashed", "Rows", "concatenate", "content_hash", "scan"]
+__all__ = ["HASH_BYTES", "Hashed", "Rows", "concatenate", "content_hash", "first_alike", "scan"]
 
 HASH_BYTES = 16
 Hashed = tuple[bytes, Row]  # (content_hash of the row as its file has it, the row)
 
 
 class _Places(NamedTuple):
-    """names: of files. files int32 [N]: which of them; lines int64 [N]."""
+    """names: of the files, one after the other. starts: the first row of each. lines uint32 [N]."""
 
     names: tuple[str, ...]
-    files: NDArray[np.int32]
-    lines: NDArray[np.int64]
+    starts: tuple[int, ...]
+    lines: NDArray[np.uint32]
 
 
 class Rows(Sequence[Row]):
@@ -42,39 +43,38 @@ class Rows(Sequence[Row]):
         read: Callable[[], Iterator[Hashed]],
         hashes: NDArray[np.uint8],
         places: _Places,
-        taken: NDArray[np.bool_] | None = None,
+        index: NDArray[np.int32] | None = None,
     ) -> None:
-        """hashes uint8 [N, 16], places: of all that `read` yields. taken, bool [N]: which of it; None: all."""
+        """hashes uint8 [N, 16], places: of all that `read` yields. index: which of it, ascending; None: all."""
         self._read, self._all_hashes, self._places = read, hashes, places
-        self._taken = np.ones(len(hashes), bool) if taken is None else taken
-        self._index = np.flatnonzero(self._taken)
+        self._index = np.arange(len(hashes), dtype=np.int32) if index is None else index
 
     @property
     def hashes(self) -> NDArray[np.uint8]:
         """uint8 [len(self), 16]: of each row's content as its file has it."""
-        return self._all_hashes[self._index]
+        return self._all_hashes if len(self) == len(self._all_hashes) else self._all_hashes[self._index]
 
     def where(self, index: int) -> str:
         """The place of a row, "train.jsonl:12", without reading it."""
-        names, files, lines = self._places
-        place = self._index[index]
-        return f"{names[files[place]]}:{lines[place]}"
+        names, starts, lines = self._places
+        row = self._index[index]
+        return f"{names[bisect_right(starts, row) - 1]}:{lines[row]}"
 
     def select(self, chosen: NDArray[np.bool_]) -> "Rows":
         """The rows where `chosen`, bool [len(self)], is true."""
-        taken = np.zeros_like(self._taken)
-        taken[self._index[chosen]] = True
-        return Rows(self._read, self._all_hashes, self._places, taken)
+        return Rows(self._read, self._all_hashes, self._places, self._index[chosen])
 
     def hashed(self) -> Iterator[Hashed]:
         """The rows, each with its hash."""
         number, rows = 0, self._read()
-        for number, (taken, (digest, row)) in enumerate(zip(self._taken, rows, strict=False), 1):
+        chosen = np.zeros(len(self._all_hashes), bool)
+        chosen[self._index] = True
+        for number, (taken, (digest, row)) in enumerate(zip(chosen, rows, strict=False), 1):
             if digest != self._all_hashes[number - 1].tobytes():
                 raise _changed(row.where)
             if taken:
                 yield digest, row
-        if number < len(self._taken) or next(rows, None) is not None:
+        if number < len(chosen) or next(rows, None) is not None:
             raise _changed(", ".join(self._places.names))
 
     def __len__(self) -> int:
@@ -95,15 +95,18 @@ class Rows(Sequence[Row]):
 
 def scan(read: Callable[[], Iterator[Hashed]]) -> Rows:
     """Read all rows once, so that every one has been checked, and keep their hashes and places."""
-    hashes, files, lines = bytearray(), array("i"), array("q")
-    names: dict[str, int] = {}
+    hashes, lines = bytearray(), array("I")
+    names: list[str] = []
+    starts: list[int] = []
     for digest, row in read():
         name, _, line = row.where.rpartition(":")
+        if not names or name != names[-1]:
+            names.append(name)
+            starts.append(len(lines))
         hashes += digest
-        files.append(names.setdefault(name, len(names)))
         lines.append(int(line))
     table = np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
-    return Rows(read, table, _Places(tuple(names), np.array(files, np.int32), np.array(lines, np.int64)))
+    return Rows(read, table, _Places(tuple(names), tuple(starts), np.frombuffer(lines, np.uint32)))
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -111,12 +114,26 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     names = tuple(chain.from_iterable(part._places.names for part in parts))
-    first = np.cumsum([0, *(len(part._places.names) for part in parts)])
-    files = [part._places.files[part._index] + offset for part, offset in zip(parts, first, strict=False)]
-    lines = [part._places.lines[part._index] for part in parts]
-    places = _Places(names, np.concatenate(files).astype(np.int32), np.concatenate(lines))
+    offsets = accumulate((0, *map(len, parts)))
+    within = (np.searchsorted(part._index, part._places.starts) for part in parts)
+    starts = np.concatenate([first + offset for first, offset in zip(within, offsets, strict=False)])
+    lines = np.concatenate([part._places.lines[part._index] for part in parts])
+    places = _Places(names, tuple(starts.tolist()), lines)
     hashes = np.concatenate([part.hashes for part in parts])
     return Rows(lambda: chain.from_iterable(part.hashed() for part in parts), hashes, places)
+
+
+def first_alike(hashes: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """hashes uint8 [N, 16] -> int32 [N]: for each row the first one with the same hash, itself where it is that."""
+    halves = np.ascontiguousarray(hashes).view(np.uint64)
+    order = np.lexsort((halves[:, 1], halves[:, 0])).astype(np.int32)  # rows that are alike stay in their order
+    begins = np.arange(len(order)) == 0
+    for half in halves.T:
+        ordered = half[order]
+        begins[1:] |= ordered[1:] != ordered[:-1]
+    first = np.empty_like(order)
+    first[order] = order[begins][np.cumsum(begins, dtype=np.int32) - 1]
+    return first
 
 
 def content_hash(row: Row) -> bytes:

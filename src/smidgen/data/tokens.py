@@ -44,8 +44,10 @@ _HEAD = struct.Struct("<16sQQQ32s")
 _COUNTS = struct.Struct("<QQQ")
 _CACHED_FROM_TOKENS = 1 << 20  # less is tokenised anew in seconds
 _REMARKS = 50  # are kept word for word
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES, _CHUNK_ROWS = 1 << 20, 1 << 16
 _LEFTOVER_S = 86_400
+_MAPPED_BYTES = 1 << 24  # of the file are in memory at most, by and large, whatever its size
+_MAPPED_AROUND_BYTES = 1 << 16  # what Linux maps around a page that is touched
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG,
             errno.ENOTDIR, errno.EEXIST}  # fmt: skip
 
@@ -60,21 +62,25 @@ class _Store(NamedTuple):
     odd: NDArray[np.uint8]
     remarks: dict[str, Any]
     digest: bytes
+    mapped: mmap.mmap | None
 
 
 class Examples(Sequence[Example]):
     """Tokenised rows, or some of them in their order; each is made when it is asked for."""
 
-    def __init__(self, store: _Store, rows: Rows, index: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, store: _Store, rows: Rows, index: NDArray[np.int32] | None = None) -> None:
         self._store, self._rows = store, rows
-        self._index = np.arange(len(rows)) if index is None else index
-        starts = np.concatenate([np.zeros(1, np.int64), store.ends[:-1]]) if len(rows) else store.ends
-        self._starts, self._ends = starts[self._index], store.ends[self._index]
+        self._index = np.arange(len(rows), dtype=np.int32) if index is None else index
+        self._touched_bytes = 0
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """int64 [N]: tokens of each row."""
-        return self._ends - self._starts
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [N]: tokens of each row."""
+        ends = self._store.ends
+        lengths = np.empty(len(ends), np.int32)
+        lengths[:1] = ends[:1]
+        np.subtract(ends[1:], ends[:-1], out=lengths[1:], casting="same_kind")
+        return lengths[self._index]
 
     @property
     def cut_tokens(self) -> NDArray[np.int32]:
@@ -107,7 +113,7 @@ class Examples(Sequence[Example]):
 
     def select(self, chosen: NDArray[np.bool_]) -> "Examples":
         """The rows where `chosen`, bool [N], is true."""
-        return Examples(self._store, self._rows, self._index[chosen])
+        return self if chosen.all() else Examples(self._store, self._rows, self._index[chosen])
 
     def counts_in(self, parts: Sequence[int]) -> tuple[int, ...]:
         """How many of these rows come from each of the stretches of `parts` rows that all rows consist of."""
@@ -116,10 +122,20 @@ class Examples(Sequence[Example]):
 
     def digest(self) -> bytes:
         """Changes with every token and label of these rows, not with where they come from."""
-        return hashlib.sha256(self._store.digest + self._index.astype("<i8").tobytes()).digest()
+        digest = hashlib.sha256(self._store.digest)
+        for start in range(0, len(self), _CHUNK_ROWS):
+            digest.update(self._index[start : start + _CHUNK_ROWS].astype("<i8").data)
+        return digest.digest()
 
     def _coded(self, number: int) -> NDArray[np.int32]:
-        return self._store.tokens[self._starts[number] : self._ends[number]]
+        """Of the row with this number in the store."""
+        tokens, ends, mapped = self._store.tokens, self._store.ends, self._store.mapped
+        coded = tokens[ends[number - 1] if number else 0 : ends[number]]
+        self._touched_bytes += _MAPPED_AROUND_BYTES + coded.nbytes
+        if mapped is not None and self._touched_bytes > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+            self._touched_bytes = 0
+        return coded
 
     def __len__(self) -> int:
         return len(self._index)
@@ -131,11 +147,12 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        coded = self._coded(range(len(self))[index])
+        number = int(self._index[index])
+        coded = self._coded(number)
         trained = coded >= 0
         ids = np.where(trained, coded, -1 - coded).tolist()
         labels = np.where(trained, coded, IGNORED).tolist()
-        cut = int(self._store.cut[self._index[index]])
+        cut = int(self._store.cut[number])
         return Example(ids, labels, cut > 0, self.where(index), cut)
 
 
@@ -156,8 +173,9 @@ def tokenise(
     if cache is None or not len(rows):
         return Examples(_write(rows, renderer, odd, None, report), rows)
     fingerprint = renderer.fingerprint(chat=rows[0].text is None)
-    key = hashlib.sha256(f"{edits}{fingerprint}".encode() + rows.hashes.tobytes()).hexdigest()
-    target = cache / f"{key}.tokens"
+    key = hashlib.sha256(f"{edits}{fingerprint}".encode())
+    key.update(rows.hashes.data)
+    target = cache / f"{key.hexdigest()}.tokens"
     store = _open(target, report)
     if store is not None:
         renderer.warn_again(store.remarks["warnings"])
@@ -199,7 +217,7 @@ def _write(rows: Rows, renderer: Renderer, odd: Callable[[Row], str], target: Pa
         said = json.dumps({"rows": remarks, "warnings": renderer.warnings}).encode()
         sink.write(bytes(4 * (total % 2)))
         for values, kind in ((ends, "<i8"), (trained, "<i4"), (cut, "<i4")):
-            sink.write(np.array(values, kind).tobytes())
+            sink.write(np.asarray(values).astype(kind, copy=False).data)
         sink.write(bytes(marks) + said)
         buffer = sink.finish(len(rows), total, len(said))
     if target is not None and sink.path is not None:
@@ -223,7 +241,7 @@ class _Sink:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: bytes | memoryview) -> None:
         self._digest.update(content)
         self._file.write(content)
         if self.path is None and self._target is not None and self._file.tell() > 4 * _CACHED_FROM_TOKENS:
@@ -300,4 +318,5 @@ def _parse(buffer: memoryview | mmap.mmap) -> _Store:
         odd=part(4, "u1", rows),
         remarks=json.loads(bytes(buffer[places[5] : places[6]])),
         digest=digest,
+        mapped=buffer if isinstance(buffer, mmap.mmap) else None,
     )

@@ -21,7 +21,7 @@ from smidgen.errors import SettingsError
 from smidgen.evaluation.likelihood import measure_choices, measure_last_words, score_tasks
 from smidgen.evaluation.questions import answer_questions, write_answers
 from smidgen.events import Note, Report, silent
-from smidgen.export.files import check_new
+from smidgen.export.files import check_new, check_writable
 from smidgen.loading import LoadedModel, adapter_folder, load
 from smidgen.measures.answers import measure_answers
 from smidgen.measures.measure import Measure, compare
@@ -131,6 +131,7 @@ def _check(model: str, data: Sequence[str], against: str | None, questions: str 
         raise SettingsError(problems)
     if out is not None:
         check_new(out)
+        check_writable(out)
 
 
 def _settings_of_rows(model: str, how: Evaluation, report: Report) -> Settings:

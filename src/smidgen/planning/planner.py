@@ -5,7 +5,7 @@ memory and every number of layers that are computed again, adds up the terms of 
 equally fast ones, the one that reads least from disk.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -44,7 +44,7 @@ class Work:
     kept_item: bytes of a number that waits for the backward pass; None: itemsize.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     rows_per_step: int
     parameters: int
     ranks: int

@@ -139,11 +139,25 @@ def _charts(lines: Lines) -> str:
             ],
             "{:.3g}".format,
         ),
+        *_answer_charts(lines),
         line_chart("Learning rate", [Series("", thinned(curve("learning_rate")))], "{:.2g}".format, from_zero=True),
         line_chart("Tokens per second", [Series("", thinned(_speed(steps)))], "{:,.0f}".format, from_zero=True),
         line_chart(f"Memory of the process, {unit}", [Series("", memory)], "{:.3g}".format, from_zero=True),
     ]
     return "".join(charts)
+
+
+def _answer_charts(lines: Lines) -> list[str]:
+    """The measures of answers in training, exact match beside each of the others."""
+
+    def dots(measure: str, colour: str) -> Series:
+        key = f"held_out_{measure}"
+        return Series(TITLES[measure], [(line["step"], line[key]) for line in lines if key in line], "dots", colour)
+
+    exact, others = ANSWER_MEASURES[0], ANSWER_MEASURES[1:]
+    shown = [name for name in others if any(f"held_out_{name}" in line for line in lines)]
+    title = "Answers to held-out rows"
+    return [line_chart(title, [dots(exact, "a"), dots(name, "b")], _percent, from_zero=True) for name in shown]
 
 
 def _memory(summary: Mapping[str, Any]) -> str:

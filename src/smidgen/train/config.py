@@ -211,7 +211,7 @@ class Settings:
         None, "Data", "System message of every chat row, in place of its own; '': none.", metavar="TEXT"
     )
     fill: dict[str, str] | None = _setting(
-        None, "Data", "Write TEXT where rows say {{NAME}}, repeatable.", metavar="NAME=TEXT"
+        None, "Data", "Write TEXT where rows, or --system, say {{NAME}}, repeatable.", metavar="NAME=TEXT"
     )
     token_cache: bool = _setting(
         True, "Data", "Keep the tokens of large data sets (1M tokens or more) in the cache folder for later runs."
@@ -219,6 +219,13 @@ class Settings:
     train_on_prompt: bool = _setting(False, "Data", "Count the prompt in the loss too, not only the answers.")
 
     eval_interval: int = _setting(0, "Records", "Held-out loss every N steps; 0: before and after only.", metavar="N")
+    eval_answers: int = _setting(
+        0,
+        "Records",
+        "At each of these evaluations, and before and after, also answer N held-out rows and measure the answers: exact"
+        " match, and JSON fields or wording.",
+        metavar="N",
+    )
     early_stopping: int = _setting(
         0, "Records", "Stop after N evaluations in a row without a new lowest held-out loss; 0: never.", metavar="N"
     )
@@ -353,10 +360,10 @@ def _wrong_values(s: Settings) -> list[str]:
     need(s.modules_to_save is None or bool(s.whole_modules), "modules_to_save", "a comma list of modules")
     need(s.new_tokens is None or bool(s.tokens), "new_tokens", "a comma list of tokens")
     need(bool(s.logs) and set(s.logs) <= set(LOGS), "log_to", f"a comma list of {', '.join(LOGS)}")
-    for name in ("early_stopping", "keep_best"):
+    for name in ("early_stopping", "keep_best", "eval_answers"):
         if getattr(s, name) and not s.eval_interval:
             problems.append(f"{name}: expected an eval_interval of 1 or more beside it, found 0")
-    for name in ("eval_interval", "early_stopping", "save_interval", "keep_checkpoints", "compare"):
+    for name in ("eval_interval", "eval_answers", "early_stopping", "save_interval", "keep_checkpoints", "compare"):
         need(getattr(s, name) >= 0, name, "0 or more")
     if s.memory is not None:
         try:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -176,14 +176,20 @@ def _train(
             tokenizer, keep = prepared.source.tokenizer, settings.keep_checkpoints
             folder.save_checkpoint(base, adapters, optimizer, at, tokenizer, keep, best)
 
+        def measure_answers_at(step: int) -> Mapping[str, float]:
+            when, asked = f"at step {step}", prepared.asked
+            return answer_rows(base, prepared.renderer, asked, when=when, report=report).measures if asked else {}
+
         def evaluate(at: Cursor) -> bool:
             """Whether early stopping has seen enough. What was measured before an interruption is not again."""
             if "held_out_loss" not in folder.logged_at(at.step):
                 share = prepared.batching.share_prefix
                 result = held_out_loss(base, prepared.held_out, settings.micro_batch, report, share_prefix=share)
                 measured = {"held_out_loss": result.loss, "perplexity": result.perplexity}
+                answers = measure_answers_at(at.step)
+                measured |= {f"held_out_{name}": value for name, value in answers.items()}
                 log({"step": at.step, **measured, "held_out_tokens": result.tokens})
-                report(Evaluated(at.step, result.loss, result.rows, result.tokens))
+                report(Evaluated(at.step, result.loss, result.rows, result.tokens, answers))
             found = evaluations(folder.logged(), settings.eval_interval)
             if settings.keep_best and best_step(found) == at.step:
                 save(at)

@@ -69,7 +69,8 @@ class Schedule:
             seed = self.settings.seed
             rows = self.mixture.rows(seed, epoch) if self.mixture else range(len(self.lengths))
             if self.settings.group_by_length:
-                places = grouped_order([self.lengths[row] for row in rows], seed, epoch, self.step_rows)
+                lengths = np.asarray(self.lengths)[np.asarray(rows)] if self.mixture else self.lengths
+                places = grouped_order(lengths, seed, epoch, self.step_rows)
             else:
                 places = epoch_order(len(rows), seed, epoch)
             return array("i", (rows[place] for place in places)) if self.mixture else places

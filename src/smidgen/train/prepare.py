@@ -64,7 +64,9 @@ _CALIBRATION_TOKENS = 1 << 16  # more than GPTQ takes
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything before the first step. settings: with the micro-batch that the plan chose."""
+    """Everything before the first step. settings: with the micro-batch that the plan chose. compared: rows to be
+    answered before and after; asked: at each evaluation.
+    """
 
     settings: Settings
     plan: Forecast
@@ -77,6 +79,7 @@ class Prepared:
     mixture: Mixture | None
     held_out: Examples
     compared: list[Row]
+    asked: list[Row]
     data_sha256: str
     system: str
     statistics: dict[str, Any]
@@ -116,15 +119,20 @@ def prepare(
         check_examples(part, source.tokenizer, vocab_size, ends, layout=layout, too_long=how)
     if held_out:
         report(Note(f"data: {len(examples)} rows to train on, {len(held_out)} held out"))
-    elif settings.early_stopping or settings.keep_best:
+    elif settings.early_stopping or settings.keep_best or settings.eval_answers:
         raise DataError(
             "no held-out rows",
-            expected="some for early_stopping and keep_best to go by",
+            expected="some for early_stopping and keep_best to go by, and for eval_answers",
             cure="give a folder with train and validation files, or more rows",
         )
     else:
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
+    asked = _with_answers(rows.data.validation, settings.eval_answers)
+    if settings.eval_answers and not asked:
+        raise DataError(
+            "the held-out rows are plain text", expected="rows with answers for eval_answers", cure="leave it out"
+        )
     check_optimizer(settings, choose_device(settings.device))
     statistics = build_report(rows.rendered[:1], source.tokenizer, layout=layout, mix=rows.mix)
     if needs_gptq(settings.quantize, source.checkpoint):
@@ -184,6 +192,7 @@ def prepare(
         rows.mixture,
         held_out,
         _compared(rows.data, settings.compare),
+        asked,
         hashlib.sha256(examples.digest() + held_out.digest()).hexdigest(),
         _shared_system(rows.data.train),
         statistics.as_dict() | {"held_out_rows": len(held_out)},
@@ -245,7 +254,12 @@ def _shared_system(rows: Iterable[Row]) -> str:
 
 
 def _compared(rows: DataSet, count: int) -> list[Row]:
-    return list(islice((row for row in rows.test or rows.validation if row.messages), count)) if count else []
+    return _with_answers(rows.test or rows.validation, count)
+
+
+def _with_answers(rows: Iterable[Row], count: int) -> list[Row]:
+    """The first rows that are conversations, at most `count`."""
+    return list(islice((row for row in rows if row.messages), count)) if count else []
 
 
 def _plan(source: Source, decided: Decided, settings: Settings, examples: Examples, report: Report) -> Forecast:
@@ -261,7 +275,7 @@ def _plan(source: Source, decided: Decided, settings: Settings, examples: Exampl
         trust_remote_code=settings.trust_remote_code,
     )
     model = with_trained_norms(model, settings)
-    work = work_of(model, settings, examples.lengths.tolist(), item)
+    work = work_of(model, settings, examples.lengths, item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     plan = plan_run(
         model,

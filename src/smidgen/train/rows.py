@@ -80,7 +80,7 @@ def read_rows(
     odd = find_odd(source.tokenizer)
 
     def tokens(split: Rows) -> Examples:
-        return tokenise(split, renderer, edits=repr(edits), odd=odd, cache=cache, report=report)
+        return tokenise(split, renderer, edits=edits.key(), odd=odd, cache=cache, report=report)
 
     rendered = tuple(tokens(split) for split in (rows.train, rows.validation, *([rows.test] if test else [])))
     train = leave_out_untrained(rendered[0], "rows", renderer, report)
