@@ -90,7 +90,7 @@ FROZEN_FLAGS = {
         *BASE,
     },
     "report": set(),
-    "merge": {"out", "base", "dtype"},
+    "merge": {"out", "base", "dtype", "memory"},
     "export": {"to", "out", "type"},
     "quantize": {
         "to",

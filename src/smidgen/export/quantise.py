@@ -142,7 +142,10 @@ def _plan(
         pieces = gptq_pieces(model, act_order=settings.act_order, copies=copies, bits=settings.bits)
     else:
         pieces = packed_pieces(model, to, copies=copies)
-    plan = fitting(pieces, sum(resident_bytes()), hidden, model.norm_bytes, memory)
+    always = {
+        "framework": sum(resident_bytes()), "norms and biases": 2 * model.norm_bytes, "hidden states": hidden
+    }  # fmt: skip
+    plan = fitting(pieces, always, memory)
     if memory is None:
         return plan
     if plan.peak_bytes > memory:
