@@ -221,8 +221,11 @@ def merge(
     limit = _size(memory, problems)
     if problems:
         raise SettingsError(problems)
+    out = Path(out)
+    check_vacant(out)
+    _folder_of_run(run, report)
     give_memory_back()
-    return merge_run(run, Path(out), base=base, dtype=dtype, memory=limit, report=report)
+    return merge_run(run, out, base=base, dtype=dtype, memory=limit, report=report)
 
 
 def _size(memory: str | None, problems: list[str]) -> int | None:

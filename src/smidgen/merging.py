@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from smidgen.errors import RunError, SettingsError
+from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.export.adapter import StoredAdapter, load_adapter, read_adapter
 from smidgen.export.compare import COMPARED_TOKENS, compare_models
-from smidgen.export.files import check_vacant, folder_bytes
+from smidgen.export.files import folder_bytes
 from smidgen.export.merge import save_merged
 from smidgen.export.quantise import plain_dtype
 from smidgen.loading import Found, find_model, load, load_found
@@ -37,13 +37,13 @@ def merge_run(
     memory: int | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """See api.merge. memory: bytes that this process may have in all. Layers of the base are read from disk for each
-    use, and files are smaller, where that helps; SettingsError where it does not suffice.
+    """See api.merge. run: a folder with an adapter; out: free to become a folder. memory: bytes, for this process.
+
+    Layers of the base are read from disk for each use, and files are smaller, where that helps. Raises SettingsError
+    where it does not suffice.
     """
-    check_vacant(out)
-    found = find_model(run, compute_dtype="float32", report=report)
-    if found.folder is None:
-        raise RunError(f"{run} is no run", expected="a folder with adapter_config.json")
+    found = find_model(run, compute_dtype="float32")
+    assert found.folder is not None
     source = None if base is None else open_source(base, report, tokenizer_from=found.folder)
     plan, streamed = _plan(found, source, dtype, memory, report)
     device = "auto" if memory is None else "cpu"

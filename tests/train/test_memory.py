@@ -47,3 +47,11 @@ def test_the_smallest_budget_gives_the_same_adapter(
     one, other = ((run.path / "adapter_model.safetensors").read_bytes() for run in (free, kept))
     assert one == other
     assert kept.summary["forecast_peak_bytes"] <= smallest < free.summary["forecast_peak_bytes"]
+
+
+def test_a_training_that_cannot_fit_is_refused_before_gptq_begins(tmp_path: Path) -> None:
+    """Not after the minutes that it takes: nothing has been quantised, or written, when it is said."""
+    model, rows = tiny_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(SettingsError, match=r"60.0 MB .* is too little for model: at least .* with micro-batch"):
+        smidgen.finetune(str(model), rows, tmp_path / "run", quantize="gptq", memory="60MB", compute_dtype="float32")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.jsonl"}

@@ -139,7 +139,9 @@ def _plan(
     if settings is not None and calibration is not None:
         held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
         hidden = hidden_state_bytes(model, calibration.rows.numel(), held_out)
-        pieces = gptq_pieces(model, act_order=settings.act_order, copies=copies, bits=settings.bits)
+        pieces = gptq_pieces(
+            model, act_order=settings.act_order, copies=copies, bits=settings.bits, group_size=settings.group_size
+        )
     else:
         pieces = packed_pieces(model, to, copies=copies)
     always = {

@@ -12,6 +12,7 @@ bytes.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from smidgen.planning.inventory import Inventory, packed_bytes
 
@@ -118,7 +119,9 @@ def gptq_group_bytes(inputs: int, outputs: int, *, act_order: bool) -> int:
     return _LAPACK + square + 2 * weights + max(reordering, (square if act_order else 0) + max(factoring, coding))
 
 
-def gptq_pieces(model: Inventory, *, act_order: bool, copies: bool, bits: int = 4, itemsize: int = 2) -> list[Piece]:
+def gptq_pieces(
+    model: Inventory, *, act_order: bool, copies: bool, bits: int = 4, group_size: int = 128, itemsize: int = 2
+) -> list[Piece]:
     """A piece for each decoder layer, all of whose pages are there while it is worked on; then embedding and head.
 
     Linear layers of one module with as many inputs are taken to have the same input: at most too many together.
@@ -131,10 +134,17 @@ def gptq_pieces(model: Inventory, *, act_order: bool, copies: bool, bits: int = 
         for linear in model.linears:
             if linear.layer == layer:
                 groups[linear.name.rpartition(".")[0], linear.in_features] += linear.out_features
-                waiting += packed_bytes(linear.out_features, linear.in_features, "gptq") * bits // 4
+                waiting += _gptq_file_bytes(linear.out_features, linear.in_features, bits, group_size)
         making = max(gptq_group_bytes(inputs, outputs, act_order=act_order) for (_, inputs), outputs in groups.items())
         pieces.append(Piece(making + model.layer_bytes[layer] + waiting, waiting))
     return [_look(model), *pieces, embedding, head]
+
+
+def _gptq_file_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """qweight, qzeros, scales and g_idx of a linear layer (export/packed.py)."""
+    groups = 1 if group_size == -1 else ceil(inputs / group_size)
+    zeros = 4 * groups * ceil(outputs * bits / 32)
+    return 4 * outputs * ceil(inputs * bits / 32) + zeros + 2 * groups * outputs + 4 * inputs
 
 
 def merged_pieces(

@@ -1,8 +1,8 @@
 """Memory as arithmetic: one small pure function for each term, with its formula and what it leaves out.
 
-Everything counts bytes. tokens: of one micro-batch, padding left out where the layers are smidgen's own. itemsize: of
-the compute type. What is kept is counted tensor by tensor as model/fused.py makes it; for transformers' own layers by
-what their modules save on the meta device (model/kept.py).
+Everything counts bytes. tokens: of one micro-batch. itemsize: of the compute type. What is kept is counted tensor by
+tensor as model/fused.py makes it; for transformers' own layers by what their modules save on the meta device
+(model/kept.py).
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def layer_work_bytes(
 
 def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
     """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums and, in 16
-    bits, its operands in float32; panels.
+    bits, its operands in float32; a product's operand in act-order; panels.
 
     longest: tokens of the longest row.
     """
@@ -114,6 +114,8 @@ def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, ite
     parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
     wide = _FLOAT32 * (4 * q + 2 * kv) if itemsize < _FLOAT32 else 0  # q, k, v, the output, and gradients of them
     work = tokens * (3 * itemsize * inner + _FLOAT32 * parts * kv + wide) if model.fused else 0
+    if model.ordered:
+        work += tokens * itemsize * max(linear.in_features for linear in model.linears)
     return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
 
 
