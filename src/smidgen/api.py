@@ -27,15 +27,14 @@ from smidgen.errors import RunError, SettingsError, SmidgenError
 from smidgen.evaluation.evaluate import Evaluation
 from smidgen.evaluation.evaluate import evaluate as _evaluate
 from smidgen.events import Note, Report, Saved, silent
-from smidgen.export.adapter import load_adapter
-from smidgen.export.compare import compare_models, plain_example
-from smidgen.export.files import check_new, check_vacant, check_writable, folder_bytes
-from smidgen.export.merge import save_merged
+from smidgen.export.compare import plain_example
+from smidgen.export.files import check_new, check_vacant, check_writable
 from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
 from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
 from smidgen.kernels.library import describe_library
 from smidgen.kernels.selfcheck import check_kernels
 from smidgen.loading import Generation, LoadedModel, load
+from smidgen.merging import merge_run
 from smidgen.model.device import (
     choose_compute_dtype,
     choose_device,
@@ -44,7 +43,7 @@ from smidgen.model.device import (
     memory_limit_bytes,
     processor_name,
 )
-from smidgen.model.load import load_base, open_source
+from smidgen.model.load import open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
@@ -200,34 +199,44 @@ def evaluate(
 
 
 def merge(
-    run: str | Path, out: str | Path, *, base: str | None = None, dtype: str = "auto", report: Report = silent
+    run: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    memory: str | None = None,
+    report: Report = silent,
 ) -> dict[str, Any]:
     """Write base + adapter as a full Hugging Face folder, and measure how far its outputs are from base + adapter.
 
     base: add the adapter to this 16-bit model instead of the de-quantised one. dtype: 'bfloat16', 'float16', 'float32',
-    or 'auto': the base's own, float16 for a GGUF base. Returns out, dtype, bytes, max_logit_difference, same_top_token.
+    or 'auto': the base's own, float16 for a GGUF base. memory: what this process may have in all ('2GiB'): smaller
+    files are written, and layers of the base are read from disk for each use, where that helps.
+
+    Returns out, dtype, bytes, max_logit_difference, mean_kl, same_top_token, peak_rss_bytes, forecast_peak_bytes.
+    Raises SettingsError, before weights are read, where `memory` is too little.
     """
+    problems = []
     if dtype not in _MERGE_DTYPES:
-        raise SettingsError([f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}"])
+        problems.append(f"dtype: expected one of {', '.join(_MERGE_DTYPES)}, found {dtype!r}")
+    limit = _size(memory, problems)
+    if problems:
+        raise SettingsError(problems)
     out = Path(out)
     check_vacant(out)
     check_writable(out)
-    folder = _folder_of_run(run, report)
-    trained = load(run, compute_dtype="float32")
-    target = trained.base
-    if base is not None:
-        source = open_source(base, report, tokenizer_from=folder)
-        target = load_base(source, quantize="none", compute_dtype="float32")
-        load_adapter(target, folder)
-    chosen = plain_dtype(target) if dtype == "auto" else getattr(torch, dtype)
-    save_merged(target, out, chosen, trained.tokenizer, report)
-    merged = load(out, quantize="none", compute_dtype="float32")
-    return {
-        "out": str(out),
-        "dtype": str(chosen).removeprefix("torch."),
-        "bytes": folder_bytes(out),
-        **compare_models(trained.base, merged.base, trained.tokenizer),
-    }
+    _folder_of_run(run, report)
+    give_memory_back()
+    return merge_run(run, out, base=base, dtype=dtype, memory=limit, report=report)
+
+
+def _size(memory: str | None, problems: list[str]) -> int | None:
+    """Bytes of a `memory` that was given; what is wrong with it is added to the problems."""
+    try:
+        return None if memory is None else parse_bytes(memory)
+    except ValueError as error:
+        problems.append(f"memory: {error}")
+        return None
 
 
 def _folder_of_run(run: str | Path, report: Report) -> Path:
@@ -331,12 +340,7 @@ def quantize(
                "damp": (damp, 0.01), "calibration": (calibration, None), "calibration_rows": (calibration_rows, 128),
                "calibration_len": (calibration_len, 512), "perplexity": (perplexity, True)}  # fmt: skip
         problems += [f"{name}: only to='gptq' has this" for name, (value, unset) in own.items() if value != unset]
-    limit = None
-    if memory is not None:
-        try:
-            limit = parse_bytes(memory)
-        except ValueError as error:
-            problems.append(f"memory: {error}")
+    limit = _size(memory, problems)
     if not 0 < damp <= 1:
         problems.append(f"damp: expected more than 0 and at most 1, found {damp!r}")
     if problems:

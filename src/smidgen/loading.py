@@ -1,7 +1,7 @@
 """From a model or a run to something that answers: `smidgen.load`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from smidgen.export.adapter import load_adapter, read_adapter
 from smidgen.model.build import Base
 from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
-from smidgen.model.load import load_base, open_source
+from smidgen.model.load import Source, load_base, open_source
 from smidgen.model.tokenizer import pieces_of_tokens
 from smidgen.model.trained import attach_tokens, initialise_tokens
 from smidgen.train.config import settings_from
 from smidgen.train.run import Record, adapter_folder, read_record
 
-__all__ = ["Generation", "LoadedModel", "load"]
+__all__ = ["Found", "Generation", "LoadedModel", "find_model", "load", "load_found"]
 
 Prompt = str | Sequence[dict[str, Any]]
 
@@ -94,22 +94,29 @@ class LoadedModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load(
+@dataclass(frozen=True)
+class Found:
+    """A model or run that has been found and opened; no weights are read yet.
+
+    folder: of the adapter, None for a bare model. quantize, compute_dtype: as load_base takes them.
+    """
+
+    folder: Path | None
+    source: Source
+    record: Record | None
+    quantize: str
+    compute_dtype: str
+
+
+def find_model(
     model: str | Path,
     *,
     quantize: str = "auto",
     compute_dtype: str = "auto",
     device: str = "auto",
-    trust_remote_code: bool = False,
-    adapter: bool = True,
     report: Report = silent,
-) -> LoadedModel:
-    """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
-
-    adapter=False: a run's base alone, stored and computed as for the run; its new tokens as they were before training.
-    Raises RunError where the base is not the one
-    that the adapter was trained on.
-    """
+) -> Found:
+    """The first half of `load`. Raises RunError where the base is not the one that the adapter was trained on."""
     wanted = settings_from({"quantize": quantize, "compute_dtype": compute_dtype, "device": device})
     quantize, compute_dtype = wanted.quantize, wanted.compute_dtype
     folder = adapter_folder(Path(model), report)
@@ -125,22 +132,55 @@ def load(
         quantize = record.storage
     if record and compute_dtype == "auto" and choose_device(device).type == "cpu":
         compute_dtype = record.compute_dtype  # what the adapter was trained with: no other rounding, nothing to measure
+    return Found(folder, source, record, quantize, compute_dtype)
+
+
+def load_found(
+    found: Found,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    adapter: bool = True,
+    streamed: Collection[int] = (),
+    report: Report = silent,
+) -> LoadedModel:
+    """The second half of `load`. streamed: decoder layers that are read from disk for each use (model/stream.py)."""
     base = load_base(
-        source,
-        quantize=quantize,
-        compute_dtype=compute_dtype,
+        found.source,
+        quantize=found.quantize,
+        compute_dtype=found.compute_dtype,
         device=device,
+        streamed=streamed,
         trust_remote_code=trust_remote_code,
         report=report,
     )
-    if folder and adapter:
-        load_adapter(base, folder)
-    elif folder:
-        _add_untrained_tokens(base, folder, source.tokenizer, are_new=record is not None)
-    system = record.system if record else ""
+    if found.folder and adapter:
+        load_adapter(base, found.folder)
+    elif found.folder:
+        _add_untrained_tokens(base, found.folder, found.source.tokenizer, are_new=found.record is not None)
+    system = found.record.system if found.record else ""
     if system:
         report(Note(f"system message of the training rows, used where none is given: {system!r}"))
-    return LoadedModel(base, source.tokenizer, report, system)
+    return LoadedModel(base, found.source.tokenizer, report, system)
+
+
+def load(
+    model: str | Path,
+    *,
+    quantize: str = "auto",
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    adapter: bool = True,
+    report: Report = silent,
+) -> LoadedModel:
+    """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
+
+    adapter=False: a run's base alone, stored and computed as for the run; its new tokens as they were before training.
+    Raises RunError where the base is not the one that the adapter was trained on.
+    """
+    found = find_model(model, quantize=quantize, compute_dtype=compute_dtype, device=device, report=report)
+    return load_found(found, device=device, trust_remote_code=trust_remote_code, adapter=adapter, report=report)
 
 
 def _add_untrained_tokens(base: Base, folder: Path, tokenizer: Any, *, are_new: bool) -> None:

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import smidgen
 from smidgen.cli.main import main
 from tiny import tiny_folder, write_rows
 
@@ -47,14 +50,19 @@ def test_a_model_with_data_and_a_config_alone(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     code, out, err = run(capfd, "llama-7b", "--device", "cuda", "--seq-len", "512", "--micro-batch", "1", "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["step_s"] is None and "its time is not" in err
-    assert 4e9 < found["peak_bytes"] < 8e9  # 3.3 GB of weights, adapters on all layers, one layer at a time
+    # what finetune does on a card with room: nothing is computed again. With --recompute full: 3.3 GB of weights,
+    # adapters on all layers, one layer at a time
+    assert found["settings"]["recompute"] == "none" and found["settings"]["streamed_layers"] == 0
+    full = next(row["peak_bytes"] for row in found["what_if"] if row["change"] == "recompute full")
+    assert 4e9 < full < 8e9 and found["peak_bytes"] > full + 1e9
+    code, out, _ = run(capfd, "llama-7b", "--device", "cuda", "--seq-len", "512", "--micro-batch", "1", "--recompute",
+                       "full", "--json")  # fmt: skip
+    assert json.loads(out.splitlines()[-1])["peak_bytes"] == full
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,8 @@ def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
         (("llama-8t",), "no model 'llama-8t'"),
         (("llama-7b", "--memory", "lots"), "memory: not a size: 'lots' (write 6GiB, 1.5GB or 900MB)."),
         (("llama-7b", "--targets", "nose"), "no layer matches nose"),
+        (("tiny", "--rank-pattern", "nose=4"), "rank_pattern: no adapted layer is left for nose"),
+        (("tiny", "--optimizer", "paged-adamw8bit", "--device", "cpu"), "paged-adamw8bit needs a CUDA device"),
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +104,58 @@ def test_a_file_for_finetune_is_taken_whole(tmp_path: Path, capfd: pytest.Captur
     file.write_text("learning-rate: fast\nouts: runs/a\n")
     code, _, err = run(capfd, *words)
     assert code == 2 and "learning-rate: expected a number, found 'fast'" in err and "'outs'" in err
+
+
+_EFFECTS: dict[str, tuple[Any, set[str]]] = {
+    "optimizer": ("sgd", {"optimizer"}),
+    "rank": (64, {"adapters", "optimizer"}),
+    "rank_pattern": ({"down_proj": 64}, {"adapters", "optimizer"}),
+    "use_dora": (True, {"adapters", "optimizer"}),
+    "modules_to_save": ("lm_head", {"adapters", "optimizer", "loss chunk"}),
+    "new_tokens": ("<a>,<b>", {"adapters", "optimizer"}),
+    "pack": (600, {"kept activations", "scratch", "loss chunk"}),
+    "micro_batch": (2, {"kept activations", "tokens_per_step"}),
+    "dropout": (0.1, {"kept activations", "computed_tokens_per_step"}),
+    "share_prefix": ("off", {"computed_tokens_per_step"}),
+    "neftune_alpha": (5.0, {"computed_tokens_per_step"}),
+    "train_on_prompt": (True, {"labels_per_step"}),
+    "max_time": ("1s", {"run_s"}),
+    "learning_rate": (1e-3, set()),
+    "alpha_pattern": ({"down_proj": 4.0}, set()),
+}
+
+
+@pytest.fixture(scope="module")
+def shared_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and chats with one long system message; answers of many lengths."""
+    folder = tmp_path_factory.mktemp("plan")
+    system = {"role": "system", "content": "You are asked for a colour and say it. " * 3}
+    rows = [
+        [
+            system,
+            {"role": "user", "content": f"say {n % 7}"},
+            {"role": "assistant", "content": "red " * (1 + n * n % 23)},
+        ]
+        for n in range(80)
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return tiny_folder(folder / "model", dtype=torch.bfloat16, max_position_embeddings=1024), file
+
+
+@pytest.mark.parametrize("setting", _EFFECTS)
+def test_a_setting_of_finetune_changes_its_own_figures(setting: str, shared_rows: tuple[Path, Path]) -> None:
+    """The framework is measured anew each time, and slack follows: those may differ. Times are measured too."""
+    value, changed = _EFFECTS[setting]
+    model, rows = map(str, shared_rows)
+    common = {"compute_dtype": "float32", "recompute": "none", "epochs": 1000.0}
+    plain, other = (smidgen.plan(model, rows, **common | how) for how in ({}, {setting: value}))
+    counts = ("tokens_per_step", "computed_tokens_per_step", "labels_per_step")
+    figures = [found["terms"] | {name: found[name] for name in counts} for found in (plain, other)]
+    measured = {"framework", "program files", "runtime and slack"}
+    names = {name for name in figures[0] | figures[1] if figures[0].get(name) != figures[1].get(name)} - measured
+    if other["run_s"] == 1.0 < plain["run_s"]:
+        names.add("run_s")
+    assert changed <= names, (setting, names)
+    if not changed:
+        assert not names

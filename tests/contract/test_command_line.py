@@ -71,11 +71,7 @@ SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_new_tokens", "system"}
 BASE = {"quantize", "compute_dtype", "device", "trust_remote_code"}
 FROZEN_FLAGS = {
     "demo": {"out"},
-    "plan": {
-        *("quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "dropout", "epochs"),
-        *("max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len", "too_long"),
-        *("mix", "limit", "modules_to_save", "new_tokens"),
-    },
+    "plan": set(FROZEN_SETTINGS),  # what can be run can be planned
     "finetune": {"out", "resume", *FROZEN_SETTINGS},
     "generate": {*SAMPLING, "raw", *BASE},
     "chat": {*SAMPLING, *BASE},
@@ -92,7 +88,7 @@ FROZEN_FLAGS = {
         *BASE,
     },
     "report": set(),
-    "merge": {"out", "base", "dtype"},
+    "merge": {"out", "base", "dtype", "memory"},
     "export": {"to", "out", "type"},
     "quantize": {
         "to",

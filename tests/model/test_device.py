@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from smidgen.model.device import cgroup_limits
+from smidgen.model.cgroups import cgroup_limits, memory_group
 
 
 def _group(folder: Path, version: int, limit: str, used: int, inactive: int) -> None:
@@ -42,18 +43,38 @@ def test_in_a_container_the_root_is_its_group(tmp_path: Path) -> None:
 
 
 def test_a_real_group_is_found() -> None:
-    group = Path("/sys/fs/cgroup/memory") / f"smidgen-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(3 << 30))
-    except OSError:
-        pytest.skip("no memory cgroup (version 1) can be made here")
+    """And keeps its peak, page cache included."""
     code = (
-        f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()));"
+        "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid()));"
         "from smidgen.model.device import memory_limit_bytes; print(memory_limit_bytes())"
     )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    finally:
-        group.rmdir()
-    assert int(done.stdout) == 3 << 30
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(memory_group(f"smidgen-test-{os.getpid()}", 3 << 30))
+        except OSError:
+            pytest.skip("no memory cgroup can be made here")
+        words = [sys.executable, "-c", code, str(group.path / "cgroup.procs")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == 3 << 30
+        assert 0 < (group.peak_bytes or 0) <= 3 << 30
+    assert not group.path.exists()
+
+
+def test_a_group_of_version_2_has_its_files(tmp_path: Path) -> None:
+    """In a made tree: the controller is switched on for the groups below, the limit is set."""
+    (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
+    with memory_group("job", 4096, tmp_path) as group:
+        assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
+        assert (tmp_path / "job" / "memory.max").read_text() == "4096"
+        assert group.peak_bytes is None  # an older kernel
+        (tmp_path / "job" / "memory.peak").write_text("77\n")
+        assert group.peak_bytes == 77
+        (tmp_path / "job" / "memory.current").write_text("50")
+        (tmp_path / "job" / "memory.stat").write_text("inactive_file 20\n")
+        (tmp_path / "self").write_text("0::/job\n")
+        assert cgroup_limits(tmp_path / "self", tmp_path) == [(4096, 30)]
+
+
+def test_without_a_tree_no_group_can_be_made(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cgroup\.subtree_control"), memory_group("job", 4096, tmp_path):
+        pass

@@ -137,8 +137,11 @@ def test_tiles_of_a_large_batch_give_the_gradients_of_the_whole(
     assert len(tokens) > 2 * (1 + (mode == "full")) and len(set(tokens)) > 1
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert _distance(gradient, expected) < 1e-5  # sums in another order
-    put = smidgen.model.fused._put  # the control arm: all tiles in the place of the first one
-    monkeypatch.setattr(smidgen.model.fused, "_put", lambda whole, tile, part, n: put(whole, slice(0, len(part)), part, n))
+    # the control arm: all tiles in the place of the first one
+    put = smidgen.model.fused._put
+    monkeypatch.setattr(
+        smidgen.model.fused, "_put", lambda all_, tile, part, n: put(all_, slice(0, len(part)), part, n)
+    )
     assert not _distance(_gradient(base, [batch])[1], expected) < 1e-3
 
 

@@ -12,6 +12,7 @@ import smidgen
 from packers import pack_folder
 from smidgen.errors import ModelError
 from smidgen.events import Warned
+from smidgen.model.inventory import inventory_of
 from smidgen.quant.grouped import GroupedMatrix
 from tiny import VOCAB_SIZE, tiny_folder, write_rows
 
@@ -49,6 +50,39 @@ def test_gptq(bits: int, act_order: bool, symmetric: bool, version: str, tmp_pat
 def test_group_sizes(group_size: int, tmp_path: Path) -> None:
     """96 inputs of a layer are no multiple of 64: the last group is shorter."""
     _check(tmp_path, "gptq", group_size=group_size, symmetric=False)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 4, "group_size": 32, "act_order": True},
+        {"bits": 3, "group_size": 64, "act_order": True},
+        {"bits": 8, "group_size": -1, "act_order": True},
+        {"bits": 2, "group_size": -1},
+        {"bits": 4, "group_size": 32, "legacy": True},
+        {"method": "awq", "group_size": 32, "symmetric": False},
+    ],
+    ids=str,
+)
+def test_the_forecast_counts_the_bytes_that_are_loaded(how: dict[str, Any], tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", **how)
+    base = smidgen.load(tmp_path / "packed", compute_dtype="float32").base
+    model = inventory_of(base.checkpoint, base.checkpoint.config, base.storage)
+    loaded = {name: base.linears[name].weight for name in (linear.name for linear in model.linears)}
+    assert {linear.name: linear.nbytes for linear in model.linears} == {k: w.nbytes for k, w in loaded.items()}
+    assert model.ordered == any(weight.order is not None for weight in loaded.values())
+
+
+def test_the_forecast_counts_what_gptq_will_make(tmp_path: Path) -> None:
+    """Before it is made, of a model that finetune quantises on the way: act-order, groups of 128."""
+    folder = tiny_folder(tmp_path / "model", hidden_size=256, intermediate_size=640)
+    base = smidgen.load(folder, quantize="gptq", compute_dtype="float32").base
+    model = inventory_of(base.checkpoint, base.checkpoint.config, "gptq")
+    assert model.ordered
+    assert {x.name: x.nbytes for x in model.linears} == {
+        x.name: base.linears[x.name].weight.nbytes for x in model.linears
+    }
 
 
 def test_quantize_config_json_of_old_exports(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The forecast of `smidgen quantize`: the walk over pieces as arithmetic, and against real runs in fresh processes."""
+"""Forecasts of `smidgen quantize` and `smidgen merge`: as arithmetic, and against real runs in fresh processes."""
 
 import json
 import subprocess
@@ -13,8 +13,10 @@ import smidgen
 import smidgen.export.quantise as quantise_module
 import smidgen.planning.conversion as conversion_module
 from smidgen.errors import SettingsError
+from smidgen.export.adapter import save_adapter
+from smidgen.lora.attach import attach_lora
 from smidgen.planning.conversion import LARGEST_SHARD, Piece, fitting, walk_bytes
-from tiny import byte_tokenizer, tiny_folder
+from tiny import build, byte_tokenizer, tiny_folder
 
 WORKER = """
 import json, sys
@@ -50,7 +52,7 @@ def test_what_waits_counts_until_its_shard_is_written() -> None:
 
 def test_a_smaller_budget_takes_smaller_shards() -> None:
     pieces = [Piece(0, 100 << 20)] * 30
-    free, tight = fitting(pieces, 0, 0, 0), fitting(pieces, 0, 0, 0, 1 << 30)
+    free, tight = fitting(pieces, {}), fitting(pieces, {}, 1 << 30)
     assert free.shard_bytes == LARGEST_SHARD > tight.shard_bytes
     assert tight.peak_bytes <= 1 << 30 < free.peak_bytes
 
@@ -107,3 +109,50 @@ def test_too_little_is_refused_with_what_would_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(SettingsError, match="memory: not a size: 'much'"):
         smidgen.quantize(str(folder), tmp_path / "out", to="nf4", memory="much")
+
+
+MERGE = """
+import json, sys
+import smidgen
+from smidgen.bench.workers.serving import reset_peak_rss
+
+run, out, memory = sys.argv[1:]
+smidgen.merge  # with what it imports
+reset_peak_rss()
+result = smidgen.merge(run, out, memory=memory or None)
+peak, forecast, kl = (result[key] for key in ("peak_rss_bytes", "forecast_peak_bytes", "mean_kl"))
+print(json.dumps({"peak": peak, "forecast": forecast, "kl": kl}))
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> Path:
+    """Of rank 64 on all layers of `model`, which it names as its base."""
+    folder = model.parent / "adapter"
+    folder.mkdir()
+    base = build(model, "nf4-dq")
+    layers = attach_lora(base.model, list(base.linears)[:-1], rank=64, alpha=64, dropout=0, seed=0)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.01)
+    save_adapter(folder, base, dict(layers), str(model))
+    return folder
+
+
+def _merged(run: Path, out: Path, memory: str = "") -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", MERGE, str(run), str(out), memory], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_forecast_of_a_merge_holds(adapter: Path, tmp_path: Path) -> None:
+    """As for quantize. Within the smallest budget too, where the base is streamed and the files are small."""
+    free = _merged(adapter, tmp_path / "free")
+    with pytest.raises(SettingsError, match=r"to merge .*adapter: at least \d+ MB is needed") as refused:
+        smidgen.merge(adapter, tmp_path / "refused", memory="100MB")
+    assert not (tmp_path / "refused").exists()
+    tight = _merged(adapter, tmp_path / "tight", str(int(free["forecast"] - 60e6)))
+    for found in (free, tight):
+        assert found["peak"] <= found["forecast"] <= 1.05 * found["peak"] + (64 << 20), (free, tight, refused.value)
+    assert tight["forecast"] <= free["forecast"] - 60e6 and tight["kl"] == free["kl"]
+    files = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("free", "tight")]
+    assert all(torch.equal(files[0][key], tensor) for key, tensor in files[1].items())

@@ -120,6 +120,27 @@ def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
     assert "kept activations" in changed(work(), Choice(2, 2, ("none",) * 32))
 
 
+def test_what_is_shared_and_what_has_no_label_take_no_time(seven: Inventory) -> None:
+    choice = Choice(4, 1, ("none",) * 32)
+    plain = forecast(seven, work(), MACHINE, choice)
+    shared = forecast(seven, replace(work(), computed=0.5), MACHINE, choice)
+    unlabelled = forecast(seven, replace(work(), labelled=0.0), MACHINE, choice)
+    assert plain.terms == shared.terms == unlabelled.terms, "the largest micro-batch may share nothing"
+    head = seven.vocab_size * seven.hidden_size
+    assert shared.step_s / plain.step_s == pytest.approx((seven.weights / 2 + head) / (seven.weights + head))
+    assert unlabelled.step_s / plain.step_s == pytest.approx(seven.weights / (seven.weights + head))
+
+
+def test_packed_rows_are_counted_by_their_tokens() -> None:
+    """Rows of 100 and 10 tokens: 120 at once take 2 batches for 4 rows of 55 on average, 60 at once still hold 100."""
+    rows = replace(work(), lengths=(100, 100, 10, 10))
+    assert (rows.tokens(4), rows.tokens(2), rows.batches(2), rows.least_tokens(2)) == (220, 200, 2, 20)
+    packed = replace(rows, pack=120)
+    assert (packed.tokens(4), packed.batches(4)) == (120, 2)
+    assert replace(rows, pack=60).tokens(4) == 100
+    assert replace(packed, computed=0.5).batches(4) == 1
+
+
 def test_the_heads_adapter_follows_its_settings(seven: Inventory) -> None:
     def numbers(**how: Any) -> tuple[int, int]:
         found = work_of(seven, Settings(targets="head", **how), [512], 4)

@@ -56,3 +56,11 @@ def test_rounded_activations_are_of_layers_that_round_them(tmp_path: Path) -> No
         with pytest.raises(SettingsError, match="activation_dtype: bfloat16 is for layers of the Llama family"):
             smidgen.finetune(str(folder), str(rows), tmp_path / "run", activation_dtype="bfloat16", **QUICK, **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_cannot_fit_is_refused_before_gptq_begins(tmp_path: Path) -> None:
+    """Not after the minutes that it takes: nothing has been quantised, or written, when it is said."""
+    model, rows = tiny_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(SettingsError, match=r"60.0 MB .* is too little for model: at least .* with micro-batch"):
+        smidgen.finetune(str(model), rows, tmp_path / "run", quantize="gptq", memory="60MB", compute_dtype="float32")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.jsonl"}

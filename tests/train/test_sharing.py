@@ -91,9 +91,14 @@ def test_what_is_chosen_is_said(
     base, notes = build(tiny_folder(tmp_path, architecture)), list[Event]()
     examples = _examples(16)
     schedule = Schedule([len(row.input_ids) for row in examples], Settings(**{"dropout": 0.0} | settings))
-    batching = choose_batching(base, examples, schedule, notes.append)
+    batching = choose_batching(base, examples, schedule, 70, notes.append)
     assert (base.packs, batching.pads, batching.share_prefix) == (packs, not packs, shares)
-    assert batching.pack == settings.get("pack")
+    most = None if packs or settings.get("micro_batch") == 1 else 70  # what memory was planned for
+    assert batching.pack == settings.get("pack", most)
+    if batching.pack:
+        rows = [row.input_ids for row in examples]
+        parts = [[rows[index] for index in part] for part in batching.split(examples)]
+        assert all(len(part) == 1 or batching.tokens_of(part) <= batching.pack for part in parts)
     texts = [note.text for note in notes if isinstance(note, Note)]
     assert [text[: len(start)] for text, start in zip(texts, said, strict=True)] == said
 

@@ -5,8 +5,7 @@ lets us, it lives in a memory cgroup of that size, in which the page cache count
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,13 +19,13 @@ from smidgen.bench.machine import describe
 from smidgen.bench.packed_model import write_packed_model
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.events import Note, Progress, Report, Warned, silent
+from smidgen.model.cgroups import MemoryGroup, memory_group
 from smidgen.planning.shapes import SHAPES
 from smidgen.units import format_bytes
 
 __all__ = ["MODES", "MemorySettings", "bench_memory"]
 
 MODES = ("train", "generate")
-_CGROUP = Path("/sys/fs/cgroup/memory")  # version 1, where root may make groups
 _NEW_TOKENS = 8
 
 
@@ -125,9 +124,10 @@ def _run(
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(config["vocab_size"], (settings.micro_batch, settings.seq_len), generator=generator)
     with ExitStack() as stack:
-        group = stack.enter_context(_limited(limit, report))
+        group = _limited(stack, limit, report)
+        path = group.path if group else None
         worker = stack.enter_context(
-            start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=group)
+            start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=path)
         )
         loaded = worker.ask(
             "load",
@@ -150,33 +150,16 @@ def _run(
             step = worker.ask("step") if settings.mode == "train" else worker.ask("generate", tokens=_NEW_TOKENS)
             steps += [step] if number else []
         report(Progress(f"{settings.mode} {folder.name}", settings.repeats + 1, settings.repeats + 1))
-        return {"loaded": loaded, "steps": steps, "enforced": group is not None, "cgroup_peak_bytes": _peak(group)}
+        peak = group.peak_bytes if group else None
+        return {"loaded": loaded, "steps": steps, "enforced": group is not None, "cgroup_peak_bytes": peak}
 
 
-@contextmanager
-def _limited(limit: int | None, report: Report) -> Iterator[Path | None]:
-    """A memory cgroup of this size, gone afterwards; None without a limit, or where none can be made."""
+def _limited(stack: ExitStack, limit: int | None, report: Report) -> MemoryGroup | None:
+    """A memory cgroup of this size until the stack ends; None without a limit, or where none can be made."""
     if limit is None:
-        yield None
-        return
-    group = _CGROUP / f"smidgen-{os.getpid()}"
+        return None
     try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-        (group / "memory.swappiness").write_text("0")
+        return stack.enter_context(memory_group(f"smidgen-{os.getpid()}", limit))
     except OSError as error:
         report(Warned(f"the limit is kept but not enforced: no memory cgroup can be made here ({error.strerror})"))
-        with suppress(OSError):
-            group.rmdir()
-        yield None
-        return
-    try:
-        yield group
-    finally:
-        with suppress(OSError):
-            group.rmdir()
-
-
-def _peak(group: Path | None) -> int | None:
-    """The largest use of the group, page cache included."""
-    return None if group is None else int((group / "memory.max_usage_in_bytes").read_text())
+        return None

@@ -28,6 +28,15 @@ _FLAGS = (
         "Merge",
         choices=("auto", "bfloat16", "float16", "float32"),
     ),
+    Flag(
+        "memory",
+        str,
+        None,
+        "Memory that this may take in all, e.g. 2GiB: smaller files are written, and layers of the base are read from"
+        " disk for each use, where that helps; what cannot fit is refused before weights are read.",
+        "Merge",
+        metavar="SIZE",
+    ),
 )
 
 
@@ -46,11 +55,17 @@ def merge(console: Console, given: Given) -> Mapping[str, Any]:
     Examples:
       smidgen merge runs/demo --out models/demo
       smidgen merge runs/demo --out models/demo --base ./SmolLM2-135M-Instruct
+      smidgen merge runs/llama-7b --out models/mine --memory 2GiB
     """
     from smidgen import api
 
     result = api.merge(
-        given["run"], Path(given["out"]), base=given["base"], dtype=given["dtype"], report=console.report
+        given["run"],
+        Path(given["out"]),
+        base=given["base"],
+        dtype=given["dtype"],
+        memory=given["memory"],
+        report=console.report,
     )
     console.close()
     console.files()

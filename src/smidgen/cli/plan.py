@@ -9,23 +9,18 @@ from smidgen.cli.values import Given
 
 __all__ = ["plan"]
 
-_NAMES = (
-    "quantize", "compute_dtype", "device", "trust_remote_code", "rank", "targets", "modules_to_save",
-    "new_tokens", "dropout", "epochs", "max_steps", "micro_batch", "accumulation", "memory", "recompute", "seq_len",
-    "too_long", "mix", "limit",
-)  # fmt: skip
 _SETTINGS = settings_flags()
-_FLAGS = tuple(flag for flag in _SETTINGS if flag.name in _NAMES)
-_IN_FILE = (*(flag for flag in _SETTINGS if flag.name not in _NAMES), Flag("out", str, None, ""))
+_IN_FILE = (Flag("out", str, None, ""),)
 
 
-@verb("plan", arguments=("model", "data"), optional=("data",), several=("data",), flags=_FLAGS, in_file=_IN_FILE)
+@verb("plan", arguments=("model", "data"), optional=("data",), several=("data",), flags=_SETTINGS, in_file=_IN_FILE)
 def plan(console: Console, given: Given) -> Mapping[str, Any]:
     """Forecast memory, by parts, and time of a fine-tuning run; no weights are read.
 
     MODEL is what finetune takes, a config.json alone, or the name of a shape (llama-7b, llama-65b, llama-3-8b,
     qwen2.5-7b, ...). Without DATA every row has --seq-len tokens. With --memory the settings are chosen that fit and
-    are fastest, as finetune chooses them. A --config file of finetune is taken whole; of a shape, its DATA is not read.
+    are fastest, as finetune chooses them. All flags of finetune are taken, and its --config files; some of them, as
+    --learning-rate, change neither memory nor time. Of a shape DATA is not read.
 
     \b
     Examples:

@@ -231,7 +231,8 @@ def forecast(result: Mapping[str, Any], *, plain: bool) -> list[tuple[str, Any]]
     table.add_row(Text("in all", "bold"), Text(format_bytes(result["peak_bytes"]), "bold"))
     where = f"Memory of {result['model']} on {result['device']}"
     step_s = result["step_s"]
-    settings = dict(result["settings"])
+    counts = ("tokens_per_step", "computed_tokens_per_step", "labels_per_step")
+    settings = dict(result["settings"]) | {name: result[name] for name in counts}
     if step_s:
         settings |= {"step_s": step_s, "tokens_per_s": result["tokens_per_s"], "run_s": result["run_s"]}
     others = _table("what if", "memory", "", "step", right=("memory", "", "step"))

@@ -13,12 +13,22 @@ from smidgen.errors import RunError
 from smidgen.export.adapter import read_adapter
 from smidgen.lora.linear import LoraLinear, scaling_of
 from smidgen.model.build import Base
+from smidgen.model.pages import pages_given_back
 from smidgen.model.trained import Adapters, TokenRows, learning_parts
 
-__all__ = ["Distance", "check_saved_adapter", "compare_models", "label_logits", "plain_example", "without_adapters"]
+__all__ = [
+    "COMPARED_TOKENS",
+    "Distance",
+    "check_saved_adapter",
+    "compare_models",
+    "label_logits",
+    "plain_example",
+    "without_adapters",
+]
 
 _PROBED_TOKENS = 8
 _MOST_POSITIONS = 256  # of labels that are compared
+COMPARED_TOKENS = 64  # of a plain text, at most: all of it but for tokenizers of bytes
 
 # Ordinary prose; any text of some length will do, it only has to be the same for both.
 _TEXT = (
@@ -84,11 +94,19 @@ def without_adapters(base: Base) -> Iterator[None]:
 
 @torch.no_grad()
 def compare_models(first: Base, second: Base, tokenizer: Any) -> dict[str, float]:
-    """Logits over a short text: the largest difference, mean KL divergence in nats, how often the top token agrees."""
-    ids = torch.tensor([plain_example(tokenizer).input_ids])
-    ours = first.logits_of(first.hidden_of(ids.to(first.device)))[0].float().cpu()
-    theirs = second.logits_of(second.hidden_of(ids.to(second.device)))[0].float().cpu()
+    """Logits over a short text: the largest difference, mean KL divergence in nats, how often the top token agrees.
+
+    Mapped pages leave the memory behind each layer.
+    """
+    ids = torch.tensor([plain_example(tokenizer).input_ids[:COMPARED_TOKENS]])
+    ours, theirs = (_logits(base, ids) for base in (first, second))
     return asdict(Distance.between(ours, theirs))
+
+
+def _logits(base: Base, ids: torch.Tensor) -> torch.Tensor:
+    """ids int64 [1, T] -> float32 [T, vocab_size] on the CPU."""
+    with pages_given_back(base.model, base.checkpoint):
+        return base.logits_of(base.hidden_of(ids.to(base.device)))[0].float().cpu()
 
 
 @torch.no_grad()

@@ -135,8 +135,10 @@ def _merged_tensors(base: Base, dtype: torch.dtype, report: Report) -> Iterator[
     )
     done = 0
     for name, tensor in dense_parameters(base, dtype):
-        yield name, tensor
         done += tensor.numel()
+        yield name, tensor
+        del tensor  # it is written, or waits for it: nothing else keeps it while the next one is made
+        base.checkpoint.release()
         report(Progress("merging", min(done, total), total))
     report(Progress("merging", total, total))
 
@@ -188,6 +190,7 @@ def _write_shards(
     for name, tensor in tensors:
         for saved_name, saved in revert_weight_conversion(base.model, {name: tensor}).items():
             pending[saved_name] = saved.contiguous()
+        del tensor, saved
         if sum(t.numel() * t.element_size() for t in pending.values()) >= shard_bytes:
             flush()
     flush()

@@ -139,10 +139,15 @@ def _plan(
     if settings is not None and calibration is not None:
         held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
         hidden = hidden_state_bytes(model, calibration.rows.numel(), held_out)
-        pieces = gptq_pieces(model, act_order=settings.act_order, copies=copies, bits=settings.bits)
+        pieces = gptq_pieces(
+            model, act_order=settings.act_order, copies=copies, bits=settings.bits, group_size=settings.group_size
+        )
     else:
         pieces = packed_pieces(model, to, copies=copies)
-    plan = fitting(pieces, sum(resident_bytes()), hidden, model.norm_bytes, memory)
+    always = {
+        "framework": sum(resident_bytes()), "norms and biases": 2 * model.norm_bytes, "hidden states": hidden
+    }  # fmt: skip
+    plan = fitting(pieces, always, memory)
     if memory is None:
         return plan
     if plan.peak_bytes > memory:

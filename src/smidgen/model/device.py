@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from smidgen.errors import SettingsError
+from smidgen.model.cgroups import cgroup_limits
 from smidgen.quant.matrix import quantise
 
 __all__ = [
-    "cgroup_limits",
     "choose_compute_dtype",
     "choose_device",
     "current_rss_bytes",
@@ -172,37 +172,3 @@ def free_memory_bytes() -> int:
     except (OSError, IndexError):
         pass
     return max(0, min([free, *(limit - used for limit, used in cgroup_limits())]))
-
-
-def cgroup_limits(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> list[tuple[int, int]]:
-    """(limit, bytes used that cannot be given up) of this process's memory cgroup and of each that it lies in.
-
-    In a container the process's own path is often not mounted; the root then is its group. Page cache that has not been
-    used lately (inactive_file of memory.stat) counts as free.
-    """
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, names = (
-            (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-            if controllers
-            else (root, ("memory.max", "memory.current", "inactive_file"))
-        )
-        group = top / path.strip("/")
-        for folder in dict.fromkeys([group, *group.parents]):
-            if folder != top and top not in folder.parents:
-                continue
-            try:
-                limit, used = (int((folder / name).read_text()) for name in names[:2])
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                found.append((limit, used - int(statistics.get(names[2], 0))))
-            except (OSError, ValueError):  # no such group, or "max"
-                continue
-    return found

@@ -14,6 +14,7 @@ from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
 from smidgen.model.kept import kept_by_modules
 from smidgen.model.stored import stored_weights
+from smidgen.model.stored_groups import AwqWeights, GptqWeights
 from smidgen.model.stream import layer_of
 from smidgen.model.trained import trainable_names
 from smidgen.planning.inventory import Inventory, Linear, packed_bytes
@@ -36,7 +37,8 @@ def inventory_of(
     itemsize: of the compute type. fuses: whether smidgen's own layers may take the place of those they know.
     Raises ModelError for a configuration that is no causal LM.
     """
-    kept = checkpoint is not None and (stored := stored_weights(checkpoint)) is not None and stored.storage == storage
+    stored = stored_weights(checkpoint) if checkpoint is not None else None
+    kept = stored is not None and stored.storage == storage
     hf_config = read_config(config, name or "config.json", checkpoint, trust_remote_code)
     model = skeleton(hf_config, torch.float32, trust_remote_code)
     text: Any = hf_config.get_text_config()
@@ -59,9 +61,16 @@ def inventory_of(
                 linears += [Linear(f"{path}.{key}.{i}", layer or 0, n, k, size, is_expert=True) for i in range(count)]
         else:
             others += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    ordered = storage == "gptq" and not kept
     if kept:
         linears = _as_in_file(linears, in_file)
-    sizes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
+    if kept and isinstance(stored, GptqWeights | AwqWeights):  # repacked
+        sizes = [
+            stored.size_of(f"{linear.name}.weight", (linear.out_features, linear.in_features)) for linear in linears
+        ]
+        linears = [replace(each, nbytes=size[0]) if size else each for each, size in zip(linears, sizes, strict=True)]
+        ordered = any(size and size[1] for size in sizes)
+    embedding_bytes, head_bytes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
     fused = fuses and is_known(model)
     head_name = next(path for path, module in model.named_modules() if module is head)
     heads = text.num_attention_heads
@@ -76,8 +85,8 @@ def inventory_of(
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         linears=tuple(linears),
-        embedding_bytes=sizes[0],
-        head_bytes=sizes[1],
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
         norm_bytes=others * itemsize,
         mapped=storage == "none" or (kept and storage not in ("gptq", "awq")),
         fused=fused,
@@ -88,6 +97,7 @@ def inventory_of(
             for path in trainable_names(model)
         ),
         embedding_name=next(path for path, module in model.named_modules() if module is embedding),
+        ordered=ordered,
         head_norms=any(path.endswith("self_attn.q_norm") for path, _ in model.named_modules()),
     )
 

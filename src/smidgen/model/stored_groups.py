@@ -22,6 +22,7 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Report, Warned
+from smidgen.planning.inventory import grouped_bytes
 from smidgen.quant.grouped import BITS, GroupedMatrix, pack, unpack
 
 __all__ = ["AwqWeights", "GptqWeights"]
@@ -51,6 +52,27 @@ class _GroupedWeights(ABC):
     def matrix(self, name: str, shape: tuple[int, int]) -> GroupedMatrix | None:
         module = name.removesuffix(".weight")
         return self._matrix(module, *shape) if f"{module}.qweight" in self._checkpoint.tensors else None
+
+    def size_of(self, name: str, shape: tuple[int, int]) -> tuple[int, bool] | None:
+        """(bytes in memory of the packed parameter [N, K], whether it has act-order); None if it is stored as numbers.
+
+        Reads no weights, only which input is in which group.
+        """
+        module, (outputs, inputs) = name.removesuffix(".weight"), shape
+        scales = self._checkpoint.tensors.get(f"{module}.scales")
+        if f"{module}.qweight" not in self._checkpoint.tensors or scales is None:
+            return None
+        ordered = self._order(module, inputs)[0] is not None
+        size = grouped_bytes(
+            outputs, inputs, bits=self.bits, group_size=self._group_size, ordered=ordered,
+            scale_bytes=scales.nbytes // max(1, math.prod(scales.shape)),
+        )  # fmt: skip
+        return size, ordered
+
+    def _order(self, module: str, inputs: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(the input at each stored place, or None if they stay in order; where each group ends)."""
+        size, groups = self._groups(inputs)
+        return None, (torch.arange(1, groups + 1, dtype=torch.int32) * size).clamp_(max=inputs)
 
     @abstractmethod
     def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
@@ -103,13 +125,13 @@ class GptqWeights(_GroupedWeights):
         self._report, self._warned = report, False
 
     def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
-        size, groups = self._groups(inputs)
+        _, groups = self._groups(inputs)
         words = math.ceil(inputs * self.bits / 32)
         qweight = self._read(f"{module}.qweight", torch.int32, (words, outputs))
         scales = self._scales(module, groups, outputs)
         qzeros = self._read(f"{module}.qzeros", torch.int32, (groups, math.ceil(outputs * self.bits / 32)))
         zeros = self._zeros(module, unpack(qzeros.contiguous().view(torch.uint8), self.bits, outputs))
-        order, ends = self._order(module, inputs, size, groups)
+        order, ends = self._order(module, inputs)
         width = math.ceil(inputs / 8) * self.bits
 
         def rows(start: int, stop: int) -> torch.Tensor:
@@ -136,10 +158,10 @@ class GptqWeights(_GroupedWeights):
             is_v1 = is_v1 if found is None else found
         return (stored + 1) & ((1 << self.bits) - 1) if is_v1 else stored
 
-    def _order(self, module: str, inputs: int, size: int, groups: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(the input at each stored place, or None if they stay in order; where each group ends)."""
+    def _order(self, module: str, inputs: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         if f"{module}.g_idx" not in self._checkpoint.tensors:
-            return None, (torch.arange(1, groups + 1, dtype=torch.int32) * size).clamp_(max=inputs)
+            return super()._order(module, inputs)
+        _, groups = self._groups(inputs)
         group_of = self._read(f"{module}.g_idx", torch.int32, (inputs,)).long()
         if inputs and not (int(group_of.min()) >= 0 and int(group_of.max()) < groups):
             raise ModelError(
@@ -166,7 +188,7 @@ class AwqWeights(_GroupedWeights):
         super().__init__(checkpoint, {"group_size": quantised.get("group_size", quantised.get("q_group_size", 128))}, 4)
 
     def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
-        size, groups = self._groups(inputs)
+        _, groups = self._groups(inputs)
         words = math.ceil(outputs / 8)
         qweight = self._read(f"{module}.qweight", torch.int32, (inputs, words))
         scales = self._scales(module, groups, outputs)
@@ -177,8 +199,7 @@ class AwqWeights(_GroupedWeights):
             return pack(_awq_fields(some)[:, : stop - start].t().contiguous(), 4)
 
         codes = _by_rows(outputs, math.ceil(inputs / 8) * 4, rows)
-        ends = (torch.arange(1, groups + 1, dtype=torch.int32) * size).clamp_(max=inputs)
-        return GroupedMatrix(inputs, 4, codes, scales, zeros.t().contiguous(), ends)
+        return GroupedMatrix(inputs, 4, codes, scales, zeros.t().contiguous(), self._order(module, inputs)[1])
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:

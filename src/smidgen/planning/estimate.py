@@ -1,8 +1,8 @@
 """Memory as arithmetic: one small pure function for each term, with its formula and what it leaves out.
 
-Everything counts bytes. tokens: of one micro-batch, padding left out where the layers are smidgen's own. itemsize: of
-the compute type. What is kept is counted tensor by tensor as model/fused.py makes it; for transformers' own layers by
-what their modules save on the meta device (model/kept.py).
+Everything counts bytes. tokens: of one micro-batch. itemsize: of the compute type. What is kept is counted tensor by
+tensor as model/fused.py makes it; for transformers' own layers by what their modules save on the meta device
+(model/kept.py).
 """
 
 from collections.abc import Sequence
@@ -102,24 +102,24 @@ def layer_work_bytes(
     kept: more arguments of kept_bytes. Left out: panels of W (scratch_bytes).
     """
     hidden, inner, q, kv = _widths(model)
-    if model.fused:
-        # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
-        # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
-        numbers = [hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv]
-        if (kept_item or itemsize) < itemsize:
-            # once more what was rounded: gate and up; attention's; norms'. Or forwards all that is to be rounded
-            numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
-            numbers.append(kept_bytes(model, 1, ("none",), ranks, itemsize, **kept) // itemsize + inner)
-        backward = itemsize * max(numbers)
-    else:
+    computed = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept)  # all that a layer's gradient needs
+    again = computed - itemsize * hidden
+    if not model.fused:
         # behind and before each of the widest vectors; or of what goes into attention and comes out
         backward = itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
-    again = 0
-    if "full" in recompute:
-        again = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept) - itemsize * hidden
+        return tokens * (backward + (again if "full" in recompute else 0))
+    # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
+    # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
+    numbers = [hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv]
+    found = [itemsize * max(numbers) + again] if "full" in recompute else []
+    if set(recompute) != {"full"}:
+        if (kept_item or itemsize) < itemsize:  # what was rounded is there once more: gate and up; attention's; norms'
+            numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
+            found.append(computed + itemsize * inner)  # forwards, before it is rounded
+        found.append(itemsize * max(numbers))
     tile = tile_tokens(model, tokens, kept.get("longest", 1))
     whole = 0 if tile == tokens else itemsize * 2 * hidden  # gradients of the output and of the input
-    return tokens * whole + tile * (backward + again)
+    return tokens * whole + tile * max(found)
 
 
 def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
@@ -129,18 +129,17 @@ def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
 
 def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
     """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums and, in 16
-    bits, its operands in float32; panels.
+    bits, its operands in float32; a product's operand in act-order; panels.
 
     longest: tokens of the longest row.
     """
     _, inner, q, kv = _widths(model)
     parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
     wide = _FLOAT32 * (4 * q + 2 * kv) if itemsize < _FLOAT32 else 0  # q, k, v, the output, and gradients of them
-    work = (
-        tile_tokens(model, tokens, longest) * (3 * itemsize * inner + _FLOAT32 * parts * kv + wide)
-        if model.fused
-        else 0
-    )
+    per_token = 3 * itemsize * inner + _FLOAT32 * parts * kv + wide if model.fused else 0
+    if model.ordered:
+        per_token += itemsize * max(linear.in_features for linear in model.linears)
+    work = tile_tokens(model, tokens, longest) * per_token
     return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
 
 
@@ -163,10 +162,10 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
 def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
     """With the last norm's input, of all tokens: its output, the hidden states of the labelled positions, their
-    gradient and a chunk of logits with its own; or then what the norm's gradient needs. For what the head learns (head_parameters) a
-    chunk's gradient, the chunks' sum, and the parameters in the compute type.
+    gradient and a chunk of logits with its own; or then what the norm's gradient needs.
 
-    Counts every token as labelled.
+    For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
+    type. Counts every token as labelled.
     """
     chunk = chunk_positions(tokens, model.vocab_size) * (model.vocab_size + 2 * model.hidden_size)
     of_norm = 0 if model.kept else 1  # kept has its input

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Inventory", "Linear", "ModuleKept", "packed_bytes"]
+__all__ = ["Inventory", "Linear", "ModuleKept", "grouped_bytes", "packed_bytes"]
 
-# bits of weight i, then bytes for each block of so many weights; GPTQ's groups have a 16-bit scale and a byte of zero
-_BLOCK, _OUTER, _GROUP = 64, 256, 128
+_BLOCK, _OUTER = 64, 256  # weights that share a scale, scales that share one of their own
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Inventory:
     biases and other small parameters, in the compute type. mapped: whether the linear layers' bytes are views of the
     model file. fused: whether smidgen's own layers compute it (model/fused.py); kept: of others, where it is known.
     head_norms: of q and k, as in Qwen 3. modules: name and numbers of what can be trained whole: embeddings, head and
-    norms.
+    norms. ordered: whether there are matrices with act-order, whose other factor is copied for each product.
     """
 
     name: str
@@ -69,6 +68,7 @@ class Inventory:
     modules: tuple[tuple[str, int], ...] = ()
     embedding_name: str = "model.embed_tokens"
     kept: ModuleKept | None = None
+    ordered: bool = False
 
     @cached_property
     def layer_bytes(self) -> list[int]:
@@ -91,7 +91,7 @@ class Inventory:
 def packed_bytes(out_features: int, in_features: int, storage: str, itemsize: int = 2) -> int:
     """Bytes of a matrix in the form that `--quantize` names (quant/fourbit.py, matrix.py, grouped.py).
 
-    itemsize: of the stored type, for 'none'. GPTQ: 4 bits, groups of 128, 16-bit scales, repacked row after row.
+    itemsize: of the stored type, for 'none'. GPTQ: as model/calibration.py asks for it, with act-order.
     """
     count = out_features * in_features
     if storage == "none":
@@ -99,7 +99,24 @@ def packed_bytes(out_features: int, in_features: int, storage: str, itemsize: in
     if storage == "int8":
         return count + 4 * out_features
     if storage in ("gptq", "awq"):
-        return out_features * (math.ceil(in_features / 8) * 4 + 3 * math.ceil(in_features / _GROUP))
+        return grouped_bytes(out_features, in_features, ordered=storage == "gptq")
     blocks = math.ceil(count / _BLOCK)
     scales = blocks + 4 * math.ceil(blocks / _OUTER) + 4 if storage.endswith("-dq") else 4 * blocks
     return math.ceil(count / 2) + scales
+
+
+def grouped_bytes(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    scale_bytes: int = 2,
+    ordered: bool = False,
+) -> int:
+    """Bytes of a GroupedMatrix (quant/grouped.py). group_size -1: all inputs. ordered: its groups are scattered over
+    the inputs (act-order), so that it has an order, and the way back, of 8 bytes an input each.
+    """
+    groups = 1 if group_size == -1 else math.ceil(in_features / group_size)
+    rows = out_features * (math.ceil(in_features / 8) * bits + (scale_bytes + 1) * groups)
+    return rows + 4 * groups + (16 * in_features if ordered else 0)

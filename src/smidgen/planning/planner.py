@@ -18,7 +18,7 @@ __all__ = ["Choice", "Forecast", "Machine", "Work", "fastest", "forecast", "fore
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
 _SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
-_RUNTIME = 16 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
+_RUNTIME, _OF_THREAD = 8 << 20, 12 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Work:
     in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
     that the head computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone.
     kept_item: bytes of a number that waits for the backward pass; None: itemsize.
+    computed, labelled: shares of the tokens that the layers compute (a prefix that rows share comes once) and that the
+    head does. Both count for the time alone: the largest micro-batch may have nothing to share, and only labels.
+
+    Rows are counted without padding. Where layers turn out to need it, no more tokens are computed at once, padding
+    included (train/sharing.py).
     """
 
     lengths: Sequence[int]
@@ -54,18 +59,24 @@ class Work:
     head_parameters: int = 0
     inputs: int = 0
     kept_item: int | None = None
+    computed: float = 1.0
+    labelled: float = 1.0
 
-    def tokens(self, rows: int, *, pads: bool) -> int:
-        """Of the largest micro-batch that can come; pads: rows are padded to the longest."""
-        longest = self.lengths[0]
+    def tokens(self, rows: int) -> int:
+        """Of the largest micro-batch that can come."""
         if self.pack is not None:
-            return max(longest, min(self.pack, sum(self.lengths[: self.rows_per_step])))
-        return longest * min(rows, len(self.lengths)) if pads else sum(self.lengths[:rows])
+            return max(self.lengths[0], min(self.pack, sum(self.lengths[: self.rows_per_step])))
+        return sum(self.lengths[:rows])
 
-    def least_tokens(self, rows: int, *, pads: bool) -> int:
+    def least_tokens(self, rows: int) -> int:
         """Of the smallest micro-batch that can come."""
-        rows = min(rows, len(self.lengths))
-        return self.lengths[-1] * rows if pads else sum(self.lengths[-rows:])
+        return sum(self.lengths[-min(rows, len(self.lengths)) :])
+
+    def batches(self, rows: int) -> int:
+        """That an optimizer step is computed in, on average rounded up."""
+        if self.pack is not None:
+            return ceil(self.mean_tokens() * self.computed / self.tokens(rows))
+        return ceil(self.rows_per_step / rows)
 
     def mean_tokens(self) -> float:
         """Of one optimizer step."""
@@ -94,7 +105,8 @@ class Choice:
 class Forecast:
     """terms: name -> bytes; mapped: those terms whose pages lie in files and can be given up by the system.
 
-    peak_bytes counts all terms; step_s is the time of one optimizer step, read_bytes what it reads from disk.
+    peak_bytes counts all terms; step_s is the time of one optimizer step, read_bytes what it reads from disk; tokens:
+    of the largest micro-batch.
     """
 
     choice: Choice
@@ -102,6 +114,7 @@ class Forecast:
     mapped: frozenset[str]
     step_s: float
     read_bytes: int
+    tokens: int
 
     @property
     def peak_bytes(self) -> int:
@@ -115,9 +128,10 @@ class Forecast:
 
 def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> Forecast:
     """Memory and time of one choice."""
-    tokens, longest = work.tokens(choice.micro_batch, pads=not model.fused), work.lengths[0]
+    tokens, longest = work.tokens(choice.micro_batch), work.lengths[0]
     item, threads = work.itemsize, machine.threads
     sizes = model.layer_bytes
+    may_pad = not model.fused and choice.micro_batch > 1 and longest > work.lengths[-1]  # in more, smaller batches
     resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
@@ -128,8 +142,12 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "framework": machine.framework_bytes,
         "norms and biases": model.norm_bytes,
         **estimate.adapter_bytes(
-            work.parameters, work.state_bytes, kept, model.num_layers,
-            accumulates=choice.accumulation > 1 or work.pack is not None, head_parameters=work.head_parameters,
+            work.parameters,
+            work.state_bytes,
+            kept,
+            model.num_layers,
+            accumulates=choice.accumulation > 1 or work.pack is not None or may_pad,
+            head_parameters=work.head_parameters,
         ),
         "kept activations": kept,
         "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger
@@ -137,10 +155,12 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "scratch": estimate.scratch_bytes(model, tokens, longest, threads, item),
     }
     if machine.is_cpu and item == 2:
-        least = work.least_tokens(choice.micro_batch, pads=not model.fused)
+        least = work.least_tokens(choice.micro_batch)
         small["programs"] = estimate.program_bytes(tokens, min(tokens, least))
-    small["runtime and slack"] = _RUNTIME + round(
-        _SLACK * sum(size for name, size in small.items() if name != "framework")
+    small["runtime and slack"] = (
+        _RUNTIME
+        + threads * _OF_THREAD
+        + round(_SLACK * sum(size for name, size in small.items() if name != "framework"))
     )
     head = model.head_bytes or model.embedding_bytes
     terms = {
@@ -152,15 +172,16 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     }
     mapped = {"embedding and head", "program files", *(("packed weights",) if model.mapped else ())}
     step_s, read_bytes = _time(model, work, machine, choice)
-    return Forecast(choice, terms, frozenset(mapped), step_s, read_bytes)
+    return Forecast(choice, terms, frozenset(mapped), step_s, read_bytes, tokens)
 
 
 def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tuple[float, int]:
     """(seconds of one optimizer step, bytes that it reads from disk). Left out: norms, attention, the optimizer."""
-    batches = ceil(work.rows_per_step / choice.micro_batch)
+    batches = work.batches(choice.micro_batch)
     share = choice.recompute.count("full") / len(choice.recompute)
     head = model.vocab_size * model.hidden_size
-    flops = work.mean_tokens() * 4 * (model.weights * (1 + _FORWARD_SHARE * share) + head)
+    of_layers = work.computed * model.weights * (1 + _FORWARD_SHARE * share)
+    flops = work.mean_tokens() * 4 * (of_layers + work.labelled * head)
     sizes = [model.layer_bytes[layer] for layer in sorted(choice.streamed)]
     # forwards and backwards, but at either end two layers are there already
     read = batches * max(0, 2 * sum(sizes) - sum(sizes[:2]) - sum(sizes[-2:]))

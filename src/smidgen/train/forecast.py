@@ -24,21 +24,28 @@ from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, with_trained_norms, work_of
+from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
-from smidgen.units import format_bytes
+from smidgen.train.sharing import estimate_sharing
+from smidgen.units import format_bytes, parse_duration
 
 __all__ = ["plan_model"]
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is to be planned for. rows: lengths in tokens."""
+    """What is to be planned for. rows: lengths in tokens; computed, labelled: shares of them, see planner.Work."""
 
     name: str
     checkpoint: Checkpoint | None
     config: dict[str, Any]
     rows: list[int]
     steps: int
+    computed: float = 1.0
+    labelled: float = 1.0
+
+    def work(self, shape: Inventory, settings: Settings, itemsize: int) -> Work:
+        return work_of(shape, settings, self.rows, itemsize, computed=self.computed, labelled=self.labelled)
 
 
 def plan_model(
@@ -57,7 +64,7 @@ def plan_model(
         return with_trained_norms(found, settings)
 
     shape = inventory(storage)
-    work = work_of(shape, settings, subject.rows, dtype.itemsize)
+    work = subject.work(shape, settings, dtype.itemsize)
     machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
     given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
@@ -76,7 +83,10 @@ def plan_model(
         "model": subject.name,
         "device": device,
         **result,
-        "run_s": result["step_s"] * subject.steps if result["step_s"] else None,
+        "run_s": _run_s(result["step_s"], subject.steps, settings),
+        "tokens_per_step": round(work.mean_tokens()),
+        "computed_tokens_per_step": round(work.mean_tokens() * work.computed),
+        "labels_per_step": round(work.mean_tokens() * work.labelled),
         "steps": subject.steps,
         "budget_bytes": budget or None,
         "fits": fits,
@@ -97,28 +107,30 @@ def plan_model(
 
 def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, report: Report) -> _Subject:
     """A built-in shape, a config.json alone, or a model that is opened; with rows of data, or rows of seq_len."""
-    path, mixture = Path(model), None
+    path = Path(model)
     is_shape = model in SHAPES and model not in BUILTIN_MODELS and not path.exists()
     if is_shape or path.name == "config.json":
         if data is not None:
             report(Note(f"{model} is without a tokenizer: {', '.join(as_specs(data))} is not read"))
         config = SHAPES[model] if is_shape else read_config(path.parent)
-        name, checkpoint, rows = model if is_shape else path.resolve().parent.name, None, []
+        name, checkpoint = model if is_shape else path.resolve().parent.name, None
     else:
         source = open_source(model, report)
         add_tokens(source.tokenizer, settings.tokens, source.vocab_size)
         name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config
-        rows = []
         if data is not None:
             found = read_rows(source, data, settings, report)
-            rows, mixture = found.train.lengths.tolist(), found.mixture
+            rows = found.train.lengths.tolist()
             if not rows:
                 raise DataError(f"{', '.join(found.data.names)}: no row is left to train on", cure="raise --seq-len")
-    if not rows:
-        rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
-        report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
-        return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
-    return _Subject(name, checkpoint, config, rows, Schedule(rows, settings, mixture).total_steps)
+            schedule = Schedule(rows, settings, found.mixture)
+            sharing = estimate_sharing(found.train, schedule)
+            labelled = int(found.train.trained_tokens.sum()) / sum(rows)
+            computed = sharing.computed_tokens / sharing.tokens
+            return _Subject(name, checkpoint, config, rows, schedule.total_steps, computed, labelled)
+    rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
+    report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
+    return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
 
 
 def _place(settings: Settings, report: Report) -> tuple[str, torch.dtype, bool]:
@@ -128,6 +140,7 @@ def _place(settings: Settings, report: Report) -> tuple[str, torch.dtype, bool]:
         dtype = torch.bfloat16 if settings.compute_dtype == "auto" else getattr(torch, settings.compute_dtype)
         return "cuda", dtype, False
     device = choose_device(settings.device)
+    check_optimizer(settings, device)
     dtype, why = choose_compute_dtype(settings.compute_dtype, device)
     report(Note(why))
     return device.type, dtype, True
@@ -157,10 +170,16 @@ def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, s
 
 
 def _plain(shape: Inventory, work: Work, machine: Machine, settings: Settings) -> Forecast:
-    """The settings as they are, with 'auto' recomputing all."""
-    recompute = "full" if settings.recompute == "auto" else settings.recompute
+    """The settings as a run takes them where there is memory enough."""
+    recompute = "none" if settings.recompute == "auto" else settings.recompute
     choice = Choice(settings.micro_batch, settings.accumulation, (recompute,) * shape.num_layers)
     return forecast(shape, work, machine, choice)
+
+
+def _run_s(step_s: float | None, steps: int, settings: Settings) -> float | None:
+    if step_s is None:
+        return None
+    return min(step_s * steps, parse_duration(settings.max_time) if settings.max_time else math.inf)
 
 
 def _figures(found: Forecast, work: Work, *, runs_here: bool) -> dict[str, Any]:
@@ -202,7 +221,7 @@ def _what_if(
                 name = f"{len(streamed)} of {layers} layers streamed"
                 rows.append((name, shape, work, replace(choice, streamed=streamed)))
     if settings.rank != 8:
-        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize)
+        lower = subject.work(shape, replace(settings, rank=8), work.itemsize)
         rows.append(("rank 8", shape, lower, choice))
     halved = replace(work, lengths=tuple(-(-length // 2) for length in work.lengths))
     rows.append((f"rows of {halved.lengths[0]} tokens", shape, halved, choice))

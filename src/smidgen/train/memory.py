@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
-from smidgen.lora.targets import match_pattern, select_modules, select_targets
+from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
 from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.model.stream import layer_of
 from smidgen.planning.inventory import Inventory
@@ -44,10 +44,23 @@ _PROBE_BYTES = 1 << 28
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
 
 
-def work_of(model: Inventory, settings: Settings, lengths: Sequence[int] | NDArray[np.integer], itemsize: int) -> Work:
-    """lengths: tokens of each training row. itemsize: of the compute type. Raises SettingsError for wrong targets."""
+def work_of(
+    model: Inventory,
+    settings: Settings,
+    lengths: Sequence[int] | NDArray[np.integer],
+    itemsize: int,
+    *,
+    computed: float = 1.0,
+    labelled: float = 1.0,
+) -> Work:
+    """lengths: tokens of each training row. itemsize: of the compute type. computed, labelled: see Work.
+
+    Raises SettingsError for wrong targets and patterns.
+    """
     by_name = {linear.name: linear for linear in model.linears if not linear.is_expert}
     names, _ = select_targets(settings.targets, [*by_name, model.head_name], model.head_name)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        check_pattern(setting, getattr(settings, setting) or {}, names)
     of_layer = [0] * model.num_layers
     parameters, head_parameters = _beside_lora(model, settings)
     for name in names:
@@ -72,6 +85,8 @@ def work_of(model: Inventory, settings: Settings, lengths: Sequence[int] | NDArr
         head_parameters=head_parameters,
         inputs=_adapter_inputs(model, names),
         kept_item=_kept_item(model, settings),
+        computed=computed,
+        labelled=labelled,
     )
 
 

@@ -15,11 +15,11 @@ from smidgen.data.render import Renderer
 from smidgen.data.report import build_report
 from smidgen.data.tokens import Examples
 from smidgen.errors import DataError, RunError
-from smidgen.events import Note, Report, Warned
+from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.adapter import StoredAdapter, read_adapter
 from smidgen.export.quantise import quantise_model
 from smidgen.lora.attach import attach_lora
-from smidgen.lora.targets import check_pattern, select_modules, select_targets
+from smidgen.lora.targets import select_modules, select_targets
 from smidgen.model.build import Base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_device, current_rss_bytes, free_memory_bytes
@@ -37,7 +37,8 @@ from smidgen.model.trained import (
     is_tied,
     trainable_names,
 )
-from smidgen.planning.planner import Forecast
+from smidgen.planning.conversion import LEFT_BY_GPTQ
+from smidgen.planning.planner import Forecast, Machine
 from smidgen.quant.linear import FrozenEmbedding
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
@@ -135,9 +136,10 @@ def prepare(
         )
     check_optimizer(settings, choose_device(settings.device))
     statistics = build_report(rows.rendered[:1], source.tokenizer, layout=layout, mix=rows.mix)
-    if needs_gptq(settings.quantize, source.checkpoint):
-        source = _quantised(source, examples, gptq_folder(out), settings, report)
     decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
+    if needs_gptq(settings.quantize, source.checkpoint):
+        _plan(source, decided, settings, examples, silent, before_gptq=True)  # or minutes would be lost
+        source = _quantised(source, examples, gptq_folder(out), settings, report)
     plan = _plan(source, decided, settings, examples, report)
     base = load_base(
         source,
@@ -151,8 +153,6 @@ def prepare(
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
     for note in notes:
         report(Note(note))
-    for setting in ("rank_pattern", "alpha_pattern"):
-        check_pattern(setting, getattr(settings, setting) or {}, names)
     loras = attach_lora(
         base.model,
         names,
@@ -177,7 +177,7 @@ def prepare(
     set_recompute(base, plan.choice.recompute, settings.activation_dtype)
     settings = settings_for(settings, plan)
     schedule = Schedule(examples.lengths, settings, rows.mixture)
-    batching = choose_batching(base, examples, schedule, report)
+    batching = choose_batching(base, examples, schedule, plan.tokens, report)
     if batching.share_prefix:
         statistics = replace(statistics, sharing=estimate_sharing(examples, schedule))
     return Prepared(
@@ -262,8 +262,19 @@ def _with_answers(rows: Iterable[Row], count: int) -> list[Row]:
     return list(islice((row for row in rows if row.messages), count)) if count else []
 
 
-def _plan(source: Source, decided: Decided, settings: Settings, examples: Examples, report: Report) -> Forecast:
-    """What the run will need, before weights are read. Raises SettingsError where the memory does not suffice."""
+def _plan(
+    source: Source,
+    decided: Decided,
+    settings: Settings,
+    examples: Examples,
+    report: Report,
+    *,
+    before_gptq: bool = False,
+) -> Forecast:
+    """What the run will need, before weights are read. Raises SettingsError where the memory does not suffice.
+
+    before_gptq: this process will have quantised the base before it trains, which leaves it larger.
+    """
     checkpoint, item = source.checkpoint, decided.dtype.itemsize
     model = inventory_of(
         checkpoint,
@@ -277,14 +288,19 @@ def _plan(source: Source, decided: Decided, settings: Settings, examples: Exampl
     model = with_trained_norms(model, settings)
     work = work_of(model, settings, examples.lengths, item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
+    left = LEFT_BY_GPTQ if before_gptq and decided.device.type == "cpu" else 0
+
+    def with_left(machine: Machine) -> Machine:
+        return replace(machine, framework_bytes=machine.framework_bytes + left)
+
     plan = plan_run(
         model,
         work,
-        process_now(decided.device),
+        with_left(process_now(decided.device)),
         settings,
         budget_of(settings, decided.device),
         can_stream=decided.device.type == "cpu",
-        probe=lambda: machine_now(decided.device, decided.dtype, largest),
+        probe=lambda: with_left(machine_now(decided.device, decided.dtype, largest)),
         report=report,
     )
     free = current_rss_bytes() + free_memory_bytes()

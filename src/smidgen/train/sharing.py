@@ -48,8 +48,14 @@ def _off_by_settings(settings: Settings) -> str:
     return ""
 
 
-def choose_batching(base: Base, examples: Sequence[Example], schedule: Schedule, report: Report) -> Batching:
-    """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why."""
+def choose_batching(
+    base: Base, examples: Sequence[Example], schedule: Schedule, most_tokens: int, report: Report
+) -> Batching:
+    """What the settings ask for; 'auto' shares prefixes where the layers can and it saves enough, and says why.
+
+    most_tokens: of the largest micro-batch without padding, which memory was planned for. Rows that have to be padded
+    come in batches of at most so many tokens, padding included.
+    """
     settings = schedule.settings
     packs = is_fused(base.backbone) and not learns_norms(base.backbone)
     if not packs and (settings.micro_batch > 1 or settings.pack):
@@ -71,7 +77,8 @@ def choose_batching(base: Base, examples: Sequence[Example], schedule: Schedule,
             share = True
             saved = f"{sharing.saved:.0%} of the tokens"
             report(Note(f"share_prefix: rows computed at once begin alike, that saves {saved}"))
-    return Batching(settings.micro_batch, settings.pack, share_prefix=share, pads=not packs)
+    pack = settings.pack if packs or settings.micro_batch == 1 else settings.pack or most_tokens
+    return Batching(settings.micro_batch, pack, share_prefix=share, pads=not packs)
 
 
 @torch.no_grad()

@@ -1,0 +1,144 @@
+"""A run -> a full model: the work behind `smidgen merge`, with the memory that it takes."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.errors import SettingsError
+from smidgen.events import Note, Report, silent
+from smidgen.export.adapter import StoredAdapter, load_adapter, read_adapter
+from smidgen.export.compare import COMPARED_TOKENS, compare_models
+from smidgen.export.files import folder_bytes
+from smidgen.export.merge import save_merged
+from smidgen.export.quantise import plain_dtype
+from smidgen.loading import Found, find_model, load, load_found
+from smidgen.model.device import peak_rss_bytes, resident_bytes
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import Source, choose_storage, load_base, open_source
+from smidgen.model.stream import layer_of
+from smidgen.planning import estimate
+from smidgen.planning.conversion import Conversion, comparison_bytes, fitting, merged_pieces
+from smidgen.planning.inventory import Inventory
+from smidgen.units import format_bytes
+
+__all__ = ["merge_run"]
+
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def merge_run(
+    run: str | Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    memory: int | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """See api.merge. run: a folder with an adapter; out: free to become a folder. memory: bytes, for this process.
+
+    Layers of the base are read from disk for each use, and files are smaller, where that helps. Raises SettingsError
+    where it does not suffice.
+    """
+    found = find_model(run, compute_dtype="float32")
+    assert found.folder is not None
+    source = None if base is None else open_source(base, report, tokenizer_from=found.folder)
+    plan, streamed = _plan(found, source, dtype, memory, report)
+    device = "auto" if memory is None else "cpu"
+    trained = load_found(found, device=device, streamed=streamed)
+    target = trained.base
+    if source is not None:
+        target = load_base(source, quantize="none", compute_dtype="float32", device=device)
+        load_adapter(target, found.folder)
+    chosen = plain_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    save_merged(target, out, chosen, trained.tokenizer, report, plan.shard_bytes)
+    merged = load(out, quantize="none", compute_dtype="float32", device=device)
+    distance = compare_models(trained.base, merged.base, trained.tokenizer)
+    if trained.base.stream is not None:
+        trained.base.stream.close()
+    return {
+        "out": str(out),
+        "dtype": str(chosen).removeprefix("torch."),
+        "bytes": folder_bytes(out),
+        **distance,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "forecast_peak_bytes": plan.peak_bytes,
+    }
+
+
+def _plan(
+    found: Found, target: Source | None, dtype: str, memory: int | None, report: Report
+) -> tuple[Conversion, tuple[int, ...]]:
+    """(what it will need, the layers of the run's base to be streamed), before weights are read.
+
+    target: the 16-bit base that is merged into instead. Raises SettingsError where `memory` does not suffice.
+    """
+    assert found.folder is not None
+    adapter = read_adapter(found.folder)
+    model = _inventory(found.source, choose_storage(found.quantize, found.source.checkpoint)[0])
+    source, written = (found.source, model) if target is None else (target, _inventory(target, "none"))
+    itemsize, copies = _written_as(source, written, dtype)
+    changed = {*adapter.modules, *adapter.layers}
+    copies = copies or written.embedding_name in changed
+    learnt = 4 * sum(
+        tensor.numel() for parts in [*adapter.layers.values(), *adapter.modules.values()] for tensor in parts.values()
+    )
+    in_layers = [info.nbytes for name, info in source.checkpoint.tensors.items() if layer_of(name) is not None]
+    pieces = merged_pieces(
+        written, itemsize, copies=copies, has_own_head=_parts_head(adapter, written), grows=bool(adapter.token_ids),
+        file_bytes=sum(in_layers), adapters=learnt,
+    )  # fmt: skip
+    compared = max(comparison_bytes(each, itemsize, COMPARED_TOKENS) for each in (model, written))
+    always = {
+        "framework": sum(resident_bytes()),
+        "norms and biases": (2 if target is None else 3) * model.norm_bytes,
+        "adapters": (1 if target is None else 2) * learnt,
+    }
+    every = () if model.mapped else tuple(range(model.num_layers))
+    for streamed in dict.fromkeys(((), every)):
+        resident = 0 if model.mapped or streamed else model.packed_bytes
+        base = {"packed weights": resident, "stream buffers": estimate.stream_bytes(model, streamed)}
+        plan = fitting(pieces, {**always, **base}, memory, at_least=compared)
+        if memory is None or plan.peak_bytes <= memory:
+            break
+    if memory is None:
+        return plan, streamed
+    if plan.peak_bytes > memory:
+        raise SettingsError(
+            [
+                f"memory: {format_bytes(memory)} is too little to merge {found.folder}: at least"
+                f" {math.ceil(plan.peak_bytes / 1e6)} MB is needed"
+            ]
+        )
+    moved = f", {len(streamed)} layers of the base are read from disk for each use" if streamed else ""
+    report(
+        Note(
+            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(memory)}, files of"
+            f" {format_bytes(plan.shard_bytes)}{moved}"
+        )
+    )
+    return plan, streamed
+
+
+def _inventory(source: Source, storage: str) -> Inventory:
+    checkpoint = source.checkpoint
+    return inventory_of(checkpoint, checkpoint.config, storage, name=checkpoint.path.name)
+
+
+def _written_as(source: Source, model: Inventory, dtype: str) -> tuple[int, bool]:
+    """(bytes of a number in the files, whether the embedding is written in another type than the base's file has)."""
+    info = source.checkpoint.tensors.get(f"{model.embedding_name}.weight")
+    stored = _TYPES.get(info.dtype) if info else None
+    if dtype == "auto" and source.checkpoint.format != "gguf":
+        return (stored.itemsize if stored else 4), stored is None
+    chosen = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    return chosen.itemsize, chosen != stored
+
+
+def _parts_head(adapter: StoredAdapter, model: Inventory) -> bool:
+    """Whether a head that is one with the embedding becomes a matrix of its own."""
+    ends = {model.head_name, model.embedding_name}
+    whole = bool(ends & set(adapter.whole_modules)) and not adapter.keeps_tied
+    return not model.head_bytes and (whole or bool(ends & adapter.layers.keys()))
