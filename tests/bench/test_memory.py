@@ -22,9 +22,9 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
     result = bench_memory(settings)
     assert result["step_s"] > 0
     assert 0 < result["measured_peak_bytes"] < result["peak_rss_bytes"] < LIMIT
-    # below 1.3 GB a forecast may be 64 MiB too high; generation needs less than the step it is forecast as
+    # below 1.3 GB a forecast may be 64 MiB too high
     assert result["measured_peak_bytes"] <= result["forecast_peak_bytes"]
-    assert result["forecast_peak_bytes"] <= result["measured_peak_bytes"] + (96 << 20)
+    assert result["forecast_peak_bytes"] <= result["measured_peak_bytes"] + (64 << 20)
     if result["limit_enforced"]:
         assert 0 < result["cgroup_peak_bytes"] <= LIMIT
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-512-nf4-dq"]
@@ -32,9 +32,10 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
 
 
-def test_a_limit_that_is_too_low_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["train", "generate"])
+def test_a_limit_that_is_too_low_is_refused(mode: str, tmp_path: Path) -> None:
     with pytest.raises((RunError, SettingsError), match="is too little for"):
-        bench_memory(MemorySettings("tiny", seq_len=64, memory=340_000_000, keep=tmp_path))
+        bench_memory(MemorySettings("tiny", mode=mode, seq_len=64, memory=340_000_000, keep=tmp_path))
 
 
 @pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "int8", "gptq", "none"])

@@ -141,6 +141,7 @@ def _run(
             train=settings.mode == "train",
             compute_dtype=settings.compute_dtype,
             activation_dtype=settings.activation_dtype,
+            new_tokens=_NEW_TOKENS,
         )
         streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
         report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))

@@ -134,6 +134,7 @@ class FusedDecoder:
             x, kept = layer.run(x, layer.parts(), rows)
             new = kept.qkv[:length, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
             keys[row, :, :length], values[row, :, :length] = new[0], new[1]
+            del kept, new  # before the next layer's
         return x[length - 1]
 
     def _reserve(self, tokens: int) -> None:

@@ -18,7 +18,9 @@ __all__ = [
     "kept_bytes",
     "layer_work_bytes",
     "loss_bytes",
+    "panel_bytes",
     "program_bytes",
+    "prompt_bytes",
     "scratch_bytes",
     "stream_bytes",
     "tile_tokens",
@@ -122,6 +124,15 @@ def layer_work_bytes(
     return tokens * whole + tile * max(found)
 
 
+def prompt_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
+    """What one layer has at once while a prompt goes through it, no gradient wanted: all that it computes."""
+    hidden, inner, q, kv = _widths(model)
+    if not model.fused:
+        return tokens * itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
+    wide = _FLOAT32 * (2 * q + kv) if itemsize < _FLOAT32 else 0  # attention's operands
+    return tokens * (kept_bytes(model, 1, ("none",), 0, itemsize) + itemsize * (inner + hidden) + wide)
+
+
 def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
     """Tokens that go through a layer at once. longest: of one row, which is never cut."""
     return min(tokens, max(longest, TILE_TOKENS)) if model.fused else tokens
@@ -139,8 +150,12 @@ def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, ite
     per_token = 3 * itemsize * inner + _FLOAT32 * parts * kv + wide if model.fused else 0
     if model.ordered:
         per_token += itemsize * max(linear.in_features for linear in model.linears)
-    work = tile_tokens(model, tokens, longest) * per_token
-    return work + threads * 4 * PANEL_WEIGHTS * _FLOAT32
+    return tile_tokens(model, tokens, longest) * per_token + panel_bytes(threads)
+
+
+def panel_bytes(threads: int) -> int:
+    """De-quantised weights of each thread, and what BLAS makes of them."""
+    return threads * 4 * PANEL_WEIGHTS * _FLOAT32
 
 
 def program_bytes(most_tokens: int, least_tokens: int) -> int:

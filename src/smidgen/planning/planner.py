@@ -130,17 +130,13 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     """Memory and time of one choice."""
     tokens, longest = work.tokens(choice.micro_batch), work.lengths[0]
     item, threads = work.itemsize, machine.threads
-    sizes = model.layer_bytes
     may_pad = not model.fused and choice.micro_batch > 1 and longest > work.lengths[-1]  # in more, smaller batches
-    resident = model.packed_bytes - sum(sizes[layer] for layer in choice.streamed)
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
     kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
     backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item)
     loss = estimate.loss_bytes(model, tokens, item, work.head_parameters)
     small = {
-        "framework": machine.framework_bytes,
-        "norms and biases": model.norm_bytes,
         **estimate.adapter_bytes(
             work.parameters,
             work.state_bytes,
@@ -157,22 +153,29 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     if machine.is_cpu and item == 2:
         least = work.least_tokens(choice.micro_batch)
         small["programs"] = estimate.program_bytes(tokens, min(tokens, least))
-    small["runtime and slack"] = (
-        _RUNTIME
-        + threads * _OF_THREAD
-        + round(_SLACK * sum(size for name, size in small.items() if name != "framework"))
-    )
-    head = model.head_bytes or model.embedding_bytes
+    terms, mapped = with_base(model, machine, choice.streamed, small)
+    step_s, read_bytes = _time(model, work, machine, choice)
+    return Forecast(choice, terms, mapped, step_s, read_bytes, tokens)
+
+
+def with_base(
+    model: Inventory, machine: Machine, streamed: Sequence[int], small: dict[str, int]
+) -> tuple[dict[str, int], frozenset[str]]:
+    """(all terms: the base and the process beside what is done with them, `small`; which of them lie in files)."""
+    sizes = model.layer_bytes
+    beside = {"framework": machine.framework_bytes, "norms and biases": model.norm_bytes, **small}
+    slack = round(_SLACK * (sum(beside.values()) - machine.framework_bytes))
     terms = {
-        "packed weights": resident,
-        "embedding and head": head + (model.embedding_bytes // 8 if model.head_bytes else 0),
+        "packed weights": model.packed_bytes - sum(sizes[layer] for layer in streamed),
+        "embedding and head": (model.head_bytes or model.embedding_bytes)
+        + (model.embedding_bytes // 8 if model.head_bytes else 0),
         "program files": machine.library_bytes,
-        "stream buffers": estimate.stream_bytes(model, choice.streamed),
-        **small,
+        "stream buffers": estimate.stream_bytes(model, streamed),
+        **beside,
+        "runtime and slack": _RUNTIME + machine.threads * _OF_THREAD + slack,
     }
     mapped = {"embedding and head", "program files", *(("packed weights",) if model.mapped else ())}
-    step_s, read_bytes = _time(model, work, machine, choice)
-    return Forecast(choice, terms, frozenset(mapped), step_s, read_bytes, tokens)
+    return terms, frozenset(mapped)
 
 
 def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tuple[float, int]:

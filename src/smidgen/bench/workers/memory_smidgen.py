@@ -15,6 +15,7 @@ from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
+from smidgen.planning.generation import plan_generation
 from smidgen.train.config import Settings
 from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
 
@@ -54,6 +55,7 @@ class MemoryWorker:
         train: bool,
         compute_dtype: str = "float32",
         activation_dtype: str = "auto",
+        new_tokens: int = 0,
         can_stream: bool = True,
     ) -> dict[str, Any]:
         settings = Settings(
@@ -67,7 +69,10 @@ class MemoryWorker:
         model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
         work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
         machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
-        plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
+        if train:
+            plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
+        else:
+            plan = plan_generation(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize, budget)
         self.anonymous = _Anonymous()
         reset_peak_rss()
         source = Source(folder, checkpoint, tokenizer=None)
