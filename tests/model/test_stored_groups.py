@@ -139,3 +139,16 @@ def test_rules_that_leave_layers_dense_are_read(tmp_path: Path) -> None:
     config["quantization_config"]["dynamic"] = {"-:.*lm_head.*": {}}
     path.write_text(json.dumps(config))
     assert smidgen.load(tmp_path / "packed").base.storage == "gptq"
+
+
+def test_experts_that_are_packed_already_are_refused_by_name(tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny", "mixtral"), tmp_path / "packed")
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(path)
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    del tensors[f"{expert}.weight"]
+    parts = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{PROJECTION}.")}
+    tensors |= {name.replace(PROJECTION, expert): tensor.clone() for name, tensor in parts.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts\.0\.w1\.weight is packed, but has to be joined with others, as exp"):
+        smidgen.load(tmp_path / "packed")
