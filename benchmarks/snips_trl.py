@@ -66,7 +66,7 @@ def run_ours(number: int, folder: Path) -> dict[str, Any]:
     words = ["finetune", MODEL, "snips", "--out", f"run-{number}", "--quantize", "nf4-dq", "--compute-dtype", "float32"]
     for name in ("micro_batch", "learning_rate", "rank", "alpha", "seed"):
         words += ["--" + name.replace("_", "-"), str(SETTINGS[name])]
-    words += ["--memory", MEMORY]
+    words += ["--memory", MEMORY, "--activation-dtype", "bfloat16"]
     summary = run_json([*words, "--warmup", f"{SETTINGS['warmup_steps'] / steps:.4f}"], folder)
     lines = (folder / f"run-{number}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
