@@ -30,7 +30,6 @@ from smidgen.model.load import load_base, open_source
 
 MODEL = "smollm2-135m"
 SETTINGS = {"micro_batch": 4, "learning_rate": 1e-3, "rank": 16, "alpha": 32, "warmup_steps": 5, "seed": 0}
-MEMORY = "1080MB"  # a third of what TRL needed when it was first measured
 TRAIN_ROWS, HELD_OUT_ROWS = int(os.environ.get("SNIPS_ROWS", "300")), int(os.environ.get("SNIPS_HELD_OUT", "100"))
 PEER = Path(__file__).parent / "peers" / "sft_trl.py"
 
@@ -66,7 +65,6 @@ def run_ours(number: int, folder: Path) -> dict[str, Any]:
     words = ["finetune", MODEL, "snips", "--out", f"run-{number}", "--quantize", "nf4-dq", "--compute-dtype", "float32"]
     for name in ("micro_batch", "learning_rate", "rank", "alpha", "seed"):
         words += ["--" + name.replace("_", "-"), str(SETTINGS[name])]
-    words += ["--memory", MEMORY, "--activation-dtype", "bfloat16"]
     summary = run_json([*words, "--warmup", f"{SETTINGS['warmup_steps'] / steps:.4f}"], folder)
     lines = (folder / f"run-{number}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
