@@ -10,7 +10,13 @@ Each says in one line what is wrong, what was expected, what was found and what 
 The command line prints that line and exits with code 2. Anything else that is raised is our own bug.
 """
 
+import re
+
 __all__ = ["DataError", "ModelError", "RunError", "SettingsError", "SmidgenError"]
+
+
+# Names in a stranger's file may hold line ends, a terminal's commands, or marks that turn the direction of text round.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class SmidgenError(Exception):
@@ -29,7 +35,7 @@ class SmidgenError(Exception):
         line = ", ".join(parts)
         if cure:
             line += f". {cure[0].upper()}{cure[1:]}"
-        super().__init__(line.rstrip(".") + ".")
+        super().__init__(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line.rstrip(".") + "."))
         self.what, self.expected, self.found, self.cure = what, expected, found, cure
 
 

@@ -555,6 +555,8 @@ GGUF = [
     ("CVE-2026-7482: an offset beyond the file", _table(tensor_row("x", (4,), 0, 1 << 40)), "ends beyond the file"),
     ("CVE-2026-7482: a size beyond the file", _table(tensor_row("x", (4, 1024), 0, 0)), "ends beyond the file"),
     ("CWE-190: an offset that wraps", _table(tensor_row("x", (4,), 0, (1 << 64) - 32)), "ends beyond the file"),
+    ("CWE-150: a name that clears the terminal and goes on in a line of its own",
+     _table(tensor_row("x\n\x1b[2Jy", (32, 4), 23, 0)), "x\N{REPLACEMENT CHARACTER}{2}.2Jy.*found IQ4_XS"),
     ("llama.cpp #10100: a name of 65 bytes", _table(tensor_row("x" * 65, (4,), 0, 0)), "tensor name is too long"),
     ("CWE-119: tensors that overlap", _table(tensor_row("x", (64,), 0, 0), tensor_row("y", (4,), 0, 32)),
      "y overlaps x"),
