@@ -1,16 +1,20 @@
 """The whole way of a stranger's model to the first gradient, and what it may end in: a result or one clear line.
 
-For tests with damaged files. Numbers may come out wrong or not finite; memory outside the file may not be read, which
-the checks before the kernels see to.
+For tests with damaged files, and the sound models that these are made from. Numbers may come out wrong or not finite;
+memory outside the file may not be read, which the checks before the kernels see to.
 """
 
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from packers import pack_folder
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.gate import check_examples
@@ -21,9 +25,19 @@ from smidgen.lora.attach import attach_lora
 from smidgen.model.build import build_base
 from smidgen.model.load import Source, choose_storage
 from smidgen.model.tokenizer import load_tokenizer
-from tiny import VOCAB_SIZE
+from tiny import VOCAB_SIZE, tiny_folder
 
-__all__ = ["outcome", "peak_kb", "use", "use_text", "use_weights"]
+__all__ = [
+    "bitsandbytes_model",
+    "dense_model",
+    "grouped_model",
+    "outcome",
+    "peak_kb",
+    "sharded_model",
+    "use",
+    "use_text",
+    "use_weights",
+]
 
 LONGEST_S = 2.0
 _IDS = torch.randint(0, VOCAB_SIZE, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -33,6 +47,33 @@ _CHAT = (
     {"role": "assistant", "content": "2, zq"},
 )
 _ROWS = (Row(_CHAT, None, None, "chat:1"), Row((), "plain text 12", None, "text:1"))
+
+
+def dense_model(path: Path, **how: Any) -> Path:
+    return tiny_folder(path / "model", num_hidden_layers=1, **how)
+
+
+def sharded_model(path: Path) -> Path:
+    folder = dense_model(path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def bitsandbytes_model(path: Path, **how: Any) -> Path:
+    """Packed and written by bitsandbytes itself."""
+    pytest.importorskip("bitsandbytes")
+    folder, config = dense_model(path), BitsAndBytesConfig(**how)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def grouped_model(path: Path, method: str, **how: Any) -> Path:
+    pack_folder(dense_model(path), path / "packed", method=method, **how)
+    return path / "packed"
 
 
 def use(path: Path) -> None:

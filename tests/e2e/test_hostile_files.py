@@ -18,20 +18,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from checkpoint.gguf_files import LLAMA, SENTENCEPIECE, gguf_bytes
 from gguf_models import write_gguf
-from hostile import outcome, peak_kb, use, use_text, use_weights
-from packers import pack_folder
-from tiny import tiny_folder
+from hostile import (
+    bitsandbytes_model,
+    dense_model,
+    grouped_model,
+    outcome,
+    peak_kb,
+    sharded_model,
+    use,
+    use_text,
+    use_weights,
+)
 
 COUNT = int(os.environ.get("SMIDGEN_HOSTILE_FILES", "2000"))
 MOST_GROWN_KB = 256 << 10  # over all files of a reader, each of which is far smaller than a megabyte
 _NUMBERS = (0, 1, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
 _VALUES: tuple[Any, ...] = (0, -1, 1, 3, 1 << 40, -(1 << 63), 0.5, 1e308, "", "x", "../../x", None, True, [], {}, [1])
-_SMALL = {"num_hidden_layers": 1}
 
 
 class Kind(NamedTuple):
@@ -42,36 +47,15 @@ class Kind(NamedTuple):
     way: Callable[[Path], None]
 
 
-def _dense(path: Path, **how: Any) -> Path:
-    return tiny_folder(path / "model", **_SMALL, **how)
-
-
-def _sharded(path: Path) -> Path:
-    folder = _dense(path)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="100KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    return folder
-
-
-def _bitsandbytes(path: Path, **how: Any) -> Path:
-    pytest.importorskip("bitsandbytes")
-    config = BitsAndBytesConfig(**how)
-    model = AutoModelForCausalLM.from_pretrained(_dense(path), quantization_config=config, dtype=torch.float32)
-    model.save_pretrained(path / "packed")
-    return path / "packed"
-
-
-def _grouped(path: Path, method: str, **how: Any) -> Path:
-    pack_folder(_dense(path), path / "packed", method=method, **how)
-    return path / "packed"
+def _four_bit(path: Path, quant_type: str, *, nested: bool) -> Path:
+    how = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": nested}
+    return bitsandbytes_model(path, load_in_4bit=True, **how)
 
 
 def _gguf(path: Path, *types: str) -> Path:
     wide = {} if types[0] == "Q8_0" else {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
     parts: dict[str, str] = dict(zip(("attn_q", "attn_v", "ffn_up"), types[1:], strict=True))
-    write_gguf(_dense(path, **wide), path / "model.gguf", parts, default=types[0])
+    write_gguf(dense_model(path, **wide), path / "model.gguf", parts, default=types[0])
     return path / "model.gguf"
 
 
@@ -85,15 +69,15 @@ def _sentencepiece(path: Path) -> Path:
 _WEIGHTS = ("config.json", "model.safetensors", "model.safetensors")
 _TEXT = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 KINDS: dict[str, Kind] = {
-    "dense": Kind(_dense, _WEIGHTS, use_weights),
-    "shards": Kind(_sharded, ("model.safetensors.index.json", "model-00001-of-*.safetensors"), use_weights),
-    "nf4-dq": Kind(
-        lambda path: _bitsandbytes(path, load_in_4bit=True, bnb_4bit_use_double_quant=True), _WEIGHTS, use_weights
-    ),
-    "int8": Kind(lambda path: _bitsandbytes(path, load_in_8bit=True), _WEIGHTS, use_weights),
-    "gptq": Kind(lambda path: _grouped(path, "gptq", act_order=True, symmetric=False), _WEIGHTS, use_weights),
-    "awq": Kind(lambda path: _grouped(path, "awq", symmetric=False), _WEIGHTS, use_weights),
-    "tokenizer": Kind(_dense, _TEXT, use_text),
+    "dense": Kind(dense_model, _WEIGHTS, use_weights),
+    "shards": Kind(sharded_model, ("model.safetensors.index.json", "model-00001-of-*.safetensors"), use_weights),
+    "nf4": Kind(lambda path: _four_bit(path, "nf4", nested=False), _WEIGHTS, use_weights),
+    "nf4-dq": Kind(lambda path: _four_bit(path, "nf4", nested=True), _WEIGHTS, use_weights),
+    "fp4-dq": Kind(lambda path: _four_bit(path, "fp4", nested=True), _WEIGHTS, use_weights),
+    "int8": Kind(lambda path: bitsandbytes_model(path, load_in_8bit=True), _WEIGHTS, use_weights),
+    "gptq": Kind(lambda path: grouped_model(path, "gptq", act_order=True, symmetric=False), _WEIGHTS, use_weights),
+    "awq": Kind(lambda path: grouped_model(path, "awq", symmetric=False), _WEIGHTS, use_weights),
+    "tokenizer": Kind(dense_model, _TEXT, use_text),
     "gguf-plain": Kind(lambda path: _gguf(path, "Q8_0", "Q4_0", "Q5_1", "F16"), ("model.gguf",), use),
     "gguf-k": Kind(lambda path: _gguf(path, "Q4_K", "Q6_K", "Q2_K", "Q3_K"), ("model.gguf",), use),
     "gguf-5-bit": Kind(lambda path: _gguf(path, *("Q5_K",) * 4), ("model.gguf",), use),

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from checkpoint.gguf_files import (
     LLAMA,
@@ -31,9 +30,7 @@ from checkpoint.gguf_files import (
     tensor_row,
     write_small_gguf,
 )
-from hostile import outcome, peak_kb
-from packers import pack_folder
-from tiny import tiny_folder
+from hostile import bitsandbytes_model, dense_model, grouped_model, outcome, peak_kb, sharded_model
 
 MOST_GROWN_KB = 64 << 10  # of a model of less than a megabyte; nothing may be allocated because a file says so
 Q = "model.layers.0.self_attn.q_proj"
@@ -49,41 +46,16 @@ class Defect(NamedTuple):
 # ---- sound models
 
 
-def _dense(path: Path) -> Path:
-    return tiny_folder(path / "model", num_hidden_layers=1)
-
-
-def _sharded(path: Path) -> Path:
-    folder = _dense(path)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="100KB")
-    return folder
-
-
-def _bitsandbytes(path: Path, **how: Any) -> Path:
-    pytest.importorskip("bitsandbytes")
-    folder, config = _dense(path), BitsAndBytesConfig(**how)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
-
-
-def _grouped(path: Path, method: str) -> Path:
-    pack_folder(_dense(path), path / "packed", method=method, symmetric=method == "gptq")
-    return path / "packed"
-
-
 MODELS: dict[str, Callable[[Path], Path]] = {
-    "safetensors": _dense,
-    "shards": _sharded,
-    "nf4": lambda path: _bitsandbytes(path, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "nf4-dq": lambda path: _bitsandbytes(
+    "safetensors": dense_model,
+    "shards": sharded_model,
+    "nf4": lambda path: bitsandbytes_model(path, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4-dq": lambda path: bitsandbytes_model(
         path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
-    "int8": lambda path: _bitsandbytes(path, load_in_8bit=True),
-    "gptq": lambda path: _grouped(path, "gptq"),
-    "awq": lambda path: _grouped(path, "awq"),
+    "int8": lambda path: bitsandbytes_model(path, load_in_8bit=True),
+    "gptq": lambda path: grouped_model(path, "gptq"),
+    "awq": lambda path: grouped_model(path, "awq", symmetric=False),
     "gguf": write_small_gguf,
 }
 

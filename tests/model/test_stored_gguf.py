@@ -66,7 +66,7 @@ def test_it_trains_generates_and_merges(architecture: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_blocks_of_256(kind: str, tmp_path: Path) -> None:
-    """The packed model equals the one over the decoded numbers, and its gradients too."""
+    """The packed model equals the one over the decoded numbers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

@@ -1,6 +1,6 @@
 """Sizes of what kernels work on at once: they use them, and forecasts of memory count them. Imports nothing."""
 
-__all__ = ["ATTENTION_MOST_PARTS", "ATTENTION_PART", "PANEL_WEIGHTS", "TILE_TOKENS"]
+__all__ = ["ATTENTION_MOST_PARTS", "ATTENTION_PART", "PANEL_WEIGHTS", "TILE_TOKENS", "cache_capacity"]
 
 # Of one thread, in float32: a panel of 512 KiB stays in its cache; twice as much measured the same.
 PANEL_WEIGHTS = 1 << 17
@@ -10,3 +10,8 @@ ATTENTION_MOST_PARTS = 4
 # Rows of a large batch go through a layer in tiles of at most so many tokens, one longer row alone: a layer's working
 # set stops growing, and products of this height are as fast as any.
 TILE_TOKENS = 1 << 11
+
+
+def cache_capacity(tokens: int, before: int) -> int:
+    """Tokens that a key cache has room for when it is made anew for `tokens`; before: that it had, 0 at first."""
+    return max(tokens + 64, before * 3 // 2)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from smidgen.kernels.attention import Segments, attention_decode
 from smidgen.kernels.elementwise import rms_norm, swiglu
+from smidgen.kernels.sizes import cache_capacity
 from smidgen.model.build import Base
 from smidgen.model.fused import FusedLayer, Rows, is_fused
 
@@ -142,7 +143,7 @@ class FusedDecoder:
         capacity = self._keys[0].shape[2] if self._keys else 0
         if tokens <= capacity:
             return
-        grown = min(max(tokens + 64, capacity * 3 // 2), max(tokens, self._base.max_positions))
+        grown = min(cache_capacity(tokens, capacity), max(tokens, self._base.max_positions))
         table = self._backbone.rotary_emb(torch.empty(0), torch.arange(grown)[None])
         half = table[0].shape[-1] // 2
         self._cosine, self._sine = (part[0, :, :half].contiguous() for part in table)

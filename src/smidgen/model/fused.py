@@ -331,7 +331,7 @@ class FusedLayer(nn.Module):
         """What waits for the backward pass, as `recompute` and `kept_dtype` say."""
         parts = {"x": kept.x} if self.recompute == "full" else vars(kept)
         if self.recompute == "cheap":
-            parts |= dict.fromkeys(_CHEAP, kept.x.new_empty(0))
+            parts = parts | dict.fromkeys(_CHEAP, kept.x.new_empty(0))
         rounded = _ROUNDED if self.kept_dtype else ()
         return [part.to(self.kept_dtype) if name in rounded else part for name, part in parts.items()]
 

@@ -1,15 +1,15 @@
 """Memory of generation: one prompt, then token after token. The base and the process count as in training."""
 
 from smidgen.errors import SettingsError
+from smidgen.kernels.sizes import cache_capacity
 from smidgen.planning import estimate
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, with_base
 from smidgen.units import format_bytes
 
-__all__ = ["plan_generation"]
+__all__ = ["cache_bytes", "plan_generation"]
 
 _FLOAT32 = 4
-_SPARE_TOKENS = 64  # that the key cache of model/decoder.py is made longer than it has to be
 
 
 def plan_generation(
@@ -64,7 +64,7 @@ def cache_bytes(model: Inventory, prompt_tokens: int, new_tokens: int, itemsize:
     tokens = prompt_tokens + new_tokens
     if not model.fused:
         return itemsize * numbers * tokens * (model.num_layers + 1)
-    before, capacity = 0, prompt_tokens + _SPARE_TOKENS
+    before, capacity = 0, cache_capacity(prompt_tokens, 0)
     while capacity < tokens:
-        before, capacity = capacity, max(capacity + 1 + _SPARE_TOKENS, capacity * 3 // 2)
+        before, capacity = capacity, cache_capacity(capacity + 1, capacity)
     return _FLOAT32 * numbers * (before + capacity) * model.num_layers
