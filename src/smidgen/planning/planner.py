@@ -7,6 +7,7 @@ equally fast ones, the one that reads least from disk.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from smidgen.planning import estimate
@@ -80,7 +81,11 @@ class Work:
 
     def mean_tokens(self) -> float:
         """Of one optimizer step."""
-        return self.rows_per_step * sum(self.lengths) / max(1, len(self.lengths))
+        return self.rows_per_step * self._all_tokens / max(1, len(self.lengths))
+
+    @cached_property
+    def _all_tokens(self) -> int:
+        return sum(self.lengths)  # of millions of rows perhaps, and asked for with each choice
 
 
 @dataclass(frozen=True)
