@@ -21,9 +21,12 @@ from common import skip, write_result
 # shape, layers (0: all), recompute, tokens of a row, rows
 CASES = [
     ("tinyllama-1.1b", 0, "none", 512, 1),
-    ("tinyllama-1.1b", 0, "full", 512, 1),
-    ("llama-7b", 8, "none", 512, 1),
-    ("llama-7b", 8, "full", 512, 8),
+    ("tinyllama-1.1b", 0, "none", 512, 4),
+    ("tinyllama-1.1b", 0, "full", 2048, 2),
+    ("llama-7b", 0, "none", 512, 1),
+    ("llama-7b", 0, "full", 512, 1),
+    ("llama-7b", 0, "full", 512, 8),
+    ("stablelm-base-alpha-3b", 0, "full", 512, 4),
 ]
 RANK, ROUNDS, WARM_UP, STEPS = 16, 2, 4, 10
 SIDES = ("peft-bnb", "smidgen")
@@ -54,7 +57,7 @@ def ours(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, int]:
     model = inventory_of(checkpoint, checkpoint.config, "nf4-dq", itemsize=2, fuses=False)
     work = work_of(model, settings, [ids.shape[1]] * len(ids), 2)
     choice = Choice(len(ids), 1, (recompute,) * model.num_layers)
-    expected = forecast(model, work, Machine(1.0, 1.0, 0, 0, 1), choice)
+    expected = forecast(model, work, Machine(1.0, 1.0, 0, 0, 1, is_cpu=False), choice)
     base = load_base(Source(str(folder), checkpoint, tokenizer=None), compute_dtype="bfloat16", device="cuda")
     batch = Batch(ids, ids.clone(), torch.full((len(ids),), ids.shape[1]))
     return Stepper(base, settings, recompute, [batch]).step, expected.peak_bytes

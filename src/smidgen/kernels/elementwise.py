@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from smidgen.kernels.library import TYPES, native
+from smidgen.kernels.sizes import TWIN_LOGITS
 
 __all__ = ["cross_entropy_", "rms_norm", "rms_norm_backward", "rotate_", "swiglu", "swiglu_backward"]
 
@@ -149,17 +150,23 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, *, backward: boo
     """
     library = _library(logits, targets)
     if library is None:
-        wide = _wide(logits)
-        lse = wide.logsumexp(dim=1)
-        losses = lse - wide.gather(1, targets[:, None]).squeeze(1)
-        if backward:
-            gradient = (wide - lse[:, None]).exp_()
-            gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
-            logits.copy_(gradient)
-        return losses
+        rows = max(1, TWIN_LOGITS // logits.shape[1])
+        parts = zip(logits.split(rows), targets.split(rows), strict=True)
+        return torch.cat([_cross_entropy_twin_(*part, backward=backward) for part in parts])
     losses = torch.empty(logits.shape[0], dtype=torch.float32)
     library.smidgen_cross_entropy(
         logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), logits.shape[0], logits.shape[1], backward,
         TYPES[logits.dtype],
     )  # fmt: skip
+    return losses
+
+
+def _cross_entropy_twin_(logits: torch.Tensor, targets: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    wide = _wide(logits)
+    lse = wide.logsumexp(dim=1)
+    losses = lse - wide.gather(1, targets[:, None]).squeeze(1)
+    if backward:
+        gradient = (wide - lse[:, None]).exp_()
+        gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+        logits.copy_(gradient)
     return losses

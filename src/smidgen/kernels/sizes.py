@@ -1,15 +1,27 @@
 """Sizes of what kernels work on at once: they use them, and forecasts of memory count them. Imports nothing."""
 
-__all__ = ["ATTENTION_MOST_PARTS", "ATTENTION_PART", "PANEL_WEIGHTS", "TILE_TOKENS", "cache_capacity"]
+__all__ = [
+    "ATTENTION_MOST_PARTS",
+    "ATTENTION_PART",
+    "DEVICE_PANEL_WEIGHTS",
+    "PANEL_WEIGHTS",
+    "TILE_TOKENS",
+    "TWIN_LOGITS",
+    "cache_capacity",
+]
 
 # Of one thread, in float32: a panel of 512 KiB stays in its cache; twice as much measured the same.
 PANEL_WEIGHTS = 1 << 17
+# Elsewhere than on a CPU, where starting an operation costs more than its memory.
+DEVICE_PANEL_WEIGHTS = 1 << 24
 # A row is split into about so many queries in the backward pass, so that few heads keep all threads busy.
 ATTENTION_PART = 128
 ATTENTION_MOST_PARTS = 4
 # Rows of a large batch go through a layer in tiles of at most so many tokens, one longer row alone: a layer's working
 # set stops growing, and products of this height are as fast as any.
 TILE_TOKENS = 1 << 11
+# Logits that plain PyTorch takes the loss of at once: it needs them twice more, in float32.
+TWIN_LOGITS = 1 << 22
 
 
 def cache_capacity(tokens: int, before: int) -> int:

@@ -8,7 +8,14 @@ tensor as model/fused.py makes it; for transformers' own layers by what their mo
 from collections.abc import Sequence
 from math import ceil
 
-from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS, TILE_TOKENS
+from smidgen.kernels.sizes import (
+    ATTENTION_MOST_PARTS,
+    ATTENTION_PART,
+    DEVICE_PANEL_WEIGHTS,
+    PANEL_WEIGHTS,
+    TILE_TOKENS,
+    TWIN_LOGITS,
+)
 from smidgen.planning.inventory import Inventory
 
 __all__ = [
@@ -107,8 +114,8 @@ def layer_work_bytes(
     computed = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept)  # all that a layer's gradient needs
     again = computed - itemsize * hidden
     if not model.fused:
-        # behind and before each of the widest vectors; or of what goes into attention and comes out
-        backward = itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
+        # of the MLP's product and then what it is made of; or of what goes into attention and comes out
+        backward = itemsize * (3 * hidden + max(_widest(model) + inner, 2 * q + kv))
         return tokens * (backward + (again if "full" in recompute else 0))
     # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
     # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
@@ -138,7 +145,9 @@ def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
     return min(tokens, max(longest, TILE_TOKENS)) if model.fused else tokens
 
 
-def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32) -> int:
+def scratch_bytes(
+    model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32, *, is_cpu: bool = True
+) -> int:
     """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums and, in 16
     bits, its operands in float32; a product's operand in act-order; panels.
 
@@ -150,7 +159,8 @@ def scratch_bytes(model: Inventory, tokens: int, longest: int, threads: int, ite
     per_token = 3 * itemsize * inner + _FLOAT32 * parts * kv + wide if model.fused else 0
     if model.ordered:
         per_token += itemsize * max(linear.in_features for linear in model.linears)
-    return tile_tokens(model, tokens, longest) * per_token + panel_bytes(threads)
+    panels = panel_bytes(threads) if is_cpu else itemsize * DEVICE_PANEL_WEIGHTS
+    return tile_tokens(model, tokens, longest) * per_token + panels
 
 
 def panel_bytes(threads: int) -> int:
@@ -175,14 +185,18 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
     return max(1, ceil(positions / max(1, ceil(positions / most))))
 
 
-def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
+def loss_bytes(
+    model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0, *, is_cpu: bool = True
+) -> int:
     """With the last norm's input, of all tokens: its output, the hidden states of the labelled positions, their
     gradient and a chunk of logits with its own; or then what the norm's gradient needs.
 
     For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
-    type. Counts every token as labelled.
+    type. Elsewhere than on a CPU some of a chunk is there twice more, in float32. Counts every token as labelled.
     """
-    chunk = chunk_positions(tokens, model.vocab_size) * (model.vocab_size + 2 * model.hidden_size)
+    positions = chunk_positions(tokens, model.vocab_size)
+    chunk = positions * (model.vocab_size + 2 * model.hidden_size)
+    wide = 0 if is_cpu else 2 * _FLOAT32 * min(positions * model.vocab_size, max(TWIN_LOGITS, model.vocab_size))
     of_norm = 0 if model.kept else 1  # kept has its input
     if itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
         numbers = (5 + of_norm) * tokens * model.hidden_size + chunk
@@ -191,7 +205,7 @@ def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_par
             3 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
         )
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
-    return itemsize * numbers + learnt
+    return itemsize * numbers + learnt + wide
 
 
 def adapter_bytes(

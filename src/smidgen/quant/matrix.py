@@ -26,6 +26,7 @@ from torch import nn
 from smidgen.kernels.lowrank import LowRank
 from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t, product
 from smidgen.kernels.scratch import scratch
+from smidgen.kernels.sizes import DEVICE_PANEL_WEIGHTS
 from smidgen.quant import backend
 from smidgen.quant.fourbit import NestedScales, nest_scales
 
@@ -44,7 +45,6 @@ __all__ = [
 # products, and much larger ones leave the cache. 8 MiB of float32 at most.
 PANEL_ROWS = 1024
 PANEL_WEIGHTS = 1 << 21
-_DEVICE_PANEL_WEIGHTS = 1 << 24  # elsewhere than on a CPU, where starting an operation costs more than its memory
 _DENSE_WEIGHTS = 1 << 20  # made at once where a whole matrix is wanted
 
 
@@ -161,7 +161,7 @@ class FrozenMatrix(nn.Module, ABC):
         if x.device.type == "cpu":
             highest = max(1, min(PANEL_ROWS, PANEL_WEIGHTS // self.in_features))
         else:
-            highest = max(1, _DEVICE_PANEL_WEIGHTS // self.in_features)
+            highest = max(1, DEVICE_PANEL_WEIGHTS // self.in_features)
         count = math.ceil(self.out_features / highest)
         height = math.ceil(self.out_features / max(1, count))  # all of about the same height
         return [(i, min(i + height, self.out_features)) for i in range(0, self.out_features, max(1, height))]

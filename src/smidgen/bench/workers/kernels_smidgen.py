@@ -12,13 +12,13 @@ from smidgen.bench.workers.kernels_common import Kernels, extra_memory
 from smidgen.bench.workers.serving import serve, versions
 from smidgen.checkpoint.gguf_header import BLOCK_TYPES
 from smidgen.kernels.packed import dequantise
+from smidgen.kernels.sizes import PANEL_WEIGHTS
 from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.gptq import GptqSettings, round_to_nearest
 from smidgen.quant.matrix import FrozenMatrix, quantise
 
 __all__ = ["KernelWorker"]
 
-_PANEL_BYTES = 1 << 20  # of a panel that is de-quantised at once: it stays in a core's cache
 _BLOCK_SCALES = {  # where the float16 scales of a block lie
     "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
     "Q6_K": (208,),
@@ -84,8 +84,8 @@ def _other_forms(weight: torch.Tensor, generator: torch.Generator) -> dict[str, 
 
 
 def _all_panels(matrix: FrozenMatrix, dtype: torch.dtype) -> None:
-    """Every row once, in panels that fit the cache, as a product of many rows needs them."""
-    height = max(1, _PANEL_BYTES // (matrix.in_features * dtype.itemsize))
+    """Every row once, in panels of the size that products use, one for each thread."""
+    height = max(1, torch.get_num_threads() * PANEL_WEIGHTS // matrix.in_features)
     weights = matrix._weights()
     assert weights is not None, "the native kernels are installed"
     panel = torch.empty(height, matrix.in_features, dtype=dtype)
