@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 TEST_ROWS, HELD_OUT_ROWS = 50, 32
 OASST_TRAINED = 80  # of 100 trees; the other 20 are the test
 _WIKISQL = ["--micro-batch", "4", "--learning-rate", "1e-3", "--warmup", "0.05", "--seq-len", "256"]
-_OASST = ["--micro-batch", "4", "--warmup", "0.1", "--seq-len", "512", "--max-steps", "12"]
+_OASST = ["--micro-batch", "4", "--warmup", "0.1", "--seq-len", "512", "--max-steps", "20"]
 COMMANDS = {
     "snips": ["finetune", "--config", "recipes/smollm2-snips.yaml"],
     "wikisql": ["finetune", "smollm2-135m", "wikisql", "--out", "runs/wikisql", *_WIKISQL, "--max-steps", "100"],
