@@ -44,11 +44,14 @@ COUNT = int(os.environ.get("SMIDGEN_HOSTILE_FILES", "2000"))
 
 
 class Kind(NamedTuple):
-    """make: writes the sound model into a new folder. damaged: which of its files are, one at a time."""
+    """make: writes the sound model into a new folder. damaged: which of its files are, one at a time.
+    share: of COUNT, less where another kind goes through the same reader, or a trial is a whole run's or adapter's.
+    """
 
     make: Callable[[Path], Path]
     damaged: tuple[str, ...]
     way: Callable[[Path], None]
+    share: float = 1.0
 
 
 def _four_bit(path: Path, quant_type: str, *, nested: bool) -> Path:
@@ -87,22 +90,22 @@ KINDS: dict[str, Kind] = {
     "shards": Kind(sharded_model, ("model.safetensors.index.json", "model-00001-of-*.safetensors"), use_weights),
     "nf4": Kind(lambda path: _four_bit(path, "nf4", nested=False), _WEIGHTS, use_weights),
     "nf4-dq": Kind(lambda path: _four_bit(path, "nf4", nested=True), _WEIGHTS, use_weights),
-    "fp4": Kind(lambda path: _four_bit(path, "fp4", nested=False), _WEIGHTS, use_weights),
+    "fp4": Kind(lambda path: _four_bit(path, "fp4", nested=False), _WEIGHTS, use_weights, 0.5),
     "fp4-dq": Kind(lambda path: _four_bit(path, "fp4", nested=True), _WEIGHTS, use_weights),
     "int8": Kind(lambda path: bitsandbytes_model(path, load_in_8bit=True), _WEIGHTS, use_weights),
     "gptq": Kind(lambda path: grouped_model(path, "gptq", act_order=True, symmetric=False), _WEIGHTS, use_weights),
-    "gptq-2": Kind(lambda path: grouped_model(path, "gptq", bits=2), _WEIGHTS, use_weights),
-    "gptq-3": Kind(lambda path: grouped_model(path, "gptq", bits=3), _WEIGHTS, use_weights),
-    "gptq-8": Kind(lambda path: grouped_model(path, "gptq", bits=8), _WEIGHTS, use_weights),
+    "gptq-2": Kind(lambda path: grouped_model(path, "gptq", bits=2), _WEIGHTS, use_weights, 0.25),
+    "gptq-3": Kind(lambda path: grouped_model(path, "gptq", bits=3), _WEIGHTS, use_weights, 0.25),
+    "gptq-8": Kind(lambda path: grouped_model(path, "gptq", bits=8), _WEIGHTS, use_weights, 0.25),
     "awq": Kind(lambda path: grouped_model(path, "awq", symmetric=False), _WEIGHTS, use_weights),
     "tokenizer": Kind(dense_model, _TEXT, use_text),
     "gguf-plain": Kind(lambda path: _gguf(path, "Q8_0", "Q4_0", "Q5_1", "F16"), ("model.gguf",), use),
     "gguf-k": Kind(lambda path: _gguf(path, "Q4_K", "Q6_K", "Q2_K", "Q3_K"), ("model.gguf",), use),
     "gguf-5-bit": Kind(lambda path: _gguf(path, *("Q5_K",) * 4), ("model.gguf",), use),
     "gguf-sentencepiece": Kind(_sentencepiece, ("model.gguf",), use_text),
-    "gguf-split": Kind(_split_gguf, ("*-00001-of-00002.gguf", "*-00002-of-00002.gguf"), use),
-    "adapter": Kind(adapter_folder, ("adapter_config.json", "adapter_model.safetensors"), use_adapter),
-    "run": Kind(run_folder, _RUN, use_run),
+    "gguf-split": Kind(_split_gguf, ("*-00001-of-00002.gguf", "*-00002-of-00002.gguf"), use, 0.5),
+    "adapter": Kind(adapter_folder, ("adapter_config.json", "adapter_model.safetensors"), use_adapter, 0.25),
+    "run": Kind(run_folder, _RUN, use_run, 0.25),
 }
 
 
@@ -153,6 +156,7 @@ def test_damaged_files_are_used_or_refused(name: str, place: Path) -> None:
 def _try_kind(name: str, place: Path, say: Callable[[str], None]) -> None:
     """Says what comes next before each file, and at the end what came out of all, as JSON."""
     kind = KINDS[name]
+    count = int(COUNT * kind.share)
     say(f"{name}, as it was made")
     model = kind.make(place)
     folder = model if model.is_dir() else place
@@ -161,7 +165,7 @@ def _try_kind(name: str, place: Path, say: Callable[[str], None]) -> None:
     for _ in range(2):  # the second time with all that is read once
         assert outcome(model, kind.way).refused is None, "the sound model is refused"
     used, slowest, grown = 0, 0.0, 0
-    for number in range(COUNT):
+    for number in range(count):
         generator = random.Random(f"{name} {number}")
         path = generator.choice(files)
         say(f"{name} {number}, {path.name}")
@@ -170,7 +174,7 @@ def _try_kind(name: str, place: Path, say: Callable[[str], None]) -> None:
         assert grown_kb < MOST_GROWN_KB, f"memory grew by {grown_kb} kB"
         path.write_bytes(sound[path])
         used, slowest, grown = used + (refused is None), max(slowest, seconds), max(grown, grown_kb)
-    counts = {"kind": name, "files": COUNT, "used": used, "refused": COUNT - used}
+    counts = {"kind": name, "files": count, "used": used, "refused": count - used}
     line = json.dumps({**counts, "slowest_s": round(slowest, 3), "grown_kb": grown})
-    assert 0 < used < COUNT, line
+    assert 0 < used < count, line
     say(line)
