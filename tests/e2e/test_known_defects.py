@@ -30,9 +30,9 @@ from checkpoint.gguf_files import (
     tensor_row,
     write_small_gguf,
 )
-from hostile import bitsandbytes_model, dense_model, grouped_model, outcome, peak_kb, sharded_model
+from hostile import MOST_GROWN_KB, bitsandbytes_model, dense_model, grouped_model, outcome, sharded_model
+from smidgen.checkpoint.gguf_header import read_header
 
-MOST_GROWN_KB = 64 << 10  # of a model of less than a megabyte; nothing may be allocated because a file says so
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -198,6 +198,18 @@ def _sizes(**changes: tuple[int, ...] | None) -> Callable[[Path], Any]:
     return _raw(gguf_bytes(LLAMA | TOKENIZER, {name: row for name, row in tensors.items() if row}))  # type: ignore[misc]
 
 
+def _writes(name: str, value: float, at: int = 0) -> Callable[[Path], Any]:
+    """Two bytes of a tensor of a GGUF file become this float16."""
+
+    def damage(path: Path) -> None:
+        raw = bytearray(path.read_bytes())
+        place = read_header(path, raw).tensors[name].offset + at
+        raw[place : place + 2] = struct.pack("<e", value)
+        path.write_bytes(raw)
+
+    return damage
+
+
 def _fifo(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
@@ -216,6 +228,8 @@ def _pickle(folder: Path) -> None:
 
 _RUNS = "{{ lipsum.__globals__['os'].popen('touch fired').read() }}"
 _CLIMBS = "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c.__init__.__globals__ }}{% endfor %}"
+_NO_GLOBALS = "refuses this conversation .access to attribute '__globals__'"
+_NO_CLASS = "refuses this conversation .access to attribute '__class__'"
 _BYTES = SENTENCEPIECE["tokenizer.ggml.tokens"]
 _SPEC = "safetensors specification: "
 _GGUF = "GGUF specification: "
@@ -224,31 +238,35 @@ _GGUF = "GGUF specification: "
 # ---- the table
 
 SAFETENSORS = [
-    (_SPEC + "the header is a JSON string", _header(b"nonsense"), "header is not JSON"),
+    (_SPEC + "the header is a JSON string", _header(b"nonsense"), "header is not JSON .Expecting value"),
     (_SPEC + "the header is an object", _header(b"[1]"), "header is not a JSON object"),
-    ("wifi-densepose SAFETENSORS-HEADER-BUG: padded by NUL", _header(b"{}\0\0\0"), "header is not JSON"),
+    ("wifi-densepose SAFETENSORS-HEADER-BUG: padded by NUL", _header(b"{}\0\0\0"), "header is not JSON .Extra data"),
     (_SPEC + "the header is UTF-8", _header(b"\xff\xfe{}"), "header is not JSON"),
     (_SPEC + "strings of the header are UTF-8", _header(b'{"\xff\xfe": 1}'), "header is not JSON"),
-    ("CPython: RecursionError of deeply nested JSON", _header(b'{"x":' + b"[" * 50_000), "header is not JSON"),
-    ("CVE-2020-10735: a number of 6000 digits", _header(b'{"x": ' + b"9" * 6000 + b"}"), "header is not JSON"),
+    ("CPython: RecursionError of deeply nested JSON", _header(b'{"x":' + b"[" * 50_000),
+     "header is not JSON .maximum recursion"),
+    ("CVE-2020-10735: a number of 6000 digits", _header(b'{"x": ' + b"9" * 6000 + b"}"), "not JSON .*6000 digits"),
     ("safetensors #401: a key twice", _header(b'{"x": 1, "x": 2}'), "'x' comes twice"),
     (_SPEC + "an entry is an object", _header({"x": 3}), "entry is not an object"),
-    (_SPEC + "__metadata__ is an object", _header({"__metadata__": 3}), "__metadata__"),
-    (_SPEC + "__metadata__ maps text to text", _header({"__metadata__": {"a": 1}}), "__metadata__"),
+    (_SPEC + "__metadata__ is an object", _header({"__metadata__": 3}), "__metadata__ .* not an object of strings"),
+    (_SPEC + "__metadata__ maps text to text", _header({"__metadata__": {"a": 1}}),
+     "__metadata__ .* not an object of strings"),
     ("kekzl/imp #1603: an unknown dtype", _one("Q9", [1], [0, 1 << 60]), "unknown dtype.*F32.*found Q9"),
-    (_SPEC + "dtype is a string", _one(["F32"], [1], [0, 4]), "unknown dtype"),
-    (_SPEC + "sizes are not negative", _one("F32", [-1], [0, 4]), "wrong shape"),
-    (_SPEC + "sizes are integers", _one("F32", [1.0], [0, 4]), "wrong shape"),
-    ("CPython: true is an int", _one("F32", [True], [0, 4]), "wrong shape"),
-    ("torch: tensors of many dimensions", _one("F32", [1] * 17, [0, 4]), "wrong shape"),
-    ("stable-diffusion.cpp #1754: begin behind end", _one("F32", [1], [4, 0]), "wrong data_offsets"),
-    (_SPEC + "data_offsets are two", _one("F32", [1], [0]), "wrong data_offsets"),
-    ("stable-diffusion.cpp #1754: end behind the file", _one("F32", [1 << 20], [0, 4 << 20]), "cut off"),
+    (_SPEC + "dtype is a string", _one(["F32"], [1], [0, 4]), r"unknown dtype.*found \['F32'\]"),
+    (_SPEC + "sizes are not negative", _one("F32", [-1], [0, 4]), r"integers >= 0, found \[-1\]"),
+    (_SPEC + "sizes are integers", _one("F32", [1.0], [0, 4]), r"integers >= 0, found \[1.0\]"),
+    ("CPython: true is an int", _one("F32", [True], [0, 4]), r"integers >= 0, found \[True\]"),
+    ("torch: tensors of many dimensions", _one("F32", [1] * 17, [0, 4]), "wrong shape, expected up to 16 sizes"),
+    ("stable-diffusion.cpp #1754: begin behind end", _one("F32", [1], [4, 0]), r"wrong data_offsets.*found \[4, 0\]"),
+    (_SPEC + "data_offsets are two", _one("F32", [1], [0]), r"wrong data_offsets.*found \[0\]"),
+    ("stable-diffusion.cpp #1754: end behind the file", _one("F32", [1 << 20], [0, 4 << 20]),
+     "wrong size, expected 4194385 bytes"),
     ("ComfyUI #15722: the shape does not match", _one("F32", [2], [0, 4]), "expected 8 bytes, found 4"),
-    (_SPEC + "a tensor of a petabyte", _one("F32", [1 << 48], [0, 4]), "does not fit its shape"),
-    ("openasr #73: a shape whose size wraps to 0", _one("F32", [1 << 62, 4], [0, 0], 0), "does not fit its shape"),
+    (_SPEC + "a tensor of a petabyte", _one("F32", [1 << 48], [0, 4]), "expected 1125899906842624 bytes, found 4"),
+    ("openasr #73: a shape whose size wraps to 0", _one("F32", [1 << 62, 4], [0, 0], 0),
+     "expected 73786976294838206464 bytes"),
     (_SPEC + "no holes", _one("U8", [4], [2, 6], 6), "leaves a hole after the header"),
-    (_SPEC + "the whole buffer is indexed", _one("U8", [4], [0, 4], 5), "wrong size, expected .* found"),
+    (_SPEC + "the whole buffer is indexed", _one("U8", [4], [0, 4], 5), "wrong size, expected 72 bytes, found 73"),
     (
         "ohdearquant/lattice #752: two tensors share their bytes",
         _header({name: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for name in "xy"}, bytes(4)),
@@ -265,10 +283,11 @@ SAFETENSORS = [
         ),
         "y overlaps x",
     ),
-    ("openasr #73: a header longer than the file", _header({}, length=5), "header"),
-    ("openasr #73: a header of a terabyte", _header({}, length=1 << 40), "header"),
-    ("openasr #73: a header of 2^64 - 1 bytes", _header({}, length=(1 << 64) - 1), "header"),
-    (_SPEC + "a header has at most 100 MB", _header(b"{}" + b" " * 1000, length=100_000_001), "header"),
+    ("openasr #73: a header longer than the file", _header({}, length=5), "a header of at most 2 bytes, found 5"),
+    ("openasr #73: a header of a terabyte", _header({}, length=1 << 40), "at most 2 bytes, found 1099511627776"),
+    ("openasr #73: a header of 2^64 - 1 bytes", _header({}, length=(1 << 64) - 1),
+     "at most 2 bytes, found 18446744073709551615"),
+    (_SPEC + "a header has at most 100 MB", _header(b"{}" + b" " * 1000, length=100_000_001), "found 100000001"),
     ("an interrupted download: the last bytes are missing", _cut(100), "has the wrong size.*cut off"),
     ("an interrupted download: an empty file", _file("model.safetensors", b""), "is empty"),
     ("CWE-502: weights as a pickle", _pickle, r"pickle \(pytorch_model.bin\).*save_pretrained"),
@@ -330,18 +349,23 @@ CONFIG = [
     ("config rule: model_type is known", _config(model_type="../evil"), "unknown to transformers"),
     ("CPython: RecursionError of a nested config", _file("config.json", '{"x":' + "[" * 50_000), "not JSON"),
     ("CVE-2020-10735: a size of 6000 digits", _file("config.json", '{"x":' + "9" * 6000 + "}"), "not JSON"),
-    ("tabfm #91: sizes that take all memory", _config(hidden_size=1 << 20, intermediate_size=1 << 30), "config.json"),
-    ("tabfm #91: no heads", _config(num_attention_heads=0), "config.json"),
-    ("any-guardrail #239: heads do not divide the width", _config(num_attention_heads=24), "config.json"),
-    ("config rule: more heads for keys than for queries", _config(num_key_value_heads=7), "config.json|shape"),
+    ("tabfm #91: sizes that take all memory", _config(hidden_size=1 << 20, intermediate_size=1 << 30),
+     r"embed_tokens.*expected shape \[272, 1048576\] by config.json"),
+    ("tabfm #91: no heads", _config(num_attention_heads=0), "config.json cannot be read .integer modulo by zero"),
+    ("any-guardrail #239: heads do not divide the width", _config(num_attention_heads=24),
+     r"config.json .*\(64\) is not a multiple of .* heads \(24\)"),
+    ("config rule: more heads for keys than for queries", _config(num_key_value_heads=7),
+     r"k_proj.*shape \[112, 64\] by config.json, found \[32, 64\]"),
     ("llama.cpp #25513: 100,000 layers", _config(num_hidden_layers=100_000), "wrong num_hidden_layers"),
-    ("config rule: a negative number of layers", _config(num_hidden_layers=-1), "config.json|left over"),
-    ("config rule: a layer more than there is", _config(num_hidden_layers=2), "missing"),
-    ("config rule: a vocabulary of 0", _config(vocab_size=0), "config.json|shape"),
-    ("config rule: a vocabulary of 2^40", _config(vocab_size=1 << 40), "config.json|shape"),
-    ("config rule: a negative width", _config(intermediate_size=-96), "config.json|shape"),
-    ("config rule: a head of an odd width", _config(head_dim=15), "config.json|shape"),
-    ("config rule: an activation that is none", _config(hidden_act="os.system"), "config.json"),
+    ("config rule: a negative number of layers", _config(num_hidden_layers=-1), r"model.layers.0.* left over"),
+    ("config rule: a layer more than there is", _config(num_hidden_layers=2),
+     r"model.layers.1.* missing, expected the 21"),
+    ("config rule: a vocabulary of 0", _config(vocab_size=0), "config.json does not describe .*num_embeddings"),
+    ("config rule: a vocabulary of 2^40", _config(vocab_size=1 << 40), r"embed_tokens.*shape \[1099511627776, 64\]"),
+    ("config rule: a negative width", _config(intermediate_size=-96), "config.json .*negative dimension -96"),
+    ("config rule: a head of an odd width", _config(head_dim=15), "config.json .*even rotary dimension.*=15"),
+    ("config rule: an activation that is none", _config(hidden_act="os.system"),
+     "config.json does not describe .*'os.system'"),
     ("config rule: quantization_config is an object", _config(quantization_config="gptq"), "expected a JSON object"),
     ("config rule: a quantiser that is read", _config(quantization_config={"quant_method": "hqq"}), r"\(hqq\)"),
     ("CVE-2026-4372: a kernel of the hub", _config(_attn_implementation_internal="evil/kernel"), None),
@@ -349,25 +373,28 @@ CONFIG = [
 ]  # fmt: skip
 
 BITSANDBYTES = [
-    ("nf4", "bitsandbytes rule: a scale for each block", _tensor(f"{Q}.weight.absmax", lambda t: t[:3]), "64 scales"),
+    ("nf4", "bitsandbytes rule: a scale for each block", _tensor(f"{Q}.weight.absmax", lambda t: t[:3]),
+     "absmax.*64 scales"),
     ("nf4", "bitsandbytes rule: the table of the type", _tensor(f"{Q}.weight.quant_map", torch.zeros_like),
      "nf4 table"),
     ("nf4", "bitsandbytes rule: a table", _tensor(f"{Q}.weight.quant_map", lambda t: None), "no tensor .*quant_map"),
-    ("nf4", "IEEE 754: an infinite scale", _tensor(f"{Q}.weight.absmax", lambda t: t * math.inf), "finite scales"),
+    ("nf4", "IEEE 754: an infinite scale", _tensor(f"{Q}.weight.absmax", lambda t: t * math.inf),
+     "absmax.*finite scales"),
     ("nf4", "bitsandbytes rule: half a byte for a weight", _tensor(f"{Q}.weight", lambda t: t[:-1]), "2048 bytes"),
-    ("nf4", "bitsandbytes rule: packed bytes", _tensor(f"{Q}.weight", lambda t: t.long()), "bytes"),
-    ("nf4", "bitsandbytes rule: the state is JSON", _state("{]"), "cannot be read"),
-    ("nf4", "bitsandbytes rule: the state is an object", _state("[1]"), "cannot be read"),
+    ("nf4", "bitsandbytes rule: packed bytes", _tensor(f"{Q}.weight", lambda t: t.long()),
+     "bytes, or bytes as a float type"),
+    ("nf4", "bitsandbytes rule: the state is JSON", _state("{]"), r"nf4 cannot be read \(Expecting property name"),
+    ("nf4", "bitsandbytes rule: the state is an object", _state("[1]"), r"nf4 cannot be read \(list indices"),
     ("nf4", "CPython: OverflowError of an infinite blocksize", _state('{"quant_type": "nf4", "blocksize": 1e999}'),
-     "cannot be read"),
-    ("nf4", "CPython: RecursionError of a nested state", _state("[" * 60_000), "cannot be read"),
+     r"nf4 cannot be read \(cannot convert float infinity"),
+    ("nf4", "CPython: RecursionError of a nested state", _state("[" * 60_000), "nf4 cannot be read .maximum recursion"),
     ("nf4", "bitsandbytes rule: a short state", _state(" " * 70_000), "a short JSON text"),
     ("nf4", "CWE-369: a blocksize of 0", _state(blocksize=0), "a known blocksize"),
     ("nf4", "bitsandbytes rule: a blocksize of 63", _state(blocksize=63), "a known blocksize"),
-    ("nf4", "CWE-125: larger blocks than there are scales for", _state(blocksize=32), "scales"),
+    ("nf4", "CWE-125: larger blocks than there are scales for", _state(blocksize=32), "absmax.*expected 128 scales"),
     ("nf4", "bitsandbytes rule: nf4 or fp4", _state(quant_type="nf5"), "nf4 or fp4"),
     ("nf4", "CWE-125: a larger shape than there are bytes", _state(shape=[1 << 20, 64]), "shape .* by config.json"),
-    ("nf4", "bitsandbytes rule: a shape of two", _state(shape=7), "cannot be read"),
+    ("nf4", "bitsandbytes rule: a shape of two", _state(shape=7), "nf4 cannot be read .'int' object is not iterable"),
     ("nf4-dq", "bitsandbytes rule: nested scales are bytes",
      _tensor(f"{Q}.weight.absmax", lambda t: torch.ones(64)), "absmax.*uint8 if nested"),
     ("nf4-dq", "bitsandbytes rule: bytes need outer scales", _tensor(f"{Q}.weight.nested_absmax", lambda t: None),
@@ -375,16 +402,17 @@ BITSANDBYTES = [
     ("nf4-dq", "CWE-125: too few outer scales", _tensor(f"{Q}.weight.nested_absmax", lambda t: t[:0]),
      "1 float scales"),
     ("nf4-dq", "IEEE 754: an outer scale that is no number",
-     _tensor(f"{Q}.weight.nested_absmax", lambda t: t * math.nan), "finite scales"),
+     _tensor(f"{Q}.weight.nested_absmax", lambda t: t * math.nan), "nested_absmax.*finite scales"),
     ("nf4-dq", "bitsandbytes rule: the dynamic map", _tensor(f"{Q}.weight.nested_quant_map", torch.zeros_like),
      "the dynamic map"),
-    ("nf4-dq", "IEEE 754: an offset that is no number", _state(nested_offset=math.nan), "finite"),
+    ("nf4-dq", "IEEE 754: an offset that is no number", _state(nested_offset=math.nan),
+     "expected a finite nested_offset"),
     ("int8", "bitsandbytes rule: a scale for each row", _tensor(f"{Q}.SCB", lambda t: t[:3]), "one float scale"),
     ("int8", "bitsandbytes rule: codes need scales", _tensor(f"{Q}.SCB", lambda t: None),
      "q_proj.weight is no weight.*found int8"),
     ("int8", "bitsandbytes rule: scales are floats", _tensor(f"{Q}.SCB", lambda t: t.to(torch.float8_e4m3fn)),
      "one float scale"),
-    ("int8", "IEEE 754: a scale that is no number", _tensor(f"{Q}.SCB", lambda t: t * math.nan), "finite scales"),
+    ("int8", "IEEE 754: a scale that is no number", _tensor(f"{Q}.SCB", lambda t: t * math.nan), "SCB.*finite scales"),
     ("int8", "CWE-125: fewer rows than config.json says", _tensor(f"{Q}.weight", lambda t: t[:-1]), r"int8 \[64, 64\]"),
     ("int8", "bitsandbytes rule: weight_format is 0 (rows)",
      _tensor(f"{Q}.weight_format", lambda t: torch.tensor(2, dtype=torch.uint8)), "weight_format.*expected 0"),
@@ -407,33 +435,37 @@ GROUPS = [
      "g_idx.*found 2147"),
     ("gptq", "GPTQ rule: a group for each input", _tensor(f"{Q}.g_idx", lambda t: t[:5]), r"g_idx.*int32 \[64\]"),
     ("gptq", "GPTQ rule: groups are int32", _tensor(f"{Q}.g_idx", lambda t: t.long()), "g_idx.*found int64"),
-    ("gptq", "GPTQModel #3077: a missing qweight", _tensor(f"{Q}.qweight", lambda t: None), "q_proj"),
+    ("gptq", "GPTQModel #3077: a missing qweight", _tensor(f"{Q}.qweight", lambda t: None), "q_proj.weight missing"),
     ("gptq", "GPTQ rule: words of all inputs", _tensor(f"{Q}.qweight", lambda t: t[:-1]),
      r"q_proj.qweight.*expected int32 \[8, 64\]"),
     ("gptq", "GPTQ rule: words are int32", _tensor(f"{Q}.qweight", lambda t: t.float()),
      "q_proj.qweight.*expected int32.*found float32"),
     ("gptq", "GPTQ rule: zero points", _tensor(f"{Q}.qzeros", lambda t: None), "no tensor .*q_proj.qzeros"),
-    ("gptq", "CWE-125: zero points of one group of two", _tensor(f"{Q}.qzeros", lambda t: t[:1]), "q_proj.qzeros"),
+    ("gptq", "CWE-125: zero points of one group of two", _tensor(f"{Q}.qzeros", lambda t: t[:1]),
+     r"q_proj.qzeros, expected int32 \[2, 8\], found int32 \[1, 8\]"),
     ("gptq", "IEEE 754: a scale that is no number", _tensor(f"{Q}.scales", lambda t: t * math.nan),
      "q_proj.scales holds a scale that is not finite"),
     ("gptq", "CWE-125: scales of three outputs", _tensor(f"{Q}.scales", lambda t: t[:, :3].contiguous()),
      r"q_proj.scales.*expected float \[2, 64\]"),
-    ("gptq", "vLLM #48470: no groups", _tensor(f"{Q}.scales", lambda t: t[:0]), "q_proj.scales"),
+    ("gptq", "vLLM #48470: no groups", _tensor(f"{Q}.scales", lambda t: t[:0]), r"q_proj.scales.*float16 \[0, 64\]"),
     ("gptq", "vLLM #48470: 5 bits", _quantisation(bits=5), "bits that is not read here.*2, 3, 4 or 8.*found 5"),
-    ("gptq", "GPTQ rule: bits are a number", _quantisation(bits="4; rm"), "bits that is not read here"),
-    ("gptq", "CWE-369: groups of 0", _quantisation(group_size=0), "group_size"),
-    ("gptq", "GPTQ rule: groups of 2^40", _quantisation(group_size=1 << 40), "group_size|expected"),
+    ("gptq", "GPTQ rule: bits are a number", _quantisation(bits="4; rm"), "bits that is not read here.*found 4; rm"),
+    ("gptq", "CWE-369: groups of 0", _quantisation(group_size=0), "group_size that is not read here.*found 0"),
+    ("gptq", "GPTQ rule: groups of 2^40", _quantisation(group_size=1 << 40),
+     "group_size that is not.*found 1099511627776"),
     ("gptq", "GPTQModel: a format of another tool", _quantisation(checkpoint_format="gptq_p"),
      "checkpoint_format.*gptq or gptq_v2.*found gptq_p"),
     ("gptq", "GPTQModel: settings of their own for some layers", _quantisation(dynamic={"+:.*": {"bits": 8}}),
-     "dynamic"),
+     "dynamic that is not read here, expected one setting"),
     ("awq", "AutoAWQ #217: the layout gemv", _quantisation(version="gemv"), "version.*gemm.*found gemv"),
     ("awq", "AWQ rule: 4 bits", _quantisation(bits=3), "bits.*found 3"),
-    ("awq", "CWE-369: groups of 0", _quantisation(group_size=0), "group_size"),
-    ("awq", "GPTQModel #3077: a missing qweight", _tensor(f"{Q}.qweight", lambda t: None), "q_proj"),
+    ("awq", "CWE-369: groups of 0", _quantisation(group_size=0), "group_size that is not read here.*found 0"),
+    ("awq", "GPTQModel #3077: a missing qweight", _tensor(f"{Q}.qweight", lambda t: None), "q_proj.weight missing"),
     ("awq", "AWQ rule: a row for each input", _tensor(f"{Q}.qweight", lambda t: t[:-1]), r"q_proj.qweight.*\[64, 8\]"),
-    ("awq", "CWE-125: zero points of one group of two", _tensor(f"{Q}.qzeros", lambda t: t[:1]), "q_proj.qzeros"),
-    ("awq", "IEEE 754: an infinite scale", _tensor(f"{Q}.scales", lambda t: t / 0), "scale that is not finite"),
+    ("awq", "CWE-125: zero points of one group of two", _tensor(f"{Q}.qzeros", lambda t: t[:1]),
+     r"q_proj.qzeros, expected int32 \[2, 8\], found int32 \[1, 8\]"),
+    ("awq", "IEEE 754: an infinite scale", _tensor(f"{Q}.scales", lambda t: t / 0),
+     "q_proj.scales holds a scale that is not finite"),
 ]  # fmt: skip
 
 _ARRAY, _TEXT, _UINT8, _FLOAT32 = 9, 8, 0, 6
@@ -455,31 +487,37 @@ GGUF = [
     ("llama.cpp #27188: a key of 2^62 bytes", _raw(_counts(0, 1, struct.pack("<Q", 1 << 62) + bytes(30))),
      "metadata key is too long"),
     (_GGUF + "a key has at most 65535 bytes", _raw(gguf_bytes({"k" * 65536: 1})), "metadata key is too long"),
-    (_GGUF + "keys are UTF-8", _raw(_counts(0, 1, struct.pack("<Q", 2) + b"\xff\xfe" + bytes(30))), "not UTF-8"),
+    (_GGUF + "keys are UTF-8", _raw(_counts(0, 1, struct.pack("<Q", 2) + b"\xff\xfe" + bytes(30))),
+     "metadata key is not UTF-8"),
     ("llama.cpp #19856: a key twice", _raw(_counts(0, 2, entry("a", 1) * 2 + bytes(40))), "a comes twice"),
     ("llama.cpp #24263: an empty key", _raw(gguf_bytes({"": 1} | LLAMA | TOKENIZER)), None),
     (_GGUF + "types are 0 to 12", _value(struct.pack("<I", 13)), "unknown type.*found 13"),
-    ("llama.cpp #19856: a string of a terabyte", _value(struct.pack("<IQ", _TEXT, 1 << 40)), "too long"),
+    ("llama.cpp #19856: a string of a terabyte", _value(struct.pack("<IQ", _TEXT, 1 << 40)),
+     "value of bad is too long.*16777216 bytes, found 1099511627776"),
     ("llama.cpp #27188: a string beyond the file", _value(struct.pack("<IQ", _TEXT, 1 << 22)),
      "ends in the middle of the value of bad"),
-    (_GGUF + "strings are UTF-8", _value(struct.pack("<IQ", _TEXT, 2) + b"\xff\xfe"), "not UTF-8"),
+    (_GGUF + "strings are UTF-8", _value(struct.pack("<IQ", _TEXT, 2) + b"\xff\xfe"), "value of bad is not UTF-8"),
     ("llama.cpp #28880: arrays in arrays", _value(struct.pack("<IIQ", _ARRAY, _ARRAY, 1) * 1000),
      "array of an unknown type"),
-    ("llama.cpp #19856: an array of 2^50 strings", _value(struct.pack("<IIQ", _ARRAY, _TEXT, 1 << 50)), "too long"),
-    ("llama.cpp #19856: an array of 2^50 numbers", _value(struct.pack("<IIQ", _ARRAY, _UINT8, 1 << 50)), "too long"),
+    ("llama.cpp #19856: an array of 2^50 strings", _value(struct.pack("<IIQ", _ARRAY, _TEXT, 1 << 50)),
+     "value of bad is too long.*4000000 strings"),
+    ("llama.cpp #19856: an array of 2^50 numbers", _value(struct.pack("<IIQ", _ARRAY, _UINT8, 1 << 50)),
+     "value of bad is too long.*4000000 numbers"),
     ("llama.cpp #27188: strings beyond the file", _value(struct.pack("<IIQ", _ARRAY, _TEXT, 3_000_000)),
-     "ends in the middle"),
+     "ends in the middle of the value of bad.*24000000 more bytes"),
     ("llama.cpp #27188: numbers beyond the file", _value(struct.pack("<IIQ", _ARRAY, _FLOAT32, 3_000_000)),
-     "ends in the middle"),
+     "ends in the middle of the value of bad.*12000000 more bytes"),
     ("llama.cpp #27188: a string of 2^63 bytes in an array", _value(struct.pack("<IIQQ", _ARRAY, _TEXT, 1, 1 << 63)),
-     "ends in the middle"),
+     "ends in the middle of the value of bad.*9223372036854775816 more bytes"),
     (_GGUF + "strings of arrays are UTF-8", _value(struct.pack("<IIQQ", _ARRAY, _TEXT, 1, 2) + b"\xff\xfe"),
-     "not UTF-8"),
-    (_GGUF + "alignment is a power of two here", _keys(general__alignment=48), "power of two"),
-    ("ggml, alignment: 0 divides", _keys(general__alignment=0), "general.alignment"),
-    ("llama.cpp #24997: an alignment of 2^31", _keys(general__alignment=1 << 31), "general.alignment"),
+     "value of bad holds a string that is not UTF-8"),
+    (_GGUF + "alignment is a power of two here", _keys(general__alignment=48),
+     "wrong general.alignment, expected a power of two"),
+    ("ggml, alignment: 0 divides", _keys(general__alignment=0), "general.alignment.*from 1 to .*found 0"),
+    ("llama.cpp #24997: an alignment of 2^31", _keys(general__alignment=1 << 31),
+     "general.alignment.*found 2147483648"),
     ("llama.cpp #26318: a negative alignment", _keys(general__alignment=struct.pack("<Ii", 5, -32)),
-     "general.alignment"),
+     "general.alignment.*from 1 to .*found -32"),
     (_GGUF + "architecture is known", _keys(general__architecture="mamba"), "unknown GGUF architecture.*found mamba"),
     ("llama.cpp #26690: architecture as a number", _keys(general__architecture=3),
      "wrong value of general.architecture"),
@@ -498,8 +536,9 @@ GGUF = [
     (_GGUF + "key heads divide the rows", _keys(llama__attention__head_count_kv=32), "rows for 32 heads"),
     (_GGUF + "a head wider than its rows", _keys(llama__attention__key_length=1 << 30),
      "536,870,912 numbers in the buffer"),
-    ("IEEE 754: epsilon is no number", _keys(llama__attention__layer_norm_rms_epsilon=math.nan), "positive.*found nan"),
-    ("IEEE 754: an infinite base", _keys(llama__rope__freq_base=math.inf), "llama.rope.freq_base"),
+    ("IEEE 754: epsilon is no number", _keys(llama__attention__layer_norm_rms_epsilon=math.nan),
+     "layer_norm_rms_epsilon.*positive.*found nan"),
+    ("IEEE 754: an infinite base", _keys(llama__rope__freq_base=math.inf), "llama.rope.freq_base.*positive.*found inf"),
     (_GGUF + "rotary dimensions are the head's", _keys(llama__rope__dimension_count=8), "part of the head"),
     (_GGUF + "rotary scaling is known", _keys(llama__rope__scaling__type="longrope"), "unknown rotary scaling"),
     ("llama.cpp #9235: a weight of another shape", _sizes(ffn_gate=(32, 32)), "gate_proj.*expected shape"),
@@ -509,8 +548,8 @@ GGUF = [
     ("llama.cpp #8816: a type of removed blocks", _table(tensor_row("x", (32, 4), 4, 0)), "not read.*found Q4_2"),
     ("llama.cpp #19856: a negative type", _table(tensor_row("x", (32, 4), (1 << 32) - 1, 0)), "found type 4294967295"),
     (_GGUF + "a type that is not read here", _table(tensor_row("x", (32, 4), 23, 0)), "expected F32.*found IQ4_XS"),
-    (_GGUF + "rows are whole blocks", _table(tensor_row("x", (31, 4), 8, 0)), "wrong shape"),
-    ("ggml #1517: a size of 0", _table(tensor_row("x", (32, 0), 0, 0)), "wrong shape"),
+    (_GGUF + "rows are whole blocks", _table(tensor_row("x", (31, 4), 8, 0)), r"wrong shape \[4, 31\].*blocks of 32"),
+    ("ggml #1517: a size of 0", _table(tensor_row("x", (32, 0), 0, 0)), r"wrong shape \[0, 32\]"),
     ("llama.cpp #18674: rows of 2^42 + 1", _table(tensor_row("x", (1152, (1 << 42) + 1), 8, 0)),
      "ends beyond the file"),
     ("CVE-2026-33298: a size that wraps", _table(tensor_row("x", (1 << 62, 1 << 62), 0, 0)), "ends beyond the file"),
@@ -521,9 +560,9 @@ GGUF = [
      _table(tensor_row("x", (8,), 0, 0), tensor_row("y", ((1 << 62) - 8,), 0, 32)), "y ends beyond the file"),
     ("llama.cpp #25378: a million dimensions", _table(string("x") + struct.pack("<I", 1_000_000) + bytes(64)),
      "1000000 dimensions"),
-    ("ggml #709: five dimensions", _table(tensor_row("x", (4,) * 5, 0, 0)), "5 dimensions"),
-    (_GGUF + "a tensor has a dimension", _table(tensor_row("x", (), 0, 0)), "0 dimensions"),
-    (_GGUF + "offsets are aligned", _table(tensor_row("x", (4,), 0, 16)), "not aligned"),
+    ("ggml #709: five dimensions", _table(tensor_row("x", (4,) * 5, 0, 0)), "x has 5 dimensions"),
+    (_GGUF + "a tensor has a dimension", _table(tensor_row("x", (), 0, 0)), "x has 0 dimensions"),
+    (_GGUF + "offsets are aligned", _table(tensor_row("x", (4,), 0, 16)), "x is not aligned, expected 32, found 16"),
     ("CVE-2026-7482: an offset beyond the file", _table(tensor_row("x", (4,), 0, 1 << 40)), "ends beyond the file"),
     ("CVE-2026-7482: a size beyond the file", _table(tensor_row("x", (4, 1024), 0, 0)), "ends beyond the file"),
     ("CWE-190: an offset that wraps", _table(tensor_row("x", (4,), 0, (1 << 64) - 32)), "ends beyond the file"),
@@ -538,6 +577,16 @@ GGUF = [
         _table(tensor_row("token_embd.weight", (4, 4), 0, 0), tensor_row("evil", (4,), 0, 64)),
         "has no tensor 'evil'",
     ),
+    ("IEEE 754: an infinite scale in a row of the embedding", _writes("token_embd.weight", math.inf, 200 * 34),
+     "tensor model.embed_tokens.weight holds numbers that are not finite"),
+    ("IEEE 754: an infinite scale of Q8_0", _writes("blk.0.attn_q.weight", -math.inf),
+     "q_proj.weight holds numbers that"),
+    ("IEEE 754: a scale of Q4_0 that is no number", _writes("blk.0.ffn_gate.weight", math.nan),
+     "gate_proj.weight holds numbers that"),
+    ("IEEE 754: a least value of Q4_1 that is no number", _writes("blk.0.ffn_up.weight", math.nan, 2),
+     "up_proj.weight holds numbers that"),
+    ("IEEE 754: a number in 16 bits that is none", _writes("blk.0.attn_k.weight", math.nan),
+     "k_proj.weight holds numbers that"),
     ("an interrupted download: half of the last tensor", _cut(1500), "ends beyond the file.*cut off"),
 ]  # fmt: skip
 
@@ -546,29 +595,34 @@ GGUF_TOKENIZER = [
     (_GGUF + "a tokenizer that is known", _keys(tokenizer__ggml__model="bert"), "expected gpt2 or llama.*found bert"),
     (_GGUF + "a tokenizer", _keys(tokenizer__ggml__model=None), "no tokenizer.ggml.model"),
     (_GGUF + "tokens", _keys(tokenizer__ggml__tokens=None), "no tokenizer.ggml.tokens"),
-    ("llama.cpp #26690: tokens that are numbers", _keys(tokenizer__ggml__tokens=[1, 2]), "an array of strings"),
+    ("llama.cpp #26690: tokens that are numbers", _keys(tokenizer__ggml__tokens=[1, 2]),
+     "ggml.tokens, expected an array of strings"),
     (_GGUF + "a token once", _keys(tokenizer__ggml__tokens=["a", "b", "a"]), "'a' is twice"),
     ("llama.cpp #14145: a vocabulary too small", _keys(tokenizer__ggml__tokens=["a"], tokenizer__ggml__token_type=[1]),
-     "token_id.*found 25"),
-    ("llama.cpp #20735: too few types", _keys(tokenizer__ggml__token_type=[1, 1]), "expected 261 entries, found 2"),
-    ("llama.cpp #20735: too few scores", _pieces(scores=[1.0]), "expected 261 entries, found 1"),
-    ("llama.cpp #26690: types that are strings", _keys(tokenizer__ggml__token_type=["1"] * 261), "an array of numbers"),
+     "bos_token_id.*from 0 to 0, found 256"),
+    ("llama.cpp #20735: too few types", _keys(tokenizer__ggml__token_type=[1, 1]),
+     "token_type, expected 261 entries, found 2"),
+    ("llama.cpp #20735: too few scores", _pieces(scores=[1.0]), "scores, expected 261 entries, found 1"),
+    ("llama.cpp #26690: types that are strings", _keys(tokenizer__ggml__token_type=["1"] * 261),
+     "token_type, expected an array of numbers"),
     (_GGUF + "SentencePiece has scores", _keys(tokenizer__ggml__model="llama"), "no tokenizer.ggml.scores"),
-    (_GGUF + "ids are of tokens", _keys(tokenizer__ggml__eos_token_id=261), "from 0 to 260, found 261"),
-    (_GGUF + "a merge is of two", _keys(tokenizer__ggml__merges=["h"]), "not two tokens"),
-    (_GGUF + "a merge is of tokens", _keys(tokenizer__ggml__merges=["zz yy"]), "do not fit together"),
+    (_GGUF + "ids are of tokens", _keys(tokenizer__ggml__eos_token_id=261), "eos_token_id.*from 0 to 260, found 261"),
+    (_GGUF + "a merge is of two", _keys(tokenizer__ggml__merges=["h"]),
+     "entry of tokenizer.ggml.merges is not two tokens"),
+    (_GGUF + "a merge is of tokens", _keys(tokenizer__ggml__merges=["zz yy"]),
+     "do not fit together .*`zz` out of vocabulary"),
     ("llama.cpp #25969: a byte token <0x-1>", _pieces(tokens=[*_BYTES[:3], "<0x-1>", *_BYTES[4:]]), None),
     ("llama.cpp #25969: a byte token <0xZZ>", _pieces(tokens=[*_BYTES[:3], "<0xZZ>", *_BYTES[4:]]), None),
+    ("CWE-407: a piece of a megabyte, which may be cut at every place", _pieces(tokens=[*_BYTES[:-1], "a" * 1_000_000]),
+     "a token of 1000000 characters, expected at most 512"),
     ("CWE-129: more tokens than the embedding has rows",
      _keys(tokenizer__ggml__tokens=[*TOKENIZER["tokenizer.ggml.tokens"], "hej", "1 "],
            tokenizer__ggml__token_type=[1] * 256 + [3, 3] + [1] * 5, tokenizer__ggml__bos_token_id=262,
            tokenizer__ggml__add_bos_token=True),
      "token ids below 261"),
-    (_GGUF + "a chat template is text", _keys(tokenizer__chat_template=7), "tokenizer.chat_template"),
-    ("CVE-2026-5760: a chat template runs a program", _keys(tokenizer__chat_template=_RUNS),
-     "refuses this conversation"),
-    ("CVE-2024-34359: a chat template climbs to the classes", _keys(tokenizer__chat_template=_CLIMBS),
-     "refuses this conversation"),
+    (_GGUF + "a chat template is text", _keys(tokenizer__chat_template=7), "chat_template, expected a string, found 7"),
+    ("CVE-2026-5760: a chat template runs a program", _keys(tokenizer__chat_template=_RUNS), _NO_GLOBALS),
+    ("CVE-2024-34359: a chat template climbs to the classes", _keys(tokenizer__chat_template=_CLIMBS), _NO_CLASS),
 ]  # fmt: skip
 
 
@@ -576,26 +630,34 @@ def _template(source: str) -> Callable[[Path], Any]:
     return _file("chat_template.jinja", source)
 
 
+def _splits(expression: str) -> Callable[[Path], Any]:
+    """A tokenizer that cuts text by a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return _json("tokenizer.json", pre_tokenizer=split)
+
+
 FOLDER_TOKENIZER = [
-    ("tokenizers rule: JSON", _file("tokenizer.json", "{"), "tokenizer cannot be read"),
-    ("tokenizers rule: it has a model", _file("tokenizer.json", "{}"), "tokenizer cannot be read"),
-    ("CPython: RecursionError of nested JSON", _file("tokenizer.json", "[" * 100_000), "tokenizer cannot be read"),
+    ("tokenizers rule: JSON", _file("tokenizer.json", "{"), r"tokenizer cannot be read \(Expecting property name"),
+    ("tokenizers rule: it has a model", _file("tokenizer.json", "{}"), r"tokenizer cannot be read \('added_tokens'"),
+    ("CPython: RecursionError of nested JSON", _file("tokenizer.json", "[" * 100_000),
+     "cannot be read .maximum recursion"),
     (
         "tokenizers rule: a merge is of tokens",
-        _file("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["q q"]}}'),
-        "tokenizer cannot be read",
+        _json("tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}, "merges": ["q q"]}),
+        "cannot be read .*`q` out of vocabulary",
     ),
-    ("tokenizers rule: a model that is known", _json("tokenizer.json", model={"type": "X"}), "cannot be read"),
+    ("tokenizers rule: a model that is known", _json("tokenizer.json", model={"type": "X"}),
+     "cannot be read .*ModelUntagged"),
     (
         "tokenizers rule: an expression that is one",
         _json("tokenizer.json", pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+"}, "behavior": "Isolated",
                                                "invert": False}),
-        "cannot be read",
+        "cannot be read .*unmatched parenthesis",
     ),
     (
         "CWE-129: a token id beyond the embedding",
         _json("tokenizer.json", model={"type": "BPE", "vocab": {"+": 1_000_000}, "merges": []}),
-        "token ids below|does not fit|cannot be read",
+        "expected token ids below 272, found 1000000",
     ),
     (
         "tokenizers rule: an added token has a text",
@@ -608,22 +670,42 @@ FOLDER_TOKENIZER = [
         _json("tokenizer.json", post_processor={"type": "TemplateProcessing", "special_tokens": {},
                                                 "single": [{"SpecialToken": {"id": "nope", "type_id": 0}}],
                                                 "pair": []}),
-        "cannot be read",
+        "cannot be read .no entry found for key",
     ),
-    ("tokenizers rule: the end token is a string", _json("tokenizer_config.json", eos_token=[1]), "cannot be read|end"),
-    ("tokenizers rule: an end token", _json("tokenizer_config.json", eos_token=None), "end-of-text"),
+    ("tokenizers rule: the end token is a string", _json("tokenizer_config.json", eos_token=[1]),
+     "cannot be read .*eos_token has to be either str"),
+    ("tokenizers rule: an end token", _json("tokenizer_config.json", eos_token=None), "names no end-of-text token"),
     ("transformers: a class that does not exist", _json("tokenizer_config.json", tokenizer_class="os.system"), None),
     ("transformers, auto_map: a tokenizer of its own code",
      _json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}), None),
     ("tokenizers rule: it is there", lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
-     "has no tokenizer|cannot be read"),
-    ("Jinja: a template that is none", _template("{% for %}"), "refuses this conversation"),
-    ("Jinja: a division by zero", _template("{{ 1 / 0 }}"), "refuses this conversation"),
-    ("Jinja: a range of 10^12", _template("{% for i in range(10 ** 12) %}x{% endfor %}"), "refuses this conversation"),
-    ("Jinja: a macro without end", _template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "refuses this"),
-    ("Jinja #2149: a text of a petabyte", _template("{{ 'x' * 10 ** 15 }}"), "refuses this conversation"),
-    ("CVE-2026-5760: a chat template runs a program", _template(_RUNS), "refuses this conversation"),
-    ("CVE-2024-34359: a chat template climbs to the classes", _template(_CLIMBS), "refuses this conversation"),
+     "has no tokenizer, expected tokenizer.json"),
+    ("Jinja: a template that is none", _template("{% for %}"), "refuses this conversation .Expected an expression"),
+    ("Jinja: a division by zero", _template("{{ 1 / 0 }}"), "refuses this conversation .division by zero"),
+    ("Jinja: a range of 10^12", _template("{% for i in range(10 ** 12) %}x{% endfor %}"), "refuses .*Range too big"),
+    ("Jinja: a macro without end", _template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+     "refuses this conversation .maximum recursion"),
+    ("Jinja #2149: a text of a petabyte", _template("{{ 'x' * 10 ** 15 }}"), "takes more than 256 MiB of memory"),
+    ("CWE-400: a chat template whose text is twice as long with every message that is not there",
+     _template("{% set n = namespace(t='x') %}{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}"),
+     "takes more than 256 MiB of memory"),
+    ("CWE-674: a chat template of loops in loops",
+     _template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+     "chat template computes for more than 2 s"),
+    ("CWE-400: a chat template with a power that takes native code for ever", _template("{{ 9 ** (9 ** 9) }}"),
+     "chat template computes for more than 2 s"),
+    ("CWE-400: a chat template that writes 10 MB", _template("{{ 'x' * 10 ** 7 }}"),
+     "refuses this conversation .it writes 10,000,000 characters"),
+    ("CWE-1333: a regular expression of exponential time", _splits("(a|a|aa)+$"),
+     "tokenizer (computes|cannot be read)"),
+    ("CWE-1333: one of the normaliser",
+     _json("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}), None),
+    ("CWE-400: a normaliser that makes a text a million times as long",
+     _json("tokenizer.json", normalizer={"type": "Sequence", "normalizers": [
+         {"type": "Replace", "pattern": {"String": a}, "content": b * 1000} for a, b in ("ab", "bc", "cd")]}),
+     "tokenizer (takes more than 256 MiB|ended its process)"),
+    ("CVE-2026-5760: a chat template runs a program", _template(_RUNS), _NO_GLOBALS),
+    ("CVE-2024-34359: a chat template climbs to the classes", _template(_CLIMBS), _NO_CLASS),
 ]  # fmt: skip
 
 DEFECTS = [
@@ -658,7 +740,7 @@ def _copied(model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_sound_models_are_used(name: str, sound: Callable[[str], Path]) -> None:
     """Or every refusal below would prove nothing."""
-    refused, _ = outcome(sound(name))
+    refused = outcome(sound(name)).refused
     assert refused is None, refused
 
 
@@ -673,9 +755,8 @@ def test_known_defects(
         if code.parent.is_dir():
             code.write_text("open('fired', 'w')")
     defect.damage(model)
-    before = peak_kb()
-    refused, _ = outcome(model)
-    assert peak_kb() - before < MOST_GROWN_KB
+    refused, _, grown_kb = outcome(model)
+    assert grown_kb < MOST_GROWN_KB
     assert not list(tmp_path.rglob("fired")), "code of the model was run"
     if defect.says is not None:
         assert refused is not None, "it was used"

@@ -48,6 +48,15 @@ def _sane_blocks(name: str, rows: int, blocks: int, seed: int) -> torch.Tensor:
     return raw.view(rows, -1)
 
 
+@pytest.mark.parametrize("name", [name for name, (elements, _) in SIZES.items() if elements > 1])
+def test_scales_that_are_not_finite_are_found_without_decoding(name: str) -> None:
+    rows = torch.randint(0, 256, (1000, SIZES[name][1]), dtype=torch.uint8)
+    found = [BlockMatrix(row[None], name).has_finite_scales() for row in rows]
+    assert found == dequantise_blocks(rows, name).isfinite().all(dim=1).tolist()
+    assert 500 < sum(found) < 1000
+    assert not BlockMatrix(rows, name).has_finite_scales()
+
+
 @pytest.mark.parametrize("name", SIZES)
 @_many
 @given(data=st.data())

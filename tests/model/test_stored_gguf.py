@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import smidgen
 from gguf_models import UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
+from smidgen.checkpoint.gguf_header import read_header
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.quant.blocks import BlockMatrix
@@ -76,6 +77,26 @@ def test_blocks_of_256(kind: str, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "tiny")
     twin = _dense_twin(tmp_path / "tiny", write_gguf(tmp_path / "tiny", tmp_path / "k.gguf", {}, default=kind))
     torch.testing.assert_close(_logits(tmp_path / "k.gguf"), _logits(twin, quantize="none"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "named"),
+    [
+        ("token_embd", "model.embed_tokens"),  # in a row that no check looks up, of a model that has a head of its own
+        ("blk.1.attn_k", "model.layers.1.self_attn.k_proj"),
+        ("output", "lm_head"),
+    ],
+)
+def test_a_scale_that_is_not_finite_is_named(damaged: str, named: str, tmp_path: Path) -> None:
+    write_gguf(tiny_folder(tmp_path / "tiny"), tmp_path / "tiny.gguf", {})
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    tensor = read_header(tmp_path / "tiny.gguf", raw).tensors[f"{damaged}.weight"]
+    assert tensor.dtype == "Q8_0" and tensor.shape[1] == 64
+    at = tensor.offset + 20 * 2 * 34  # of row 20, two blocks of 34 bytes each
+    raw[at : at + 2] = b"\0\x7c"
+    (tmp_path / "tiny.gguf").write_bytes(raw)
+    with pytest.raises(ModelError, match=rf"tensor {named}\.weight holds numbers that are not finite"):
+        smidgen.load(tmp_path / "tiny.gguf")
 
 
 def test_the_file_may_be_decoded_and_quantised_anew(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 Templates are programs, so two short conversations are rendered, and what comes out says what closes an assistant's
 turn; only whether it knows tools is read off its source. A tokenizer without a template gets ChatML, which is put on
 the tokenizer, so that it is saved with the adapter and generation uses the same one.
+
+A template may loop without end or ask for all memory, so these conversations are rendered within bounds (bounded.py).
+Rows are not: a process for them would cost more than rendering them. A template that waits for some word of theirs is
+not found out.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from smidgen.bounded import OutOfBounds, bounded
 from smidgen.errors import DataError, ModelError
 from smidgen.events import Note, Report, Warned
 
@@ -17,6 +22,8 @@ __all__ = ["ChatTemplate"]
 Message = dict[str, Any]
 
 _PROBE = "smidgenprobe"
+_MOST_CHARACTERS = 1 << 20  # of what a template writes by itself
+_MOST_REPEATED = 16  # times that it may write the conversation: escaped, or more than once
 _TURN_END = "<|im_end|>"
 _CHATML = (
     "{BOS}{% for message in messages %}"
@@ -44,10 +51,12 @@ class ChatTemplate:
         self._takes_tools = "tools" in source
         self._takes_calls = "tool_calls" in source
         self._folds_system = False
-        self._folds_system = not self._renders_system()
-        if self._folds_system:
-            report(Note("the chat template takes no system messages: they go in front of the first user message"))
-        probe = self.render([_user("Hi"), {"role": "assistant", "content": _PROBE}], None, "chat template")
+        with bounded(self._apply) as self._run:
+            self._folds_system = not self._renders_system()
+            if self._folds_system:
+                report(Note("the chat template takes no system messages: they go in front of the first user message"))
+            probe = self.render([_user("Hi"), {"role": "assistant", "content": _PROBE}], None, "chat template")
+        self._run = self._apply
         self.closing = probe.rpartition(_PROBE)[2]
         self.end_id, self.end_text = self._find_end()
 
@@ -55,21 +64,30 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, where: str, *, prompt: bool = False
     ) -> str:
         """The conversation as text; prompt: ending where the assistant is to speak. Raises DataError naming `where`."""
+        asked = self._adapted(messages), list(tools) if tools and self._takes_tools else None, prompt
         try:
-            return self._tokenizer.apply_chat_template(
-                self._adapted(messages),
-                tools=list(tools) if tools and self._takes_tools else None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
+            return self._run(asked)
+        except OutOfBounds as error:
+            cure = "take the model from a source that you trust, or another chat_template for its tokenizer"
+            raise ModelError(f"the model's chat template {error}", cure=cure) from None
         except Exception as error:  # a template is a program: it may divide by zero, recurse or ask for all memory
-            roles = ", ".join(message["role"] for message in messages)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{where}: the model's chat template refuses this conversation ({reason})",
                 found=f"turns {roles}",
                 cure="change the row to what the model was made for, or drop it",
             ) from None
+
+    def _apply(self, asked: tuple[list[Message], list[dict[str, Any]] | None, bool]) -> str:
+        messages, tools, prompt = asked
+        text = str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        )
+        most = _MOST_CHARACTERS + _MOST_REPEATED * len(str((messages, tools)))
+        if len(text) > most:
+            raise ValueError(f"it writes {len(text):,} characters, expected at most {most:,}")
+        return text
 
     def warn_once(self, text: str) -> None:
         if text not in self.said:

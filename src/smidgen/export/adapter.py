@@ -9,6 +9,7 @@ that does not know the word has two of the same numbers.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from smidgen.bounded import Failed, OutOfBounds, bounded
 from smidgen.errors import RunError
+from smidgen.export.files import read_object
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import match_pattern
@@ -198,16 +201,30 @@ class StoredAdapter:
             found[name] = ids
         return found
 
+    @property
+    def dropout(self) -> float:
+        dropout = float(self.config.get("lora_dropout") or 0.0)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"lora_dropout is {dropout}")
+        return dropout
+
     def kind_of(self, name: str) -> dict[str, Any]:
         """What a layer's adapter is made with, as the arguments of LoraLinear: rank, alpha, use_rslora, use_dora."""
         alphas = self.config.get("alpha_pattern") or {}
         key = match_pattern(alphas, name)
+        alpha = float(self.config["lora_alpha"] if key is None else alphas[key])
+        if not math.isfinite(alpha):
+            raise ValueError("alpha is not finite")
         return {
             "rank": self.layers[name]["lora_A"].shape[0],
-            "alpha": float(self.config["lora_alpha"] if key is None else alphas[key]),
+            "alpha": alpha,
             "use_rslora": bool(self.config.get("use_rslora")),
             "use_dora": bool(self.config.get("use_dora")),
         }
+
+    def kinds(self) -> str:
+        """Of all layers, to look at; raises whatever comes of a config that cannot be read."""
+        return str([self.dropout, *map(self.kind_of, self.layers)])
 
     def check_base(self, base: Base, *, is_start: bool = False) -> None:
         """Raises RunError where a layer is missing from the bare base, or has another shape there; where training is to
@@ -298,7 +315,7 @@ class StoredAdapter:
 def read_adapter(folder: Path) -> StoredAdapter:
     """Raises RunError for anything that is not LoRA of a kind known here: it would be applied wrongly in silence."""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = read_object(folder / ADAPTER_CONFIG)
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except FileNotFoundError as error:
         raise RunError(f"{folder}: {Path(str(error.filename)).name} is missing", cure="copy the whole folder") from None
@@ -330,10 +347,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
         raise RunError(f"{folder}/{ADAPTER_WEIGHTS}: {' or '.join(parts)} of {first} is missing")
     stored = StoredAdapter(folder, config, layers, modules)
     try:
-        for name in layers:
-            stored.kind_of(name)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise RunError(f"{folder}/{ADAPTER_CONFIG}: lora_alpha or alpha_pattern cannot be read ({error})") from error
+        if config.get("alpha_pattern"):  # its keys are regular expressions, which may take exponential time
+            with bounded(lambda _: stored.kinds()) as try_out:
+                try_out(None)
+        stored.kinds()
+    except (Failed, OutOfBounds, KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{folder}/{ADAPTER_CONFIG}: lora_alpha, alpha_pattern or lora_dropout cannot be read ({error})"
+        raise RunError(what) from error
     return stored
 
 
@@ -356,10 +376,10 @@ def load_adapter(base: Base, folder: Path) -> Adapters:
     changes = stored.modules or stored.config.get("use_dora")
     if not changes and not any(parts["lora_B"].any() for parts in stored.layers.values()):
         raise RunError(f"{folder}: every lora_B is zero, the adapter would change nothing", cure="train it first")
-    dropout, token_ids = float(stored.config.get("lora_dropout", 0)), stored.token_ids
+    token_ids = stored.token_ids
     attached: dict[str, Part] = {}
     for name in [name for name in base.linears if name in stored.layers]:
-        attached |= attach_lora(base.model, [name], dropout=dropout, seed=0, **stored.kind_of(name))
+        attached |= attach_lora(base.model, [name], dropout=stored.dropout, seed=0, **stored.kind_of(name))
     attached |= attach_modules(base, stored.whole_modules, keep_tied=stored.keeps_tied)
     attached |= attach_tokens(base, token_ids) if token_ids else {}
     stored.copy_into(attached)

@@ -29,11 +29,29 @@ __all__ = [
     "folder_bytes",
     "new_file",
     "new_folder",
+    "read_object",
     "replace_file",
     "write_json",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run or adapter holds. Raises RunError; FileNotFoundError if it is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is not a JSON object", found=type(content).__name__)
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_vacant(path: Path, cure: str = "choose another folder, or remove this one first") -> None:

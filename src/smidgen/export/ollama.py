@@ -6,9 +6,12 @@ file; for the families below the Modelfile says it too, found by rendering a pro
 
 from typing import Any
 
+from smidgen.bounded import Failed, OutOfBounds, bounded
+
 __all__ = ["modelfile"]
 
 _PROBE = [{"role": "system", "content": "SYS"}, {"role": "user", "content": "USR"}]
+_AS_PROMPT = {"tokenize": False, "add_generation_prompt": True}
 # What the probe renders to (a begin-of-text token before it aside) -> template, stop.
 _FAMILIES: dict[str, tuple[str, str]] = {
     "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nUSR<|im_end|>\n<|im_start|>assistant\n": (
@@ -44,7 +47,8 @@ def _family(tokenizer: Any) -> tuple[str, str] | None:
     if not tokenizer.chat_template:
         return None
     try:
-        rendered = str(tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True))
-    except Exception:  # a template may refuse a system message, in whatever words it likes
+        with bounded(lambda chat: str(tokenizer.apply_chat_template(chat, **_AS_PROMPT))) as render:
+            rendered = render(_PROBE)
+    except (Failed, OutOfBounds):  # a template may refuse a system message
         return None
     return _FAMILIES.get(rendered) or _FAMILIES.get(rendered.removeprefix(tokenizer.bos_token or ""))

@@ -25,6 +25,7 @@ from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, silent
 from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
+from smidgen.model.finite import find_not_finite
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.packing import PackedRows, pack_rows
 from smidgen.model.pages import pages_given_back
@@ -269,6 +270,9 @@ def _fill(
             model.set_submodule(name, experts.to(device))
             weights.checkpoint.release()
         elif isinstance(module, nn.Embedding) and isinstance(matrix := weights.packed(f"{name}.weight"), BlockMatrix):
+            if not matrix.has_finite_scales():
+                raise _not_finite(f"{weights.checkpoint.path}: tensor {name}.weight")
+            weights.checkpoint.release()
             scale = float(getattr(module, "scalar_embed_scale", 1.0))  # Gemma 3
             model.set_submodule(name, FrozenEmbedding(matrix.to(device), dtype, scale))
         else:
@@ -311,7 +315,11 @@ def _frozen_linear(
 def _check_finite(matrix: FrozenMatrix, what: str) -> None:
     """Of a matrix just quantised: one number that is not finite spoils the scales of many."""
     if not all(bool(buffer.isfinite().all()) for buffer in matrix.buffers() if buffer.is_floating_point()):
-        raise ModelError(f"{what} holds numbers that are not finite", cure="download it again")
+        raise _not_finite(what)
+
+
+def _not_finite(what: str) -> ModelError:
+    return ModelError(f"{what} holds numbers that are not finite", cure="download it again")
 
 
 def _packed_experts(
@@ -388,9 +396,11 @@ def _check_head(base: Base) -> None:
     hidden = captured[0] if captured else base.hidden_of(torch.arange(3, device=base.device)[None])
     ours = base.logits_of(hidden)
     if not expected.isfinite().all():
+        name = find_not_finite(base.model)
+        if name is not None:
+            raise _not_finite(f"{base.checkpoint.path}: tensor {name}")
         raise ModelError(
-            f"{base.checkpoint.path}: its weights give numbers that are not finite",
-            cure="download it again, or compute in float32 if another type was asked for",
+            f"{base.checkpoint.path}: its weights give numbers that are not finite", cure="compute in float32"
         )
     if not torch.allclose(ours, expected.to(ours.dtype), rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
         raise ModelError(

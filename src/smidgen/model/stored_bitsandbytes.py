@@ -75,6 +75,7 @@ def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[i
     _check(checkpoint, state_name, stated_shape == shape, f"shape {list(shape)} by config.json")
     _check(checkpoint, state_name, blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096), "a known blocksize")
     _check(checkpoint, state_name, quant_type in ("nf4", "fp4"), "nf4 or fp4")
+    _check(checkpoint, state_name, math.isfinite(offset), "a finite nested_offset")
     count = math.prod(shape)
     blocks = math.ceil(count / blocksize)
     stored = checkpoint.read(name)

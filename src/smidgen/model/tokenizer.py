@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smidgen.bounded import OutOfBounds, bounded
 from smidgen.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["add_tokens", "ids_of_tokens", "load_tokenizer", "pieces_of_tokens"]
 
 _PROBE = "Words, 12\n\tnaïve 文 \U0001f600 \ufdd0"  # the last is no character: unknown where anything is
+_RUNS = "".join(f"{character * 100}\0" for character in "a Z0\n_-.é文")  # what a hostile expression is slow on
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -29,14 +31,28 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        # Some tables that do not fit together are found out only when they are used.
-        tokenizer.decode(tokenizer(_PROBE).input_ids)
+        _try_out(tokenizer, path)
     # transformers raises what it likes, and a panic of the Rust tokenizers is no Exception.
     except BaseException as error:
-        if not is_reading_error(error):
+        if isinstance(error, ModelError) or not is_reading_error(error):
             raise
         raise _unreadable(path, error) from error
     return tokenizer
+
+
+def _try_out(tokenizer: Any, path: Path) -> None:
+    """Some tables that do not fit together are found out only when they are used.
+
+    A regular expression may take exponential time, or a rule make a text a million times as long. Here it shows in
+    those that do so on ordinary text, not in one that waits for a word of its own.
+    """
+    with bounded(lambda text: tokenizer.decode(tokenizer(text).input_ids)[:1]) as call:
+        try:
+            call(_PROBE)
+            call(_RUNS)
+        except OutOfBounds as error:
+            cure = "take the model, or its tokenizer.json, from a source that you trust"
+            raise ModelError(f"{path}: the tokenizer {error} for a line of text", cure=cure) from None
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], vocab_size: int) -> None:

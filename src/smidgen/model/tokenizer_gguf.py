@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+_MAX_PIECE = 512  # characters: merges_of tries every cut, and SentencePiece makes none of more than 16 unless asked
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ def _sentencepiece(
         )
     vocab = {token: number for number, token in enumerate(tokens)}
     pieces = {token for token, kind in zip(tokens, types, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    longest = max(map(len, pieces), default=0)
+    if longest > _MAX_PIECE:
+        raise ModelError(f"{metadata.path}: a token of {longest} characters", expected=f"at most {_MAX_PIECE}")
     unknown = special.get("unk", tokens[types.index(UNKNOWN)] if UNKNOWN in types else None)
     merges = merges_of(pieces, vocab, scores)
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types))

@@ -62,6 +62,11 @@ class BlockMatrix(FrozenMatrix):
         kernels.dequantise(kernels.weights_blocks(some, _IDS[self.ggml_type], 0), 0, values)
         return values
 
+    def has_finite_scales(self) -> bool:
+        """Looks at two bytes, or four, of each block, where all its weights take their scale from."""
+        blocks = self.blocks.view(-1, _SIZES[self.ggml_type][1])
+        return all(bool(_half(blocks, at).isfinite().all()) for at in _SCALES.get(self.ggml_type, ()))
+
     def _weights(self) -> kernels.Weights | None:
         if not backend.is_native(self.blocks):
             return None
@@ -168,6 +173,10 @@ def _q6_k(b: torch.Tensor) -> torch.Tensor:
 
 
 _NUMBERS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SCALES = {  # where in a block its float16 scales lie
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 _DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,

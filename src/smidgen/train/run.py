@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -29,7 +29,7 @@ from smidgen.errors import RunError
 from smidgen.events import Note, Report, Saved
 from smidgen.export.adapter import is_adapter, save_adapter
 from smidgen.export.compare import check_saved_adapter
-from smidgen.export.files import disk_errors, new_folder, replace_file, write_json
+from smidgen.export.files import disk_errors, new_folder, read_object, replace_file, write_json
 from smidgen.model.build import Base
 from smidgen.model.trained import Adapters
 from smidgen.train.config import Settings
@@ -86,9 +86,15 @@ def read_record(folder: Path) -> Record | None:
     if not file.is_file():
         return None
     try:
-        return Record(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+        record = Record(**read_object(file))
+    except TypeError as error:
         raise RunError(f"{file} cannot be read ({error})") from error
+    for name, kind in get_type_hints(Record).items():
+        kind, value = get_origin(kind) or kind, getattr(record, name)
+        if not isinstance(value, kind):
+            found = type(value).__name__
+            raise RunError(f"{file}: wrong {name}", expected=f"{kind.__name__}", found=found, cure="copy the run again")
+    return record
 
 
 def adapter_folder(path: Path, report: Report) -> Path | None:
@@ -149,12 +155,12 @@ class RunFolder:
         try:
             content = yaml.safe_load((path / "settings.yaml").read_text(encoding="utf-8"))
             model, data = content.pop("model"), content.pop("data")
-        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError):
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError, RecursionError):
             record = None
         if record is None:
             cure = "give the folder that finetune --out wrote"
             raise RunError(f"{path} is no run folder", expected=f"settings.yaml and {RECORD} in it", cure=cure)
-        unknown = sorted(content.keys() - {field.name for field in fields(Settings)})
+        unknown = sorted(map(str, content.keys() - {field.name for field in fields(Settings)}))
         if unknown:
             raise RunError(f"{path}/settings.yaml: unknown settings {', '.join(unknown)}", cure="take them out")
         return cls(path, record), Settings(**content), model, data
@@ -235,11 +241,17 @@ class RunFolder:
 
     def logged(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a crash cut off is passed over."""
+        file = self.path / "metrics.jsonl"
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            logged = [json.loads(line) for line in lines if line.endswith("}")]
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{file} cannot be read ({error})") from error
+        if not all(type(line.get("step")) is int for line in logged):
+            raise RunError(f"{file}: a line has no step", cure="copy the run again")
+        return logged
 
     def logged_at(self, step: int) -> dict[str, Any]:
         """Everything that was logged at a step, in one dictionary."""

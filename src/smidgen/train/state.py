@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smidgen.errors import RunError
+from smidgen.export.files import read_object
 from smidgen.model.trained import Adapters
 
 __all__ = ["Cursor", "is_whole", "latest_checkpoint", "load_state", "prune_checkpoints", "save_state", "write_manifest"]
@@ -59,7 +60,9 @@ def load_state(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimize
     """Put optimizer moments and the random generator back; returns the cursor. Raises RunError if it does not fit."""
     try:
         tensors = load_file(folder / "state.safetensors")
-        cursor = Cursor(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        cursor = Cursor(**read_object(folder / "state.json"))
+        if not all(type(number) in (int, float) and 0 <= number < 1e18 for number in asdict(cursor).values()):
+            raise ValueError("state.json holds what is no count")
         content = optimizer.state_dict()
         names = {parameter: name for name, parameter in _named(adapters)}
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -67,9 +70,10 @@ def load_state(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimize
             number: _state_of(names[parameter], parameter, tensors) for number, parameter in enumerate(trained)
         }
         optimizer.load_state_dict(content)
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise RunError(f"{folder}: the training state cannot be read ({error})") from error
-    torch.set_rng_state(tensors["rng"])
+        torch.set_rng_state(tensors["rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{folder}: the training state cannot be read ({reason})") from error
     return cursor
 
 
@@ -133,12 +137,12 @@ def _newest_first(run: Path) -> list[Path]:
 def is_whole(folder: Path) -> bool:
     """Whether every file is as the manifest says."""
     try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_object(folder / _MANIFEST)["files"]
         return all(
             (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
