@@ -47,9 +47,9 @@ from smidgen.model.load import open_source
 from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.quant.grouped import BITS
 from smidgen.quant.selfcheck import check_backends
-from smidgen.report.page import write_page
+from smidgen.report.page import PAGE, write_page
 from smidgen.train.config import settings_from
-from smidgen.train.finetune import Run, run_finetune
+from smidgen.train.finetune import Run, finished, run_finetune
 from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_model
 from smidgen.train.loop import Schedule
@@ -100,7 +100,11 @@ def resume(run: str | Path, *, report: Report = silent) -> Run:
 
     That holds on the same machine with the same number of threads. A finished run is returned as it is.
     """
-    return _with_page(_resume(Path(run), report), report)
+    done = finished(Path(run))
+    if done is None:
+        return _with_page(_resume(Path(run), report), report)
+    report(Note(f"{run} is finished: nothing to do"))
+    return done if (done.path / PAGE).exists() else _with_page(done, report)
 
 
 def write_report(run: str | Path) -> Path:

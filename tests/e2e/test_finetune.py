@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import smidgen.errors
 from runs import adapter_bytes, stop_after
 from smidgen.errors import DataError, ModelError, RunError, SettingsError
 from smidgen.events import Evaluated, Event, Note, RowShown, Step
-from smidgen.train.config import Settings
 from tiny import tiny_folder
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
@@ -114,50 +112,6 @@ def test_every_architecture_trains_and_merges(architecture: str, rows: Path, tmp
     assert run.summary["loss_after"] < run.summary["loss_before"] - 0.2
     merged = smidgen.merge(run.path, tmp_path / "merged", dtype="float32")
     assert merged["max_logit_difference"] < 1e-3
-
-
-# Setting -> (changed value, what must differ from the plain run: 'adapter', or a key of the summary).
-EFFECTS = {
-    "rank": 2, "alpha": 3.0, "use_rslora": True, "use_dora": True, "rank_pattern": {"up_proj": 2},
-    "alpha_pattern": {"up_proj": 2.0}, "dropout": 0.5, "targets": "q,v", "learning_rate": 1e-3,
-    "lora_plus_ratio": 4.0, "schedule": "constant", "warmup": 0.5, "weight_decay": 0.9, "clip": 0.001, "epochs": 2.0,
-    "max_steps": 2, "micro_batch": 2, "accumulation": 2, "seed": 9, "seq_len": 46, "train_on_prompt": True,
-    "quantize": "int8", "compute_dtype": "bfloat16", "group_by_length": True, "share_prefix": "off", "pack": 60,
-    "modules_to_save": "norm", "new_tokens": "say", "activation_dtype": "bfloat16",
-}  # fmt: skip
-
-
-# Settings that no run here changes the result by -> the file of tests where each does what it says.
-ELSEWHERE = {
-    "device": "cuda/test_cuda.py", "trust_remote_code": "cli/test_quantize.py", "memory": "train/test_memory.py",
-    "init_adapter": "e2e/test_finetune.py", "optimizer": "e2e/test_loop.py", "label_smoothing": "e2e/test_loop.py",
-    "neftune_alpha": "e2e/test_loop.py", "max_time": "e2e/test_resume.py", "recompute": "e2e/test_resume.py",
-    "too_long": "train/test_rows.py", "mix": "train/test_rows.py", "limit": "train/test_rows.py",
-    "system": "train/test_rows.py", "fill": "train/test_rows.py", "token_cache": "data/test_tokens.py",
-    "eval_interval": "e2e/test_loop.py", "early_stopping": "e2e/test_loop.py", "keep_best": "e2e/test_loop.py",
-    "save_interval": "e2e/test_resume.py", "keep_checkpoints": "e2e/test_resume.py", "compare": "e2e/test_loop.py",
-    "log_to": "train/test_logs.py", "eval_answers": "e2e/test_loop.py",
-}  # fmt: skip
-
-
-def test_every_setting_has_a_test_that_it_changes_something() -> None:
-    names = [field.name for field in fields(Settings)]
-    assert sorted([*EFFECTS, *ELSEWHERE]) == sorted(names)
-    for name, file in ELSEWHERE.items():
-        assert name in (Path(__file__).parents[1] / file).read_text(encoding="utf-8"), f"{name} is not in {file}"
-
-
-@pytest.fixture(scope="module")
-def plain(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    smidgen.finetune(str(model), str(rows), folder, **QUICK)
-    return adapter_bytes(folder)
-
-
-@pytest.mark.parametrize("name", EFFECTS)
-def test_each_setting_changes_the_result(name: str, plain: bytes, model: Path, rows: Path, tmp_path: Path) -> None:
-    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", **QUICK | {name: EFFECTS[name]})
-    assert adapter_bytes(run.path) != plain
 
 
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_read(rows: Path, tmp_path: Path) -> None:

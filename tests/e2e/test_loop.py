@@ -1,6 +1,7 @@
 """The loop's options in whole runs on a tiny model, and that a resumed run decides as the uninterrupted one did."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,16 @@ def test_what_goes_by_evaluations_needs_them(name: str, model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"label_smoothing": 1.0}, {"neftune_alpha": -1.0}, {"early_stopping": -1}, {"optimizer": "lion"}]
+    "wrong",
+    [
+        {"label_smoothing": 1.0},
+        {"neftune_alpha": -1.0},
+        {"early_stopping": -1},
+        {"optimizer": "lion"},
+        {"epochs": math.inf},  # once an OverflowError, when all files had been read
+        {"alpha": math.nan},
+        {"alpha_pattern": {"q_proj": math.inf}},
+    ],
 )
 def test_wrong_values_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):

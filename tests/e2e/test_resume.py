@@ -93,7 +93,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(model: Path, row
 def test_a_finished_run_is_returned_as_it_is(model: Path, rows: Path, tmp_path: Path) -> None:
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=2, **QUICK)
     before = adapter_bytes(run.path)
-    assert smidgen.resume(run.path).summary == run.summary
+    said: list[str] = []
+    assert smidgen.resume(run.path, report=lambda event: said.append(getattr(event, "text", ""))).summary == run.summary
+    assert adapter_bytes(run.path) == before
+    assert said == [f"{run.path} is finished: nothing to do"], "and it is not made ready for nothing"
+    (run.path / "summary.json").write_text("{")
+    with pytest.raises(RunError, match=r"summary\.json cannot be read .*Remove it, and the run goes on"):
+        smidgen.resume(run.path)
+    (run.path / "summary.json").unlink()
+    assert smidgen.resume(run.path).summary["loss_after"] == run.summary["loss_after"]
     assert adapter_bytes(run.path) == before
 
 

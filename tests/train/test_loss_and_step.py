@@ -163,11 +163,24 @@ def test_recomputed_dropout_draws_the_same_mask(tmp_path: Path) -> None:
 
 
 def test_accumulated_one_by_four_equals_four_by_one(tmp_path: Path) -> None:
-    """Rows of very different lengths: a mean of means would give another gradient."""
+    """Rows of very different lengths. The control arm, a mean of the means of micro-batches, is far from it."""
     base, parameters = _model(tmp_path)
     examples = _examples([6, 40, 12, 25])
-    together = _grads(base, parameters, [make_batch(examples)])
-    _assert_close(_grads(base, parameters, [make_batch([e]) for e in examples]), together)
+    apart = [make_batch([example]) for example in examples]
+
+    def gradients(batches: list[Batch], loss_of: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
+        """What the step gives its optimizer."""
+        given: list[torch.Tensor] = []
+        optimizer = torch.optim.SGD(parameters)
+        optimizer.register_step_pre_hook(lambda *_: given.extend(parameter.grad.clone() for parameter in parameters))
+        optimizer_step(loss_of, batches, parameters, optimizer, learning_rate=0.0, clip=0)
+        return given
+
+    together = gradients([make_batch(examples)], lambda batch: batch_loss(base, batch))
+    _assert_close(gradients(apart, lambda batch: batch_loss(base, batch)), together)
+    share = sum(batch.num_labels for batch in apart) / len(apart)
+    means = gradients(apart, lambda batch: batch_loss(base, batch) * share / batch.num_labels)
+    assert all(float((a - b).norm()) > 0.05 * float(b.norm()) for a, b in zip(means, together, strict=True))
 
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:

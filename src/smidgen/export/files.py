@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,26 @@ def check_vacant(path: Path, cure: str = "choose another folder, or remove this 
 
 
 def check_writable(path: Path) -> None:
-    """Raise RunError unless `path` can be made, which a folder in the nearest one that exists tells; none is left."""
-    with disk_errors(path):  # rights alone do not tell: root has all of them on a disk that is mounted read-only
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if not parent.is_dir():
-            raise RunError(f"{path} cannot be made: {parent} is a file", cure="choose another folder")
-        os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    """Raise RunError unless `path` can be made, which a folder in the nearest one that exists tells; none is left. An
+    empty folder at `path` must let itself be renamed, which one that a disk is mounted on does not.
+    """
+    place = path.resolve()
+    parent = next(parent for parent in place.parents if parent.exists())
+    if not parent.is_dir():
+        raise RunError(f"{path} cannot be made: {parent} is a file", cure="choose another folder")
+    try:  # rights alone do not tell: root has all of them on a disk that is mounted read-only
+        trial = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+        trial.rmdir()
+        if place.is_dir():
+            place.rename(trial)
+            trial.rename(place)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full_disk(path) from error
+        if place.is_dir() and os.access(place, os.W_OK):
+            cure = f"give a new folder in it, {path / 'run'}"
+            raise RunError(f"{path} cannot become the new folder: {error.strerror}", cure=cure) from error
+        raise RunError(f"{path} cannot be written: {error.strerror}", cure="choose another place") from error
 
 
 @contextmanager
@@ -76,19 +90,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises RunError when `path` holds something already or the disk is full; the staging folder is removed on any error.
     """
     check_vacant(path)
-    if path.is_dir():
-        path.rmdir()
-    staging = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    place = path.resolve()  # a link stays one
+    staging = place.parent / f".tmp-{place.name}-{uuid.uuid4().hex[:8]}"
     try:
         with disk_errors(path):
+            if place.is_dir():
+                place.rmdir()
             staging.mkdir(parents=True)
             yield staging
             for file in [*staging.rglob("*")]:
                 if file.is_file():
                     _flush(file)
             _flush(staging)
-            staging.rename(path)
-            _flush(path.parent)
+            staging.rename(place)
+            _flush(place.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -112,7 +127,7 @@ def new_file(path: Path) -> Iterator[Path]:
             staging.rename(path)
             _flush(path.parent)
     finally:
-        staging.unlink(missing_ok=True)
+        _discard(staging)
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -125,7 +140,7 @@ def replace_file(path: Path, content: str) -> None:
             staging.replace(path)
             _flush(path.parent)
     finally:
-        staging.unlink(missing_ok=True)
+        _discard(staging)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -159,6 +174,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _full_disk(path: Path) -> RunError:
     free = shutil.disk_usage(next(parent for parent in [path, *path.parents] if parent.exists())).free
     return RunError(f"{path}: the disk is full", found=f"{free:,} bytes free", cure="free some space and try again")
+
+
+def _discard(staging: Path) -> None:
+    with suppress(OSError):  # where nothing can be written that has been said, and there is no file
+        staging.unlink()
 
 
 def _flush(path: Path) -> None:

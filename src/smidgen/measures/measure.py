@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 __all__ = ["Measure", "compare", "cross_entropy", "mean", "newcombe", "perplexity", "ratio", "share", "wilson"]
 
@@ -64,7 +65,7 @@ def mean(values: Sequence[float]) -> Measure:
     return Measure(_with_ones(values), ratio)
 
 
-def cross_entropy(losses: Sequence[float], tokens: Sequence[float]) -> Measure:
+def cross_entropy(losses: ArrayLike, tokens: ArrayLike) -> Measure:
     """The mean loss over all tokens (not over rows), from each row's summed loss and number of tokens."""
     return Measure(np.stack([np.asarray(losses, float), np.asarray(tokens, float)], axis=1), ratio, False, True)
 

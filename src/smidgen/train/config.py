@@ -298,6 +298,8 @@ def _wrong_types(settings: Settings) -> list[str]:
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
             problems.append(f"{name}: expected {expected}, found {value!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name}: expected a finite number, found {value!r}")
     return problems
 
 
@@ -337,7 +339,7 @@ def _wrong_values(s: Settings) -> list[str]:
     need(all(map(_is_regex, ranks)), "rank_pattern", "regular expressions for names of layers")
     need(all(type(rank) is int and rank >= 1 for rank in ranks.values()), "rank_pattern", "ranks of 1 or more")
     need(all(map(_is_regex, alphas)), "alpha_pattern", "regular expressions for names of layers")
-    need(all(type(n) in (int, float) and n > 0 for n in alphas.values()), "alpha_pattern", "alphas above 0")
+    need(all(type(n) in (int, float) and 0 < n < math.inf for n in alphas.values()), "alpha_pattern", "alphas above 0")
     need(0 <= s.dropout < 1, "dropout", "0 or more and less than 1")
     need(s.learning_rate > 0, "learning_rate", "more than 0")
     need(s.lora_plus_ratio > 0, "lora_plus_ratio", "more than 0")

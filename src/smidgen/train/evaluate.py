@@ -1,11 +1,13 @@
 """How good is it: held-out loss, answers compared with the data's, perplexity of a text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from smidgen.data.batch import make_batch
 from smidgen.data.records import Row
@@ -21,15 +23,18 @@ from smidgen.train.loss import row_losses, token_losses
 __all__ = ["PROTOCOLS", "HeldOut", "answer_prompts", "answer_rows", "held_out_loss", "text_perplexity"]
 
 _CACHE_TOKENS = 1 << 14  # keys and values of all rows of a batch of answers
+_STRETCH_TOKENS = 1 << 17  # of held-out rows that are put in order together; two stretches are in memory
 PROTOCOLS = {"gptq": (2048, 0), "llama.cpp": (512, 256)}  # window, first position that counts
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """losses: summed over each row's (or window's) labelled tokens, natural logarithm; row_tokens: their number."""
+    """losses float64 [rows]: summed over each row's (or window's) labelled tokens, natural logarithm; row_tokens int64
+    [rows]: their number.
+    """
 
-    losses: tuple[float, ...]
-    row_tokens: tuple[int, ...]
+    losses: NDArray[np.float64]
+    row_tokens: NDArray[np.int64]
 
     @property
     def loss(self) -> float:
@@ -42,7 +47,7 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        return sum(self.row_tokens)
+        return int(self.row_tokens.sum())
 
     @property
     def perplexity(self) -> float:
@@ -60,21 +65,38 @@ def held_out_loss(
 ) -> HeldOut:
     """The loss over all labelled tokens, for each row in the order given; rows of similar length share a batch.
 
-    share_prefix: instead rows that begin alike do, and what they begin with is computed once.
+    share_prefix: instead rows that begin alike do, and what they begin with is computed once. Rows are taken from
+    `examples` a stretch at a time, so that any number of them takes the same memory, but for 16 bytes each.
     """
-    ids = [example.input_ids for example in examples]
-    order = sorted(range(len(ids)), key=lambda index: ids[index] if share_prefix else [len(ids[index])])
-    losses, tokens = [0.0] * len(examples), [0] * len(examples)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = make_batch([examples[index] for index in chosen], share_prefix=share_prefix)
-        found = row_losses(base, batch)
-        for index, loss, count in zip(chosen, *(part.tolist() for part in found), strict=True):
-            losses[index], tokens[index] = loss, count
-        report(Progress("held-out loss", start + len(chosen), len(order)))
-    if not sum(tokens):
+    losses, tokens = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    done = 0
+    for rows in _stretches(examples):
+        ids = [row.input_ids for row in rows]
+        keys = ids if share_prefix else [[len(row)] for row in ids]
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = make_batch([rows[index] for index in chosen], share_prefix=share_prefix)
+            losses[done + chosen], tokens[done + chosen] = (part.numpy() for part in row_losses(base, batch))
+            report(Progress("held-out loss", done + start + len(chosen), len(examples)))
+        done += len(rows)
+    if not tokens.any():
         raise DataError("none of the held-out rows has a labelled token")
-    return HeldOut(tuple(losses), tuple(tokens))
+    return HeldOut(losses, tokens)
+
+
+def _stretches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The rows in their order, in lists of hardly more than _STRETCH_TOKENS tokens."""
+    rows: list[Example] = []
+    tokens = 0
+    for example in examples:
+        rows.append(example)
+        tokens += len(example.input_ids)
+        if tokens >= _STRETCH_TOKENS:
+            yield rows
+            rows, tokens = [], 0
+    if rows:
+        yield rows
 
 
 def answer_rows(
@@ -174,4 +196,4 @@ def text_perplexity(
         hidden = base.hidden_of(seen[None])[0, first:-1]
         losses.append(float(token_losses(base, hidden, part[first + 1 :])[0].double().sum()))
         report(Progress("perplexity", index + 1, windows))
-    return HeldOut(tuple(losses), (window - first - 1,) * windows)
+    return HeldOut(np.array(losses), np.full(windows, window - first - 1))

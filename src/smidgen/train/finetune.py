@@ -34,7 +34,7 @@ from smidgen.train.rows import check_mix
 from smidgen.train.run import SUMMARY, Record, RunFolder, read_record
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, load_state
 
-__all__ = ["Run", "resume", "run_finetune"]
+__all__ = ["Run", "finished", "resume", "run_finetune"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,21 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
         return _train(prepared, folder, prepared.settings, None, started, report)
 
 
+def finished(run: Path) -> Run | None:
+    """The run if nothing of it is left to do; what `max_time` stopped goes on. Raises RunError if it is no run."""
+    RunFolder.open(run)
+    file = run / SUMMARY
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error})", cure="remove it, and the run goes on") from error
+    return None if summary.get("stopped") == "max_time" else Run(run, summary)
+
+
 def resume(run: Path, report: Report = silent) -> Run:
-    """Go on from the newest whole checkpoint; a finished run is returned as it is, one that `max_time` stopped goes on.
+    """Go on with a run that is not finished from its newest whole checkpoint.
 
     Raises RunError where base or data have changed.
     """
@@ -104,10 +117,6 @@ def _resume(
     started: float,
     report: Report,
 ) -> Run:
-    summary = _read_summary(run)
-    if summary is not None and summary.get("stopped") != "max_time":
-        report(Note(f"{run} is finished: nothing to do"))
-        return Run(run, summary)
     check_logs(settings.logs)
     checkpoint = latest_checkpoint(run)
     step = checkpoint.name.removeprefix("step-") if checkpoint else None
@@ -144,11 +153,6 @@ def _differences(record: Record, settings: Settings) -> list[tuple[str, str]]:
         *((f"{name} {then}", f"{name} {versions.get(name)}") for name, then in record.versions.items()),
     ]
     return [(then, now) for then, now in pairs if then and then != now]
-
-
-def _read_summary(run: Path) -> dict[str, Any] | None:
-    file = run / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _absolute(path: str) -> str:

@@ -23,10 +23,14 @@ LOCK = "lock"
 def locked(folder: Path, report: Report = silent) -> Iterator[None]:
     """Hold the folder's lock. It stays with the folder where that is renamed.
 
-    Raises RunError, naming the process, where another one holds it; one that holds it twice is another one too. Warns
-    where the file system has no locks.
+    Raises RunError, naming the process, where another one holds it; one that holds it twice is another one too, and
+    where nothing can be written. Warns where the file system has no locks.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        cure = "make it writable, or go on with a copy of it"
+        raise RunError(f"{folder} cannot be written: {error.strerror}", cure=cure) from error
     try:
         try:
             _take(descriptor, folder)
