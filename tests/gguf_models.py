@@ -111,7 +111,7 @@ def write_gguf(
     Returns the numbers that the file then stands for, by their Hugging Face names.
     """
     config = AutoConfig.from_pretrained(folder)
-    arch = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    arch = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config.model_type, config.model_type)
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(out), arch, split_max_tensors=tensors_of_part)

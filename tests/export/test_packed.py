@@ -1,6 +1,7 @@
 """Packed folders: what transformers and bitsandbytes make of them, and what the formats' descriptions say they hold."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from smidgen.model.gptq import quantise_base
 from smidgen.planning import conversion
 from smidgen.quant.gptq import GptqSettings, round_to_nearest
 from smidgen.quant.grouped import GroupedMatrix
+from stories import stories_folder
 from tiny import VOCAB_SIZE, build, byte_tokenizer, tiny_folder, write_rows
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -55,6 +57,35 @@ def test_transformers_and_bitsandbytes_open_it(storage: str, architecture: str, 
         torch.testing.assert_close(ours, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, build(dense, storage).model(IDS).logits)  # what packing while loading gives
     assert loaded.generate("hello", max_new_tokens=3).new_tokens >= 1
+
+
+def _in_bitsandbytes(folder: Path, **how: Any) -> torch.Tensor:
+    """Logits of transformers and bitsandbytes in float32; see above for .train()."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).train()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [("random", "nf4-dq"), ("random", "nf4"), ("stories260K", "nf4-dq"), ("stories260K", "fp4")]
+)
+def test_transformers_and_bitsandbytes_open_an_exported_run(model: str, kind: str, tmp_path: Path) -> None:
+    """They compute what we do, and what they do over the merged run when they pack that themselves."""
+    pytest.importorskip("bitsandbytes")
+    dense = stories_folder(tmp_path) if model == "stories260K" else tiny_folder(tmp_path / "dense", **WIDE)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"Once upon a time {n} frogs were green."}) + "\n" for n in range(24)))
+    how: dict[str, Any] = {"learning_rate": 5e-3, "max_steps": 8, "compute_dtype": "float32", "compare": 0}
+    run = smidgen.finetune(str(dense), str(rows), tmp_path / "run", **how).path
+    result = smidgen.export_run(run, tmp_path / "packed", to="bnb-4bit", type=kind)
+    assert result["mean_kl"] < result["base_kl"]
+    theirs = _in_bitsandbytes(tmp_path / "packed")
+    torch.testing.assert_close(_logits(tmp_path / "packed"), theirs, rtol=1e-4, atol=1e-4)
+    smidgen.merge(run, tmp_path / "merged", dtype="float32")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind[:3], bnb_4bit_use_double_quant=kind.endswith("dq")
+    )
+    assert torch.equal(_in_bitsandbytes(tmp_path / "merged", quantization_config=config), theirs)
 
 
 @pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "fp4"])
@@ -111,19 +142,32 @@ def _decoded(tensors: dict[str, torch.Tensor], module: str, bits: int) -> torch.
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_gptq_folder_holds_our_matrices(bits: int, act_order: bool, sym: bool, group_size: int, tmp_path: Path) -> None:
     """96 inputs of down_proj with groups of 32; 16 outputs of k_proj do not fill whole words with 3 bits."""
-    dense = tiny_folder(tmp_path / "dense")
+    how = {"bits": bits, "act_order": act_order, "sym": sym, "group_size": group_size}
+    _check_gptq_folder(tiny_folder(tmp_path / "dense"), tmp_path / "packed", **how)
+
+
+@pytest.mark.parametrize(("bits", "act_order", "sym"), [(4, False, True), (4, True, False), (3, True, True)])
+def test_gptq_folder_with_groups_of_128(bits: int, act_order: bool, sym: bool, tmp_path: Path) -> None:
+    """256 inputs of down_proj are two groups, 192 of k_proj one and a half."""
+    dense = tiny_folder(tmp_path / "dense", hidden_size=192, intermediate_size=256)
+    _check_gptq_folder(dense, tmp_path / "packed", bits=bits, act_order=act_order, sym=sym, group_size=128)
+
+
+def _check_gptq_folder(dense: Path, packed: Path, *, bits: int, act_order: bool, sym: bool, group_size: int) -> None:
     how = FAST | {"bits": bits, "act_order": act_order, "sym": sym, "group_size": group_size}
-    result = smidgen.quantize(str(dense), tmp_path / "packed", to="gptq", **how)
-    tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    loaded = smidgen.load(tmp_path / "packed", compute_dtype="float32")
+    result = smidgen.quantize(str(dense), packed, to="gptq", **how)
+    tensors = load_file(packed / "model.safetensors")
+    loaded = smidgen.load(packed, compute_dtype="float32")
     assert loaded.base.storage == "gptq"
     names = [error["layer"] for error in result["errors"]]
     assert sorted(names) == sorted(name for name in loaded.base.linears if name != "lm_head")
     for module in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):
         matrix = loaded.base.linears[module].weight
         assert isinstance(matrix, GroupedMatrix) and matrix.bits == bits
+        size = matrix.in_features if group_size == -1 else group_size
+        assert len(matrix.ends) == math.ceil(matrix.in_features / size)
         assert torch.equal(matrix.rows(0, matrix.out_features, torch.float32), _decoded(tensors, module, bits))
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    config = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", bits, group_size)
     assert (config["desc_act"], config["sym"], config["checkpoint_format"]) == (act_order, sym, "gptq")
     scattered = bool((tensors[f"{PROJECTION}.g_idx"].diff() < 0).any())

@@ -36,7 +36,7 @@ def _dense_twin(folder: Path, dense: dict[str, torch.Tensor]) -> Path:
     return twin
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral"])
 def test_logits_are_those_of_transformers_over_the_same_numbers(architecture: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "tiny", architecture, **UNSAID.get(architecture, {}))
     twin = _dense_twin(folder, write_gguf(folder, tmp_path / "tiny.gguf", MIXED))
@@ -52,9 +52,10 @@ def test_logits_are_those_of_transformers_over_the_same_numbers(architecture: st
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("hello 12", add_special_tokens=False)) == "hello 12"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral"])
 def test_it_trains_generates_and_merges(architecture: str, tmp_path: Path) -> None:
-    write_gguf(tiny_folder(tmp_path / "tiny", architecture), tmp_path / "tiny.gguf", MIXED)
+    folder = tiny_folder(tmp_path / "tiny", architecture, **UNSAID.get(architecture, {}))
+    write_gguf(folder, tmp_path / "tiny.gguf", MIXED)
     rows = write_rows(tmp_path / "rows.jsonl")
     run = smidgen.finetune(
         str(tmp_path / "tiny.gguf"), str(rows), tmp_path / "run", learning_rate=5e-3, compute_dtype="float32"
