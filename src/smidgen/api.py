@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from smidgen.bench.doctor import check_disk, check_step
+from smidgen.bench.doctor import check_disk, check_learning, check_step
 from smidgen.checkpoint.hub import download as _download
 from smidgen.data.records import as_specs, read_data
 from smidgen.data.render import Example
@@ -365,7 +365,8 @@ def quantize(
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, what this machine has (cores, memory, disk, GPUs), the measured compute type, a check of every kernel
-    and back end here against plain arithmetic, and a training step against its forecast of memory and time.
+    and back end here against plain arithmetic, and a training step against its forecast of memory and time. Where there
+    is a GPU, a few training steps on it against the same on the CPU, in float32 and in the type it is fastest at.
 
     failed: the names of the checks that did not end well.
     """
@@ -388,7 +389,10 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
         "free_memory_bytes": free_memory_bytes(),
         "gpus": [f"{gpu.name}, {format_bytes(gpu.total_memory)}" for gpu in gpus],
         "device": str(device) + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""),
+    types = () if device.type == "cpu" else dict.fromkeys((torch.float32, dtype))
+    there = {str(t).removeprefix("torch."): check_learning(device, t) for t in types}
         "compute_dtype": str(dtype).removeprefix("torch."),
+    verdicts |= {f"training on {device} in {name}": found["verdict"] for name, found in there.items()}
         "gflops": speeds,
         "disk": disk,
         "native_kernels": describe_library(),
@@ -397,3 +401,4 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
         "training_step": step,
         "failed": [name for name, verdict in verdicts.items() if verdict.startswith(("wrong", "fails"))],
     }
+        "training_on_device": there,
