@@ -21,7 +21,7 @@ from smidgen.errors import SettingsError
 __all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library", "watch_mapped"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 8
+_INTERFACE = 9
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -42,7 +42,7 @@ _SIGNATURES = {
     "smidgen_panel_product": "pppp" + "iiiiiiiii" + "tt",
     "smidgen_attention": "pppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "ppppppppppppppppp" + "iiiiiiiiif",
-    "smidgen_attention_decode": "pppppppiiiiiiiif",
+    "smidgen_attention_decode": "pppppppiiiiiiiift",
     "smidgen_quantise_4bit": "pppppiit",
     "smidgen_quantise_int8": "pppiit",
     "smidgen_dequantise": "piiipt",

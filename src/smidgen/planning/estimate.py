@@ -8,7 +8,7 @@ tensor as model/fused.py makes it; for transformers' own layers by what their mo
 from collections.abc import Sequence
 from math import ceil
 
-from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS, TILE_TOKENS
+from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART, PANEL_WEIGHTS, PROMPT_TOKENS, TILE_TOKENS
 from smidgen.planning.inventory import Inventory
 
 __all__ = [
@@ -125,12 +125,19 @@ def layer_work_bytes(
 
 
 def prompt_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
-    """What one layer has at once while a prompt goes through it, no gradient wanted: all that it computes."""
+    """What one layer has at once while a prompt goes through it, no gradient wanted (FusedLayer.run_in_place); of
+    transformers' own all that it computes.
+    """
     hidden, inner, q, kv = _widths(model)
     if not model.fused:
         return tokens * itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
-    wide = _FLOAT32 * (2 * q + kv) if itemsize < _FLOAT32 else 0  # attention's operands
-    return tokens * (kept_bytes(model, 1, ("none",), 0, itemsize) + itemsize * (inner + hidden) + wide)
+    # x, q, k, v, attended and its log-sums; and attention's operands
+    whole = itemsize * (hidden + 2 * q + kv) + _FLOAT32 * model.num_heads
+    whole += _FLOAT32 * (2 * q + kv) if itemsize < _FLOAT32 else 0
+    # of a tile: gate and up with their product; or the norm's output with q, k, v, and those before their own norms
+    numbers = max(3 * inner, hidden + q + kv + (2 * q if model.head_norms else 0), 3 * hidden)
+    ordered = max(linear.in_features for linear in model.linears) if model.ordered else 0
+    return tokens * whole + min(tokens, PROMPT_TOKENS) * itemsize * (numbers + ordered)
 
 
 def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
