@@ -411,6 +411,22 @@ class _LayerFunction(torch.autograd.Function):
         return grad_x, None, None, None, *of_parameters
 
 
+class _Norm(torch.autograd.Function):
+    """rms_norm with a gradient for x [tokens, width] alone: of a token's size it keeps nothing but x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, rstd = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        return rms_norm_backward(grads[0].contiguous(), x, weight, rstd), None, None
+
+
 def _put(whole: torch.Tensor | None, tile: slice, part: torch.Tensor, tokens: int) -> torch.Tensor:
     """`part` in its place of a matrix of all tokens, which the first one makes; or itself where it has them all."""
     if len(part) == tokens:
@@ -455,4 +471,6 @@ def hidden_rows(backbone: Any, packed: PackedRows) -> torch.Tensor:
     rows = rows_of(packed.segments, *backbone.rotary_emb(x, packed.positions[None]))
     for layer in backbone.layers:
         x = layer.forward_rows(x, rows)
-    return backbone.norm(x)
+    norm = backbone.norm
+    learns = any(parameter.requires_grad for parameter in norm.parameters())
+    return norm(x) if learns else _Norm.apply(x, *_norm(norm))  # type: ignore[return-value]

@@ -111,17 +111,20 @@ def layer_work_bytes(
         backward = itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
         return tokens * (backward + (again if "full" in recompute else 0))
     # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
-    # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
+    # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more, which
+    # `full` has already
     numbers = [hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv]
-    found = [itemsize * max(numbers) + again] if "full" in recompute else []
+    found = [itemsize * max(*numbers[:2], numbers[2] - hidden) + again] if "full" in recompute else []
     if set(recompute) != {"full"}:
         if (kept_item or itemsize) < itemsize:  # what was rounded is there once more: gate and up; attention's; norms'
             numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
             found.append(computed + itemsize * inner)  # forwards, before it is rounded
         found.append(itemsize * max(numbers))
     tile = tile_tokens(model, tokens, kept.get("longest", 1))
-    whole = 0 if tile == tokens else itemsize * 2 * hidden  # gradients of the output and of the input
-    return tokens * whole + tile * max(found)
+    if tile == tokens:
+        return tile * max(found)
+    # gradients of the output and of the input, of all tokens: a tile's part of the first is a view
+    return itemsize * hidden * (2 * tokens - tile) + tile * max(found)
 
 
 def prompt_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
@@ -183,19 +186,21 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
 
 def loss_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0) -> int:
-    """With the last norm's input, of all tokens: its output, the hidden states of the labelled positions, their
-    gradient and a chunk of logits with its own; or then what the norm's gradient needs.
+    """With the last norm's input, of all tokens: the hidden states of the labelled positions, their gradient and a
+    chunk of logits with its own; or then what the norm's gradient needs.
 
     For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
     type. Counts every token as labelled.
     """
     chunk = chunk_positions(tokens, model.vocab_size) * (model.vocab_size + 2 * model.hidden_size)
     of_norm = 0 if model.kept else 1  # kept has its input
-    if itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
+    if model.fused:  # the norm's gradient takes no more
+        numbers = (2 + of_norm) * tokens * model.hidden_size + chunk
+    elif itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
         numbers = (5 + of_norm) * tokens * model.hidden_size + chunk
     else:
         numbers = tokens * model.hidden_size * of_norm + max(
-            3 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
+            2 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
         )
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
     return itemsize * numbers + learnt
