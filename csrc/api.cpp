@@ -93,7 +93,7 @@ float* worker_scratch(int slot, size_t floats) {
 
 // ---- set up
 
-API int smidgen_interface() { return 8; }  // raised with every change of a signature below
+API int smidgen_interface() { return 9; }  // raised with every change of a signature below
 
 API const char* smidgen_isa() { return kernels->isa; }
 
@@ -191,12 +191,13 @@ API void smidgen_attention_backward(const float* q, const float* k, const float*
         num_groups * kv_heads, 1);
 }
 
-API void smidgen_attention_decode(const float* q, const float* k, const float* v, float* keys, float* values,
+API void smidgen_attention_decode(const float* q, const float* k, const float* v, void* keys, void* values,
                                   const int64_t* lengths, float* out, int64_t rows, int64_t heads, int64_t kv_heads,
                                   int64_t head_dim, int64_t capacity, int64_t stride, int64_t out_stride,
-                                  int64_t window, float scale) {
+                                  int64_t window, float scale, int type) {
     run(kernels->attention_decode,
-        {q, k, v, keys, values, lengths, out, heads, kv_heads, head_dim, capacity, stride, out_stride, window, scale},
+        {q, k, v, keys, values, lengths, out, heads, kv_heads, head_dim, capacity, stride, out_stride, window, scale,
+         Type(type)},
         rows * kv_heads, 1);
 }
 

@@ -25,12 +25,13 @@ inline void product_tn(Sgemm gemm, int64_t m, int64_t n, int64_t k, float alpha,
     gemm("N", "T", &mm, &nn, &kk, &alpha, b, &la, a, &lb, &beta, c, &lc);
 }
 
-inline float dot(const float* a, const float* b, int64_t n) {
+template <class T>
+inline float dot(const float* a, const T* b, int64_t n) {
     Vec total{};
     const int64_t whole = n / kWidth * kWidth;
     for (int64_t i = 0; i < whole; i += kWidth) total = fma(load(a + i), load(b + i), total);
     float value = sum(total);
-    for (int64_t i = whole; i < n; i++) value += a[i] * b[i];
+    for (int64_t i = whole; i < n; i++) value += a[i] * load_one(b + i);
     return value;
 }
 
@@ -249,20 +250,22 @@ void attention_reduce(const AttentionReduce& a, int64_t begin, int64_t end) {
     }
 }
 
-void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
+// keys, values: of type T.
+template <class T>
+inline void decode_rows(const AttentionDecode& a, int64_t begin, int64_t end) {
     const int64_t group = a.heads / a.kv_heads, size = a.head_dim, whole = size / kWidth * kWidth;
     for (int64_t task = begin; task < end; task++) {
         const int64_t row = task / a.kv_heads, kv_head = task % a.kv_heads, length = a.lengths[row] + 1;
-        float* new_key = a.keys + (task * a.capacity + length - 1) * size;
-        float* new_value = a.values + (task * a.capacity + length - 1) * size;
+        T* row_keys = (T*)a.keys + task * a.capacity * size;
+        T* row_values = (T*)a.values + task * a.capacity * size;
         for (int64_t d = 0; d < size; d++) {
-            new_key[d] = a.k[row * a.stride + kv_head * size + d];
-            new_value[d] = a.v[row * a.stride + kv_head * size + d];
+            store_one(row_keys + (length - 1) * size + d, a.k[row * a.stride + kv_head * size + d]);
+            store_one(row_values + (length - 1) * size + d, a.v[row * a.stride + kv_head * size + d]);
         }
         const int64_t first = a.window > 0 && length > a.window ? length - a.window : 0, seen = length - first;
         const int64_t padded = (seen + kWidth - 1) / kWidth * kWidth;
-        const float* keys = a.keys + (task * a.capacity + first) * size;
-        const float* values = a.values + (task * a.capacity + first) * size;
+        const T* keys = row_keys + first * size;
+        const T* values = row_values + first * size;
         const float* q = a.q + row * a.stride + kv_head * group * size;
         float* out = a.out + row * a.out_stride + kv_head * group * size;
         float* scores = worker_scratch(0, group * padded);
@@ -280,13 +283,18 @@ void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
         for (int64_t t = 0; t < seen; t++)
             for (int64_t h = 0; h < group; h++) {
                 const float weight = scores[h * padded + t];
-                const float* value = values + t * size;
+                const T* value = values + t * size;
                 float* sums = out + h * size;
                 for (int64_t d = 0; d < whole; d += kWidth)
                     store(sums + d, fma(broadcast(weight), load(value + d), load(sums + d)));
-                for (int64_t d = whole; d < size; d++) sums[d] += weight * value[d];
+                for (int64_t d = whole; d < size; d++) sums[d] += weight * load_one(value + d);
             }
     }
+}
+
+void attention_decode(const AttentionDecode& a, int64_t begin, int64_t end) {
+    if (a.type == kBfloat16) return decode_rows<Bfloat16>(a, begin, end);
+    decode_rows<float>(a, begin, end);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ _ARM = {"isa_plain.cpp": [], "isa_neon.cpp": []}
 def sources(machine: str) -> dict[str, list[str]]:
     """File -> flags of its own, for a machine as platform.machine() names it."""
     sets = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(machine.lower(), {"isa_plain.cpp": []})
-    return {"api.cpp": [], **sets}
+    return {"api.cpp": [], "mapped.cpp": [], **sets}
 
 
 def find_compiler() -> list[str] | None:

@@ -136,17 +136,18 @@ struct AttentionReduce {
 
 // One new token per row against what is cached of the row, [row, kv_heads, capacity, head_dim]. Its queries, keys and
 // values are at q, k, v + row * stride; keys and values are put into the cache as number lengths[row] first, so that
-// lengths[row] + 1 are seen. A task is one key head of one row.
+// lengths[row] + 1 are seen. type: of keys and values, float32 or bfloat16. A task is one key head of one row.
 struct AttentionDecode {
     const float* q;
     const float* k;
     const float* v;
-    float* keys;
-    float* values;
+    void* keys;
+    void* values;
     const int64_t* lengths;
     float* out;
     int64_t heads, kv_heads, head_dim, capacity, stride, out_stride, window;
     float scale;
+    Type type;
 };
 
 // A matrix in 4-bit blocks. code [16] float32; absmax: the blocks' scales, float32, or if `map` is not null uint8 codes:

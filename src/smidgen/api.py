@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from smidgen.bench.doctor import check_disk, check_step
+from smidgen.bench.doctor import check_disk, check_learning, check_step
 from smidgen.checkpoint.hub import download as _download
 from smidgen.data.records import as_specs, read_data
 from smidgen.data.render import Example
@@ -51,7 +51,7 @@ from smidgen.report.page import PAGE, write_page
 from smidgen.train.config import settings_from
 from smidgen.train.finetune import Run, finished, run_finetune
 from smidgen.train.finetune import resume as _resume
-from smidgen.train.forecast import plan_model
+from smidgen.train.forecast import plan_answers, plan_model
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import give_memory_back
 from smidgen.train.rows import edits_of, read_rows, renderer_of
@@ -122,16 +122,29 @@ def _with_page(run: Run, report: Report) -> Run:
 
 
 def plan(
-    model: str, data: str | Path | Sequence[str | Path] | None = None, *, report: Report = silent, **settings: Any
+    model: str,
+    data: str | Path | Sequence[str | Path] | None = None,
+    *,
+    generate: int | None = None,
+    report: Report = silent,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Memory and time of a run before it is started; no weights are read.
 
     model: as in finetune, a config.json, or a name of planning.shapes.SHAPES. settings: as in finetune; with `memory`
     they are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes),
     step_s (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
+
+    generate: instead of a run, so many new tokens after a prompt of `seq_len`, as `load` and `generate` make them; a
+    step is one token.
     """
-    specs = None if data is None else as_specs(data)
-    return plan_model(str(model), specs, settings_from(settings), report)
+    given = settings_from(settings)
+    if generate is not None:
+        if data is not None or generate < 1:
+            what = "data: generation has none, leave it out" if data is not None else "generate: expected 1 or more"
+            raise SettingsError([what])
+        return plan_answers(str(model), generate, given, report)
+    return plan_model(str(model), None if data is None else as_specs(data), given, report)
 
 
 def download(spec: str, *, report: Report = silent) -> Path:
@@ -369,7 +382,8 @@ def quantize(
 
 def doctor(*, report: Report = silent) -> dict[str, Any]:
     """Versions, what this machine has (cores, memory, disk, GPUs), the measured compute type, a check of every kernel
-    and back end here against plain arithmetic, and a training step against its forecast of memory and time.
+    and back end here against plain arithmetic, and a training step against its forecast of memory and time. Where there
+    is a GPU, a few training steps on it against the same on the CPU, in float32 and in the type it is fastest at.
 
     failed: the names of the checks that did not end well.
     """
@@ -379,7 +393,10 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
     speeds = {str(t).removeprefix("torch."): round(measure_gflops(t, device)) for t in (torch.float32, torch.bfloat16)}
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     backends, kernels, disk, step = check_backends(device), check_kernels(), check_disk(), check_step(report)
+    types = () if device.type == "cpu" else dict.fromkeys((torch.float32, dtype))
+    there = {str(t).removeprefix("torch."): check_learning(device, t) for t in types}
     verdicts = {**backends, **kernels, "disk": str(disk["read_bytes_per_s"]), "training step": step["verdict"]}
+    verdicts |= {f"training on {device} in {name}": found["verdict"] for name, found in there.items()}
     return {
         "versions": Record.versions_now(),
         "python": platform.python_version(),
@@ -399,5 +416,6 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
         "kernels": kernels,
         "backends": backends,
         "training_step": step,
+        "training_on_device": there,
         "failed": [name for name, verdict in verdicts.items() if verdict.startswith(("wrong", "fails"))],
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from smidgen.data.render import Renderer
@@ -13,13 +14,17 @@ from smidgen.errors import DataError, RunError
 from smidgen.events import Note, Report, silent
 from smidgen.export.adapter import load_adapter, read_adapter
 from smidgen.model.build import Base
-from smidgen.model.device import choose_device
+from smidgen.model.device import choose_device, peak_rss_bytes
 from smidgen.model.generate import Sampling, stream_text, stream_tokens
-from smidgen.model.load import Source, load_base, open_source
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import Decided, Source, decide, load_base, open_source
 from smidgen.model.tokenizer import pieces_of_tokens
 from smidgen.model.trained import attach_tokens, initialise_tokens
+from smidgen.planning.generation import GenerationPlan, plan_generation
 from smidgen.train.config import settings_from
+from smidgen.train.memory import give_memory_back, process_now
 from smidgen.train.run import Record, adapter_folder, read_record
+from smidgen.units import parse_bytes
 
 __all__ = ["Found", "Generation", "LoadedModel", "find_model", "load", "load_found"]
 
@@ -40,11 +45,15 @@ class LoadedModel:
     """A model ready to talk. model: `model(input_ids).logits`; tokenizer: with the chat template that training used.
 
     system: the system message that a run's training rows began with; it is put before conversations that have none.
+    plan: what a budget of memory has room for; None: without one.
     """
 
-    def __init__(self, base: Base, tokenizer: Any, report: Report, system: str = "") -> None:
+    def __init__(
+        self, base: Base, tokenizer: Any, report: Report, system: str = "", plan: GenerationPlan | None = None
+    ) -> None:
         self.base = base
         self.system = system
+        self.plan = plan
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer, report=report)
 
@@ -68,12 +77,23 @@ class LoadedModel:
         _, tokens, _ = self._tokens(prompt, raw, Sampling(**sampling))
         return stream_text(tokens, self._decode)
 
+    def memory(self) -> dict[str, int]:
+        """Of this process so far, beside what was forecast for its budget."""
+        assert self.plan is not None, "no budget was given"
+        return {"forecast_peak_bytes": self.plan.forecast.peak_bytes, "peak_rss_bytes": peak_rss_bytes()}
+
     def _tokens(
         self, prompt: Prompt, raw: bool, sampling: Sampling
     ) -> tuple[list[int], Iterator[int], Callable[[], int]]:
-        ids = self.tokenizer(prompt).input_ids if raw else self.renderer.prompt_ids(self._messages(prompt))
+        ids = _prompt_ids(prompt, self.tokenizer, self.renderer, self.system, raw=raw)
         if not ids:
             raise DataError("the prompt has no tokens", expected="some text")
+        if self.plan is not None and len(ids) + sampling.max_new_tokens > self.plan.tokens:
+            raise DataError(
+                f"a prompt of {len(ids)} tokens with an answer of {sampling.max_new_tokens}",
+                expected=f"at most {self.plan.tokens} together, for which the memory was planned",
+                cure="load the model for a longer prompt or answer",
+            )
         new = 0
 
         def counted() -> Iterator[int]:
@@ -84,14 +104,17 @@ class LoadedModel:
 
         return ids, counted(), lambda: new
 
-    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.system and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        return messages
-
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _prompt_ids(prompt: Prompt, tokenizer: Any, renderer: Renderer, system: str, *, raw: bool) -> list[int]:
+    if raw:
+        return tokenizer(prompt).input_ids
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return renderer.prompt_ids(messages)
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,11 @@ class Found:
     record: Record | None
     quantize: str
     compute_dtype: str
+
+    @property
+    def system(self) -> str:
+        """The system message of the training rows."""
+        return self.record.system if self.record else ""
 
 
 def find_model(
@@ -142,15 +170,20 @@ def load_found(
     trust_remote_code: bool = False,
     adapter: bool = True,
     streamed: Collection[int] = (),
+    plan: GenerationPlan | None = None,
+    decided: Decided | None = None,
     report: Report = silent,
 ) -> LoadedModel:
-    """The second half of `load`. streamed: decoder layers that are read from disk for each use (model/stream.py)."""
+    """The second half of `load`. streamed: decoder layers that are read from disk for each use (model/stream.py), where
+    no `plan` says which. decided: how the base is stored and computed, where that is known already.
+    """
     base = load_base(
         found.source,
         quantize=found.quantize,
         compute_dtype=found.compute_dtype,
         device=device,
-        streamed=streamed,
+        decided=decided,
+        streamed=plan.streamed if plan else streamed,
         trust_remote_code=trust_remote_code,
         report=report,
     )
@@ -158,10 +191,11 @@ def load_found(
         load_adapter(base, found.folder)
     elif found.folder:
         _add_untrained_tokens(base, found.folder, found.source.tokenizer, are_new=found.record is not None)
-    system = found.record.system if found.record else ""
-    if system:
-        report(Note(f"system message of the training rows, used where none is given: {system!r}"))
-    return LoadedModel(base, found.source.tokenizer, report, system)
+    if plan is not None:
+        base.cache_dtype = getattr(torch, plan.cache_dtype)
+    if found.system:
+        report(Note(f"system message of the training rows, used where none is given: {found.system!r}"))
+    return LoadedModel(base, found.source.tokenizer, report, found.system, plan)
 
 
 def load(
@@ -172,15 +206,57 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     adapter: bool = True,
+    memory: str | None = None,
+    prompt: Prompt | int = 512,
+    raw: bool = False,
+    max_new_tokens: int = 256,
     report: Report = silent,
 ) -> LoadedModel:
     """A model (as in finetune), or a run, a checkpoint of it or another PEFT folder, whose base is found by itself.
 
     adapter=False: a run's base alone, stored and computed as for the run; its new tokens as they were before training.
-    Raises RunError where the base is not the one that the adapter was trained on.
+    memory: of this process, as '4GiB', while it answers `prompt` (as generate takes it, or its tokens) with at most
+    max_new_tokens. Where it does not suffice otherwise, keys and values wait in bfloat16, and layers are read from disk
+    for each token. Raises RunError where the base is not the one that the adapter was trained on, SettingsError where
+    nothing suffices, before weights are read.
     """
     found = find_model(model, quantize=quantize, compute_dtype=compute_dtype, device=device, report=report)
-    return load_found(found, device=device, trust_remote_code=trust_remote_code, adapter=adapter, report=report)
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "adapter": adapter}
+    if memory is None:
+        return load_found(found, **how, report=report)
+    budget = parse_bytes(settings_from({"memory": memory}).memory or "")
+    give_memory_back()
+    decided = decide(found.source, found.quantize, found.compute_dtype, device, report)
+    if not isinstance(prompt, int):
+        renderer = Renderer(found.source.tokenizer)
+        prompt = len(_prompt_ids(prompt, found.source.tokenizer, renderer, found.system, raw=raw))
+    learnt = read_adapter(found.folder).nbytes if found.folder and adapter else 0
+    plan = _plan(found, decided, budget, prompt, max_new_tokens, learnt, trust_remote_code, report)
+    return load_found(found, **how, plan=plan, decided=decided, report=report)
+
+
+def _plan(
+    found: Found,
+    decided: Decided,
+    budget: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    adapter_bytes: int,
+    trust_remote_code: bool,
+    report: Report,
+) -> GenerationPlan:
+    checkpoint, on_cpu = found.source.checkpoint, decided.device.type == "cpu"
+    model = inventory_of(
+        checkpoint, checkpoint.config, decided.storage, name=checkpoint.path.name, itemsize=decided.dtype.itemsize,
+        fuses=on_cpu, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    plan = plan_generation(
+        model, process_now(decided.device), prompt_tokens, new_tokens, decided.dtype.itemsize, budget,
+        adapter_bytes=adapter_bytes, can_stream=on_cpu,
+    )  # fmt: skip
+    for line in plan.reasons(model, budget):
+        report(Note(line))
+    return plan
 
 
 def _add_untrained_tokens(base: Base, folder: Path, tokenizer: Any, *, are_new: bool) -> None:

@@ -82,9 +82,7 @@ def _plan(
     itemsize, copies = _written_as(source, written, dtype)
     changed = {*adapter.modules, *adapter.layers}
     copies = copies or written.embedding_name in changed
-    learnt = 4 * sum(
-        tensor.numel() for parts in [*adapter.layers.values(), *adapter.modules.values()] for tensor in parts.values()
-    )
+    learnt = adapter.nbytes
     in_layers = [info.nbytes for name, info in source.checkpoint.tensors.items() if layer_of(name) is not None]
     pieces = merged_pieces(
         written, itemsize, copies=copies, has_own_head=_parts_head(adapter, written), grows=bool(adapter.token_ids),

@@ -9,6 +9,7 @@ import torch
 import smidgen.bench.doctor as doctor
 import smidgen.kernels.selfcheck as selfcheck
 from smidgen.errors import RunError
+from smidgen.quant.matrix import FrozenMatrix
 
 
 def test_every_kernel_agrees_with_its_twin_and_the_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +56,48 @@ def test_a_step_above_its_forecast_or_without_room_is_wrong(monkeypatch: pytest.
 
     monkeypatch.setattr(doctor, "bench_memory", full)
     assert doctor.check_step() == {"verdict": "fails: no room."}
+
+
+def test_learning_elsewhere_is_compared_with_float32_on_the_cpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the other device is the CPU again, with another rounding."""
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "_SHAPE", "tiny")
+    monkeypatch.setattr(doctor, "_LAYERS", 2)
+    monkeypatch.setattr(doctor, "_TOKENS", 64)
+    cpu = torch.device("cpu")
+    same = doctor.check_learning(cpu, torch.float32)
+    assert same["verdict"] == "ok" and same["loss_distance"] == same["adapter_distance"] == 0
+    rounded = doctor.check_learning(cpu, torch.bfloat16)
+    assert rounded["verdict"] == "ok" and rounded["loss"][-1] < rounded["loss"][0]
+    assert rounded["loss_distance"] > 0 and rounded["adapter_distance"] > 0
+    monkeypatch.setitem(doctor._TOLERANCES, torch.bfloat16, (0.1, 1e-9))
+    assert doctor.check_learning(cpu, torch.bfloat16)["verdict"].startswith("wrong: what the adapters learnt is")
+    monkeypatch.setitem(doctor._TOLERANCES, torch.bfloat16, (0.0, 1.0))
+    assert doctor.check_learning(cpu, torch.bfloat16)["verdict"].startswith("wrong: losses are")
+
+
+def test_a_device_that_computes_wrongly_or_not_at_all_is_found(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path))
+    for name, value in (("_SHAPE", "tiny"), ("_LAYERS", 2), ("_TOKENS", 64)):
+        monkeypatch.setattr(doctor, name, value)
+    matmul_t, calls = FrozenMatrix.matmul_t, []
+
+    def not_transposed(self: FrozenMatrix, g: torch.Tensor, *more: Any) -> torch.Tensor:
+        return matmul_t(self, g.flip(1), *more)
+
+    learn = doctor._learn
+
+    def learn_wrongly(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            monkeypatch.setattr(FrozenMatrix, "matmul_t", not_transposed)
+            monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+        return learn(*arguments)
+
+    monkeypatch.setattr(doctor, "_learn", learn_wrongly)
+    assert doctor.check_learning(torch.device("cpu"), torch.float32)["verdict"].startswith("wrong: ")
+    found = doctor.check_learning(torch.device("cuda", 99), torch.float32)
+    assert found["verdict"].startswith("fails: ")
 
 
 def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

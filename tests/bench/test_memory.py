@@ -1,6 +1,7 @@
 """`smidgen bench memory` on a tiny model: real workers, a real limit where one can be made, real figures."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
 def test_a_limit_that_is_too_low_is_refused(mode: str, tmp_path: Path) -> None:
     with pytest.raises((RunError, SettingsError), match="is too little for"):
         bench_memory(MemorySettings("tiny", mode=mode, seq_len=64, memory=340_000_000, keep=tmp_path))
+
+
+def test_a_disk_without_room_is_said_and_what_was_written_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path))
+    with pytest.raises((RunError, SettingsError), match="is too little for"):  # once the weights are there
+        bench_memory(MemorySettings("tiny", seq_len=64, memory=340_000_000))
+    assert not any((tmp_path / "bench").iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"too little room for the model, expected .* kB, found 1.0 kB"):
+        bench_memory(MemorySettings("tiny", seq_len=64))
+    assert not any((tmp_path / "bench").iterdir())
 
 
 @pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "int8", "gptq", "none"])

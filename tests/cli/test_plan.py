@@ -37,6 +37,19 @@ def test_a_table_with_a_bar_for_each_part(capfd: pytest.CaptureFixture[str]) -> 
     assert "every row has 64 tokens" in err
 
 
+def test_generation_is_forecast_too(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["llama-7b", "--generate", "256", "--seq-len", "32", "--compute-dtype", "float32", "--memory", "3GiB"]
+    code, out, err = run(capfd, *words, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["fits"] and found["peak_bytes"] == sum(found["terms"].values()) <= 3 << 30
+    assert found["settings"]["cache_dtype"] == "bfloat16" and found["settings"]["streamed_layers"] > 0
+    assert "keys and values wait in bfloat16" in err and "are read for each token" in err
+    code, out, _ = run(capfd, *words)
+    assert code == 0 and "key cache" in out and "32 of 32 layers streamed" in out
+    code, out, err = run(capfd, "llama-7b", "rows.jsonl", "--generate", "256")
+    assert code == 2 and "generation has none, leave it out" in err
+
+
 def test_a_model_with_data_and_a_config_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, rows = tiny_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     words = [str(model), str(rows), "--micro-batch", "4", "--epochs", "2", "--compute-dtype", "float32", "--json"]

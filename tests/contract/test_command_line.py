@@ -71,9 +71,9 @@ SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_new_tokens", "system"}
 BASE = {"quantize", "compute_dtype", "device", "trust_remote_code"}
 FROZEN_FLAGS = {
     "demo": {"out"},
-    "plan": set(FROZEN_SETTINGS),  # what can be run can be planned
+    "plan": {"generate", *FROZEN_SETTINGS},  # what can be run can be planned
     "finetune": {"out", "resume", *FROZEN_SETTINGS},
-    "generate": {*SAMPLING, "raw", *BASE},
+    "generate": {*SAMPLING, "raw", "memory", *BASE},
     "chat": {*SAMPLING, *BASE},
     "evaluate": {
         "against",
@@ -120,6 +120,7 @@ FROZEN_FLAGS = {
         "against_checkpointing",
         "four_bit_tax",
         *("quantize", "mode", "micro_batch", "layers", "memory", "rank", "targets", "resident"),
+        "new_tokens",
         "keep",
         "repeats",
         "isa",

@@ -207,3 +207,7 @@ def test_the_doctor_finds_every_back_end_well() -> None:
     found = smidgen.doctor()
     assert found["device"].startswith("cuda")
     assert all(verdict == "ok" for verdict in found["backends"].values())
+    there = found["training_on_device"]
+    assert there["float32"]["verdict"] == there["bfloat16"]["verdict"] == "ok"
+    assert there["bfloat16"]["measured_peak_bytes"] > 0 and there["bfloat16"]["forecast_peak_bytes"] > 0
+    assert not found["failed"]

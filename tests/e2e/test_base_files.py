@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from runs import adapter_bytes
 from smidgen.cli.views import run_figures
 from smidgen.errors import RunError
 from smidgen.events import Event, Step, Warned
+from smidgen.kernels.library import native_library
 from smidgen.train.state import latest_checkpoint
 from tiny import tiny_folder, write_rows
 
@@ -77,6 +79,57 @@ def test_a_base_that_changes_between_saves_ends_the_run_before_the_next_step(
     with pytest.raises(RunError, match="it was shortened"):
         smidgen.finetune(str(model), str(rows), tmp_path / "run", report=report, **HOW | {"save_interval": 0})
     assert steps == [1]
+
+
+SHORTENED = """
+import json, os, sys
+import smidgen
+from smidgen.events import Step
+from smidgen.model.fused import FusedLayer
+
+model, rows, run, how = sys.argv[1:]
+steps, run_layer = [], FusedLayer.run
+
+def run_and_shorten(self, *arguments):  # the third step has begun when it is called
+    if len(steps) == 2:
+        os.truncate(model + "/model.safetensors", 4096)
+    return run_layer(self, *arguments)
+
+FusedLayer.run = run_and_shorten
+smidgen.finetune(model, rows, run, report=lambda event: isinstance(event, Step) and steps.append(1), **json.loads(how))
+"""
+
+
+def test_a_base_that_is_shortened_while_a_step_reads_it_is_named(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Its pages are gone: without a handler of its own the process would die of SIGBUS and say nothing."""
+    if native_library() is None:
+        pytest.skip("no native library here")
+    shutil.copytree(model, tmp_path / "copy")
+    whole = smidgen.finetune(str(tmp_path / "copy"), str(rows), tmp_path / "whole", device="cpu", **HOW)
+    words = [str(model), str(rows), str(tmp_path / "run"), json.dumps(HOW | {"device": "cpu"})]
+    done = subprocess.run([sys.executable, "-c", SHORTENED, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"smidgen: error: {model / 'model.safetensors'} changed while it was in use: it was shorten")
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None and newest.name in ("step-1", "step-2")
+    shutil.copytree(tmp_path / "copy", model, dirs_exist_ok=True)
+    assert adapter_bytes(smidgen.resume(tmp_path / "run").path) == adapter_bytes(whole.path)
+
+
+def test_a_bus_error_elsewhere_is_left_as_it_was(model: Path, tmp_path: Path) -> None:
+    if native_library() is None:
+        pytest.skip("no native library here")
+    other = tmp_path / "other"
+    other.write_bytes(bytes(8192))
+    code = (
+        "import mmap, os, sys, smidgen\n"
+        "smidgen.load(sys.argv[1], quantize='none', compute_dtype='float32', device='cpu')\n"
+        "file = open(sys.argv[2], 'r+b'); data = mmap.mmap(file.fileno(), 8192)\n"
+        "os.truncate(sys.argv[2], 0); data[0]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model), str(other)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS and "smidgen: error" not in done.stderr
 
 
 def test_a_base_that_is_replaced_or_removed_stays_as_it_was_mapped(model: Path, rows: Path, tmp_path: Path) -> None:

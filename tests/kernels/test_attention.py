@@ -117,6 +117,20 @@ def test_decode(isa: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(caches[0][0][1, 0, 39], qkv[1, heads.q_width :][: heads.head_dim])
 
 
+@pytest.mark.parametrize("heads", [Heads(9, 3, 64, 0.125), Heads(4, 4, 20, 0.3), Heads(4, 1, 32, 0.2, window=7)])
+def test_decode_with_a_rounded_cache(isa: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values in bfloat16: the new token's rounded as PyTorch rounds, what is computed with them float32."""
+    lengths, capacity = torch.tensor([0, 39, 16]), 48
+    qkv = torch.randn(3, heads.width)
+    keys, values = torch.randn(2, 3, heads.kv_heads, capacity, heads.head_dim).bfloat16().unbind()
+    caches = [(keys.clone(), values.clone()) for _ in range(2)]
+    ours = attention_decode(qkv, *caches[0], lengths, heads)
+    monkeypatch.setenv("SMIDGEN_BACKEND", "torch")
+    exact = attention_decode(qkv, *caches[1], lengths, heads).double()
+    assert ours.dtype == torch.float32 and _distance(ours, exact) < 2e-6
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
 def test_the_gradient_does_not_depend_on_the_threads() -> None:
     """Bit for bit: sums are in a fixed order, whoever computes their terms."""
     code = (

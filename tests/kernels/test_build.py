@@ -76,7 +76,7 @@ def test_without_the_library_plain_pytorch_computes(no_library: None, monkeypatc
 def _warnings_of_a_load(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[Event] = []
     monkeypatch.setattr(load, "build_base", lambda *args, **settings: None)
-    source = cast(load.Source, SimpleNamespace(checkpoint=SimpleNamespace(config={})))
+    source = cast(load.Source, SimpleNamespace(checkpoint=SimpleNamespace(config={}, files=[])))
     load.load_base(source, compute_dtype="float32", device="cpu", report=events.append)
     return [event.text for event in events if isinstance(event, Warned)]
 

@@ -105,7 +105,8 @@ def test_python_calls_the_functions_as_c_declares_them() -> None:
     """A wrong letter would be read as an address: nothing else would notice."""
     kinds = {"int64_t": "i", "float": "f", "int": "t"}
     declared = {}
-    for name, arguments in re.findall(r"^API void (smidgen_\w+)\(([^)]*)\)", API.read_text(encoding="utf-8"), re.M):
+    source = "".join(path.read_text(encoding="utf-8") for path in (API, API.with_name("mapped.cpp")))
+    for name, arguments in re.findall(r"^API void (smidgen_\w+)\(([^)]*)\)", source, re.M):
         if not name.startswith("smidgen_use_"):
             words = [argument.split() for argument in arguments.split(",")]
             declared[name] = "".join("p" if "*" in "".join(word) else kinds[word[0]] for word in words)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import smidgen.model.fused as fused
 from smidgen.errors import SettingsError
+from smidgen.model.decoder import FusedDecoder
 from smidgen.model.generate import Sampling, generate_batch, stream_text, stream_tokens
 from tiny import VOCAB_SIZE, build, tiny_folder
 
@@ -34,6 +36,33 @@ def test_a_batch_answers_as_each_prompt_alone(architecture: str, tmp_path: Path)
     stop = alone[0][4]  # rows end at different times and leave the batch
     expected = [row[: row.index(stop)] if stop in row else row for row in alone]
     assert generate_batch(base, PROMPTS, [stop], Sampling(max_new_tokens=10), VOCAB_SIZE) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_prompt_in_tiles_is_the_same_prompt(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build(tiny_folder(tmp_path, architecture), "nf4-dq", torch.float32)
+    sampling, prompt = Sampling(max_new_tokens=10), [7 * i % VOCAB_SIZE for i in range(70)]
+    expected = list(stream_tokens(base, prompt, [], sampling, VOCAB_SIZE))
+    monkeypatch.setattr(fused, "PROMPT_TOKENS", 16)
+    assert list(stream_tokens(base, prompt, [], sampling, VOCAB_SIZE)) == expected
+
+
+def test_a_rounded_key_cache_says_nearly_the_same(tmp_path: Path) -> None:
+    """Distance of the logits after 60 tokens: bfloat16's rounding (2**-9) of keys and values, averaged over many."""
+    base = build(tiny_folder(tmp_path), "nf4-dq", torch.float32)
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base.cache_dtype = dtype
+        decoder = FusedDecoder(base)
+        with torch.inference_mode():
+            decoder.start([[7 * i % VOCAB_SIZE for i in range(40)]], 21)
+            hidden = [decoder.step(torch.tensor([token])) for token in range(20)][-1]
+            logits.append(base.logits_of(hidden))
+        assert {part.dtype for part in [*decoder._keys, *decoder._values]} == {dtype}
+    exact, rounded = logits
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 4e-3
 
 
 def test_prompts_that_fill_up_a_product_are_answered_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

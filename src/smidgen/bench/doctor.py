@@ -1,4 +1,4 @@
-"""What `smidgen doctor` measures: the disk, and a real training step against its forecast."""
+"""What `smidgen doctor` measures: the disk, a training step against its forecast, and learning on a card."""
 
 import os
 import shutil
@@ -6,17 +6,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.bench.packed_model import drop_page_cache
+from smidgen.bench.packed_model import drop_page_cache, write_packed_model
+from smidgen.bench.workers.stepper import Stepper
 from smidgen.checkpoint.hub import cache_folder
+from smidgen.checkpoint.open import open_checkpoint
+from smidgen.data.batch import Batch
 from smidgen.errors import SmidgenError
 from smidgen.events import Report, silent
-from smidgen.train.memory import measure_disk
+from smidgen.model.inventory import inventory_of
+from smidgen.model.load import Decided, Source, load_base
+from smidgen.planning.planner import Choice, Machine, forecast
+from smidgen.planning.shapes import SHAPES
+from smidgen.train.config import Settings
+from smidgen.train.memory import measure_disk, work_of
 
-__all__ = ["check_disk", "check_step"]
+__all__ = ["check_disk", "check_learning", "check_step"]
 
 _PROBE_BYTES = 1 << 26
 _SHAPE, _LAYERS, _TOKENS = "smollm2-135m", 4, 256
+_STORAGE, _STEPS = "nf4-dq", 5
+_CPU = torch.device("cpu")
+# Relative distance from float32 on a CPU that is left to another order of sums, and to rounding: of the losses, and of
+# what the adapters have learnt. Adam divides each gradient by its own size, so that the smallest ones, which are mostly
+# rounding, count as much as the others. An H100 was 3e-7 and 1e-4 away in float32, 2e-4 and 0.06 in bfloat16.
+_TOLERANCES = {torch.float32: (1e-5, 5e-3), torch.bfloat16: (2e-3, 0.2)}
 
 
 def check_disk() -> dict[str, Any]:
@@ -54,4 +70,68 @@ def check_step(report: Report = silent) -> dict[str, Any]:
         "forecast_step_s": found["forecast_step_s"],
         "measured_step_s": found["step_s"],
         "verdict": verdict,
+    }
+
+
+def check_learning(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A few optimizer steps over packed weights on `device`, and the same on the CPU in float32: losses, adapters, and
+    on CUDA the allocator's peak beside its forecast, which is rough and judged by nobody.
+
+    verdict: 'ok', or what is wrong.
+    """
+    config = SHAPES[_SHAPE] | {"num_hidden_layers": _LAYERS}
+    try:
+        with TemporaryDirectory(dir=cache_folder(), prefix="doctor-") as place:
+            folder = write_packed_model(config, Path(place) / _SHAPE, _STORAGE)
+            exact, there = _learn(folder, _CPU, torch.float32), _learn(folder, device, dtype)
+    except Exception as error:  # a broken installation is what a doctor is to find, whatever it raises
+        return {"verdict": f"fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"}
+    of_loss, of_adapters = _TOLERANCES[dtype]
+    apart = max(abs(a - b) / abs(a) for a, b in zip(exact["loss"], there["loss"], strict=True))
+    learnt = exact["adapters"] - exact["start"]
+    distance = float((there["adapters"] - exact["adapters"]).norm() / learnt.norm())
+    verdict = "ok"
+    if not apart <= of_loss:  # so that NaN is found too
+        verdict = f"wrong: losses are {apart:.1e} apart, expected at most {of_loss:g}"
+    elif not distance <= of_adapters:
+        verdict = f"wrong: what the adapters learnt is {distance:.1e} apart, expected at most {of_adapters:g}"
+    return {
+        "what": f"{_STEPS} steps of {_LAYERS} layers of {_SHAPE}, {_TOKENS} tokens",
+        "loss": there["loss"],
+        "loss_on_cpu": exact["loss"],
+        "loss_distance": apart,
+        "adapter_distance": distance,
+        "forecast_peak_bytes": there["forecast_peak_bytes"],
+        "measured_peak_bytes": there["measured_peak_bytes"],
+        "verdict": verdict,
+    }
+
+
+def _learn(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """loss of each step; the adapters before and after, [all numbers]; memory on CUDA, elsewhere None."""
+    checkpoint, on_card = open_checkpoint(folder), device.type == "cuda"
+    settings = Settings(learning_rate=1e-3, micro_batch=1, seq_len=_TOKENS)
+    expected = None
+    if on_card:
+        model = inventory_of(checkpoint, checkpoint.config, _STORAGE, itemsize=dtype.itemsize, fuses=False)
+        work = work_of(model, settings, [_TOKENS], dtype.itemsize)
+        nothing_yet = Machine(1.0, 1.0, framework_bytes=0, library_bytes=0, threads=0, is_cpu=False)
+        expected = forecast(model, work, nothing_yet, Choice(1, 1, ("none",) * model.num_layers)).peak_bytes
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_card else 0
+    base = load_base(Source(str(folder), checkpoint, tokenizer=None), decided=Decided(_STORAGE, dtype, device))
+    ids = torch.randint(checkpoint.config["vocab_size"], (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+    stepper = Stepper(base, settings, "none", [Batch(ids, ids.clone(), torch.tensor([_TOKENS]))])
+
+    def adapters() -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten().double().cpu() for parameter in stepper.parameters])
+
+    start = adapters()
+    losses = [stepper.step() for _ in range(_STEPS)]
+    return {
+        "loss": losses,
+        "start": start,
+        "adapters": adapters(),
+        "forecast_peak_bytes": expected,
+        "measured_peak_bytes": torch.cuda.max_memory_allocated(device) - before if on_card else None,
     }

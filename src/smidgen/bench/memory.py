@@ -26,13 +26,13 @@ from smidgen.units import format_bytes
 __all__ = ["MODES", "MemorySettings", "bench_memory"]
 
 MODES = ("train", "generate")
-_NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class MemorySettings:
     """layers: of the model, cut for a quick look; None: all. vocab_size: in place of the shape's own; 0: that one.
-    memory: bytes; None: no limit. resident: also measure the same steps with every layer in memory.
+    new_tokens: generated after the row. memory: bytes; None: no limit. resident: also measure the same steps with every
+    layer in memory.
     """
 
     shape: str
@@ -43,6 +43,7 @@ class MemorySettings:
     layers: int | None = None
     vocab_size: int = 0
     compute_dtype: str = "float32"
+    new_tokens: int = 8
     memory: int | None = None
     activation_dtype: str = "auto"
     recompute: str = "auto"
@@ -94,6 +95,7 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
         "wait_s_per_step": median(step["wait_s"] for step in steps),
         "streamed_layers": loaded["streamed_layers"],
         "recompute": loaded["recompute"],
+        "cache_dtype": loaded["cache_dtype"],
         "computed_micro_batch": loaded["micro_batch"],
         "disk_bytes_per_s": loaded["disk_bytes_per_s"],
         "loss": [step["loss"] for step in steps if "loss" in step],
@@ -141,14 +143,15 @@ def _run(
             train=settings.mode == "train",
             compute_dtype=settings.compute_dtype,
             activation_dtype=settings.activation_dtype,
-            new_tokens=_NEW_TOKENS,
+            new_tokens=settings.new_tokens,
         )
         streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
         report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))
         steps = []
         for number in range(settings.repeats + 1):
             report(Progress(f"{settings.mode} {folder.name}", number, settings.repeats + 1))
-            step = worker.ask("step") if settings.mode == "train" else worker.ask("generate", tokens=_NEW_TOKENS)
+            train = settings.mode == "train"
+            step = worker.ask("step") if train else worker.ask("generate", tokens=settings.new_tokens)
             steps += [step] if number else []
         report(Progress(f"{settings.mode} {folder.name}", settings.repeats + 1, settings.repeats + 1))
         peak = group.peak_bytes if group else None

@@ -12,7 +12,7 @@ import mmap
 import os
 import stat
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,6 +81,11 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def files(self) -> "Collection[MappedFile]":
+        """All that it is read from."""
+        ...
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name -> place, by the names that Hugging Face models use, for GGUF too."""
         ...
@@ -144,12 +149,16 @@ class MappedFile:
         if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise changed_file(self.path, "it was shortened" if now.st_size < then.st_size else "it was written to")
 
-    def offset_of(self, tensor: "torch.Tensor") -> int | None:
-        """Where in the file a contiguous CPU tensor lies that is a view of it; None for any other."""
+    @property
+    def address(self) -> int:
+        """Where it begins in this process's memory."""
         import torch
 
-        begin = torch.frombuffer(self.data, dtype=torch.uint8).data_ptr()
-        offset = tensor.data_ptr() - begin
+        return torch.frombuffer(self.data, dtype=torch.uint8).data_ptr()
+
+    def offset_of(self, tensor: "torch.Tensor") -> int | None:
+        """Where in the file a contiguous CPU tensor lies that is a view of it; None for any other."""
+        offset = tensor.data_ptr() - self.address
         nbytes = tensor.numel() * tensor.element_size()
         return offset if 0 <= offset <= len(self) - nbytes and tensor.is_contiguous() else None
 

@@ -7,6 +7,7 @@ rotates row i with row i + head_dim / 2. `read` gives the second order.
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,15 +111,19 @@ class GgufCheckpoint:
             return 0
         return self.tensors[name].shape[0] // self.config[self.row.permuted[part]] // 2
 
+    @property
+    def files(self) -> Collection[MappedFile]:
+        return set(self._files.values())
+
     def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
-        return place_in(set(self._files.values()), tensor)
+        return place_in(self.files, tensor)
 
     def release(self) -> None:
-        for file in set(self._files.values()):
+        for file in self.files:
             file.release()
 
     def check_unchanged(self) -> None:
-        for file in set(self._files.values()):
+        for file in self.files:
             file.check_unchanged()
 
     def fingerprint(self) -> str:

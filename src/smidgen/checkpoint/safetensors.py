@@ -9,6 +9,7 @@ the folder itself. Pickles (.bin, .pt) are never opened.
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -76,15 +77,19 @@ class SafetensorsCheckpoint:
         info = self.tensors[name]
         return self._files[info.file].tensor(info.dtype, info.shape, info.offset)
 
+    @property
+    def files(self) -> Collection[MappedFile]:
+        return self._files.values()
+
     def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
-        return place_in(self._files.values(), tensor)
+        return place_in(self.files, tensor)
 
     def release(self) -> None:
-        for file in self._files.values():
+        for file in self.files:
             file.release()
 
     def check_unchanged(self) -> None:
-        for file in self._files.values():
+        for file in self.files:
             file.check_unchanged()
 
     def fingerprint(self) -> str:

@@ -27,6 +27,7 @@ def _positive(value: int) -> bool:
 _MEMORY = (
     Flag("quantize", str, "nf4-dq", "How the random weights are packed.", "Memory", choices=_FORMS),
     Flag("mode", str, "train", "What is done.", "Memory", choices=("train", "generate")),
+    Flag("new_tokens", int, 8, "Tokens generated after the row.", "Memory", check=_positive, expected="1 or more"),
     Flag("micro_batch", int, 1, "Rows at once.", "Memory", check=_positive, expected="1 or more"),
     Flag("layers", int, None, "Cut the model to so many layers.", "Memory", check=_positive, expected="1 or more"),
     Flag(
@@ -152,9 +153,10 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
     elif given["what"] == "memory":
         from smidgen.bench.memory import MemorySettings, bench_memory
 
-        names = ("shape", "quantize", "mode", "seq_len", "micro_batch", "layers", "rank", "targets", "resident")
+        names = ("shape", "quantize", "mode", "seq_len", "new_tokens", "micro_batch", "layers", "rank", "targets")
         memory = MemorySettings(
             **{name: given[name] for name in names},
+            resident=given["resident"],
             recompute=given["recompute"] if "recompute" in given.named else "auto",
             memory=parse_bytes(given["memory"]) if given["memory"] else None,
             repeats=given["repeats"],

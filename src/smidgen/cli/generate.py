@@ -11,10 +11,19 @@ from smidgen.cli.options import BASE_FLAGS, Flag, verb
 from smidgen.cli.sampling import sampling_flags
 from smidgen.cli.values import Given
 from smidgen.errors import DataError
+from smidgen.units import format_bytes
 
 __all__ = ["generate", "read_prompt"]
 
 _SAMPLING = sampling_flags(temperature=0.0, max_new_tokens=256)
+_MEMORY = Flag(
+    "memory",
+    str,
+    None,
+    "What the process may have, as 1GiB: if need be layers are read from disk for each token.",
+    "Model",
+    metavar="SIZE",
+)
 _RAW = Flag("raw", bool, False, "The prompt goes in as it is, without the model's chat template.", "Sampling")
 
 
@@ -26,7 +35,7 @@ def _check(given: Given) -> list[str]:
     "generate",
     arguments=("model_run", "prompt"),
     optional=("prompt",),
-    flags=(*_SAMPLING, _RAW, *BASE_FLAGS),
+    flags=(*_SAMPLING, _RAW, _MEMORY, *BASE_FLAGS),
     check=_check,
 )
 def generate(console: Console, given: Given) -> Mapping[str, Any]:
@@ -39,20 +48,29 @@ def generate(console: Console, given: Given) -> Mapping[str, Any]:
     Examples:
       smidgen generate runs/demo "wake me at half past six"
       smidgen generate smollm2-135m --temperature 0.7 --seed 1 - < question.txt
+      smidgen generate models/llama-7b --memory 1GiB "Where do llamas live?"
     """
     from smidgen import api
 
     prompt = read_prompt(console, given["prompt"])
-    model = api.load(given["model_run"], report=console.report, **given.pick(BASE_FLAGS))
     sampling = {flag.name: given[flag.name] for flag in _SAMPLING if flag.name != "system"}
     question: Any = prompt
     if given["system"]:
         question = [{"role": "system", "content": given["system"]}, {"role": "user", "content": prompt}]
+    how = given.pick(BASE_FLAGS)
+    if given["memory"]:
+        how |= {"memory": given["memory"], "prompt": question, "raw": given["raw"]}
+        how |= {"max_new_tokens": given["max_new_tokens"]}
+    model = api.load(given["model_run"], report=console.report, **how)
     if console.as_json:
-        return asdict(model.generate(question, raw=given["raw"], **sampling))
+        answer = asdict(model.generate(question, raw=given["raw"], **sampling))
+        return answer | (model.memory() if given["memory"] else {})
     _, complete = console.stream(partial(model.stream, question, raw=given["raw"], **sampling))
     if not complete:
         raise KeyboardInterrupt
+    if given["memory"]:
+        sizes = {name: format_bytes(size) for name, size in model.memory().items()}
+        console.note("memory: peak {peak_rss_bytes}, forecast {forecast_peak_bytes}".format_map(sizes))
     return {}
 
 

@@ -232,9 +232,9 @@ def forecast(result: Mapping[str, Any], *, plain: bool) -> list[tuple[str, Any]]
     where = f"Memory of {result['model']} on {result['device']}"
     step_s = result["step_s"]
     counts = ("tokens_per_step", "computed_tokens_per_step", "labels_per_step")
-    settings = dict(result["settings"]) | {name: result[name] for name in counts}
+    settings = dict(result["settings"]) | {name: result[name] for name in counts if name in result}
     if step_s:
-        settings |= {"step_s": step_s, "tokens_per_s": result["tokens_per_s"], "run_s": result["run_s"]}
+        settings |= {"step_s": step_s} | {name: result[name] for name in ("tokens_per_s", "run_s") if name in result}
     others = _table("what if", "memory", "", "step", right=("memory", "", "step"))
     for row in result["what_if"]:
         less = row["peak_bytes"] / result["peak_bytes"] - 1

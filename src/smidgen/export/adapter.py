@@ -171,6 +171,12 @@ class StoredAdapter:
         return self.layers.get(name) or self.modules.get(name) or {}
 
     @property
+    def nbytes(self) -> int:
+        """Of all that it holds."""
+        every = [*self.layers.values(), *self.modules.values()]
+        return sum(tensor.nbytes for parts in every for tensor in parts.values())
+
+    @property
     def keeps_tied(self) -> bool:
         """Whether a weight that embedding and head share was trained as one."""
         return bool(self.config.get("ensure_weight_tying"))

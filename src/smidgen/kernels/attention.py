@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from smidgen.kernels.library import native
+from smidgen.kernels.library import TYPES, native
 from smidgen.kernels.scratch import scratch
 from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART
 
@@ -172,8 +172,8 @@ def attention_decode(
 ) -> torch.Tensor:
     """One new token a row against its cache: qkv float32 [rows, width] -> output float32 [rows, q_width].
 
-    keys, values: float32 [rows, kv_heads, capacity, head_dim], of which lengths int64 [rows] tokens are filled; the new
-    token's are added behind them.
+    keys, values: float32 or bfloat16 [rows, kv_heads, capacity, head_dim], of which lengths int64 [rows] tokens are
+    filled; the new token's are added behind them. Computed in float32 either way.
     """
     library = native(qkv)
     rows, capacity = len(qkv), keys.shape[2]
@@ -181,19 +181,19 @@ def attention_decode(
         parts = qkv.split([shape.q_width, shape.kv_width, shape.kv_width], 1)
         q, k, v = (part.view(rows, -1, shape.head_dim) for part in parts)
         index, positions = torch.arange(rows, device=qkv.device), torch.arange(capacity, device=qkv.device)
-        keys[index, :, lengths], values[index, :, lengths] = k, v
+        keys[index, :, lengths], values[index, :, lengths] = k.to(keys.dtype), v.to(values.dtype)
         seen = positions <= lengths[:, None]
         if shape.window:
             seen &= positions > lengths[:, None] - shape.window
         grouped = shape.heads != shape.kv_heads
         return F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, seen[:, None, None], scale=shape.scale, enable_gqa=grouped
+            q[:, :, None], keys.float(), values.float(), seen[:, None, None], scale=shape.scale, enable_gqa=grouped
         ).reshape(rows, shape.q_width)
     out = torch.empty(rows, shape.q_width)
     q = qkv.data_ptr()
     library.smidgen_attention_decode(
         q, q + 4 * shape.q_width, q + 4 * (shape.q_width + shape.kv_width), keys.data_ptr(), values.data_ptr(),
         lengths.data_ptr(), out.data_ptr(), rows, shape.heads, shape.kv_heads, shape.head_dim, capacity, shape.width,
-        shape.q_width, shape.window, shape.scale,
+        shape.q_width, shape.window, shape.scale, TYPES[keys.dtype],
     )  # fmt: skip
     return out

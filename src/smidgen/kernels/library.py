@@ -8,19 +8,20 @@ without the library.
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smidgen.checkpoint.base import MappedFile, changed_file
 from smidgen.errors import SettingsError
 
-__all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library"]
+__all__ = ["ISAS", "MISSING", "TYPES", "describe_library", "native", "native_library", "watch_mapped"]
 
 _PATH = Path(__file__).parent / "lib" / "libsmidgen.so"  # in a folder, or Python takes it for a module
-_INTERFACE = 8
+_INTERFACE = 9
 ISAS = ("plain", "avx2", "avx512", "neon")
 MISSING = (
     "the native kernels are not installed: training works, but several times more slowly."
@@ -41,11 +42,12 @@ _SIGNATURES = {
     "smidgen_panel_product": "pppp" + "iiiiiiiii" + "tt",
     "smidgen_attention": "pppppppp" + "iiiiiiiif",
     "smidgen_attention_backward": "ppppppppppppppppp" + "iiiiiiiiif",
-    "smidgen_attention_decode": "pppppppiiiiiiiif",
+    "smidgen_attention_decode": "pppppppiiiiiiiift",
     "smidgen_quantise_4bit": "pppppiit",
     "smidgen_quantise_int8": "pppiit",
     "smidgen_dequantise": "piiipt",
     "smidgen_product": "pppiiiii",
+    "smidgen_watch": "pip",
 }
 
 
@@ -97,6 +99,18 @@ def native(*tensors: torch.Tensor) -> Any:
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
     return native_library()
+
+
+def watch_mapped(files: Iterable[MappedFile]) -> None:
+    """A file that is shortened while its mapped pages are read ends the process with a line and exit code 2: without
+    the library it would be SIGBUS, of which a process dies without a word (csrc/mapped.cpp).
+    """
+    library = native_library()
+    if library is None:
+        return
+    for file in files:
+        error = changed_file(file.path, "it was shortened, or its disk cannot be read")
+        library.smidgen_watch(file.address, len(file), f"\nsmidgen: error: {error}\n".encode())
 
 
 def describe_library() -> str:

@@ -5,6 +5,7 @@ __all__ = [
     "ATTENTION_PART",
     "DEVICE_PANEL_WEIGHTS",
     "PANEL_WEIGHTS",
+    "PROMPT_TOKENS",
     "TILE_TOKENS",
     "TWIN_LOGITS",
     "cache_capacity",
@@ -22,8 +23,13 @@ ATTENTION_MOST_PARTS = 4
 TILE_TOKENS = 1 << 11
 # Logits that plain PyTorch takes the loss of at once: it needs them twice more, in float32.
 TWIN_LOGITS = 1 << 22
+# A prompt goes through all of a layer but its attention in tiles of so many tokens: unpacking the weights for each is
+# about a fiftieth of the work. A multiple of 64: see model/device.py.
+PROMPT_TOKENS = 1 << 8
 
 
-def cache_capacity(tokens: int, before: int) -> int:
-    """Tokens that a key cache has room for when it is made anew for `tokens`; before: that it had, 0 at first."""
-    return max(tokens + 64, before * 3 // 2)
+def cache_capacity(tokens: int, before: int, most: int) -> int:
+    """Tokens that a key cache has room for when it is made anew for `tokens`; before: that it had, 0 at first; most:
+    that it can ever hold.
+    """
+    return max(tokens, min(most, max(tokens + 64, before * 3 // 2)))

@@ -50,6 +50,7 @@ class Base:
     model: transformers' own class, `model(input_ids).logits`. linears: name -> FrozenLinear of every linear layer of
     the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none'). packs: whether
     transformers' layers are known to compute packed rows right (train/sharing.py finds out); fused layers always do.
+    cache_dtype: that keys and values of fused layers wait in while text is generated, float32 or bfloat16.
     """
 
     model: PreTrainedModel
@@ -59,6 +60,7 @@ class Base:
     device: torch.device
     stream: LayerStream | None = None
     packs: bool = False
+    cache_dtype: torch.dtype = torch.float32
 
     @property
     def backbone(self) -> nn.Module:

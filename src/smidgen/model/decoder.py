@@ -24,8 +24,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Decoder(Protocol):
-    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Token ids of each prompt -> last hidden state of each, [rows, hidden_size]."""
+    def start(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> torch.Tensor:
+        """Token ids of each prompt -> last hidden state of each, [rows, hidden_size]. new_tokens: that may follow."""
         ...
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class ModuleDecoder:
         self._cache = DynamicCache(config=base.model.config)
         self._mask = torch.empty(0)
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def start(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> torch.Tensor:
         device, longest = self._base.device, max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         self._mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -82,7 +82,8 @@ class ModuleDecoder:
 
 
 class FusedDecoder:
-    """Layers called directly. Every row has its own length, so nothing is padded; keys and values are float32.
+    """Layers called directly. Every row has its own length, so nothing is padded; keys and values are of the base's
+    cache_dtype.
 
     Prompts run one after another in the compute type, steps of all rows at once in float32: with so few tokens a
     product is as fast as its weights can be unpacked, whatever the type.
@@ -98,20 +99,23 @@ class FusedDecoder:
         self._keys: list[torch.Tensor] = []  # of each layer: [rows, kv_heads, capacity, head_dim]
         self._values: list[torch.Tensor] = []
         self._lengths = torch.empty(0, dtype=torch.int64)
+        self._most = 0  # tokens that a row can ever have in the cache
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def start(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> torch.Tensor:
         self._lengths = torch.tensor([len(prompt) for prompt in prompts])
-        self._reserve(int(self._lengths.max()))
+        longest = int(self._lengths.max())
+        self._most = longest + new_tokens - 1  # nothing follows the last one
+        self._reserve(longest)
         last = [self._prompt(row, prompt) for row, prompt in enumerate(prompts)]
         return self._backbone.norm(torch.stack(last))
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._reserve(int(self._lengths.max()) + 1)
-        places = Rows(Segments([1] * len(tokens)), self._cosine[self._lengths], self._sine[self._lengths])
+        cosine, sine = self._cosine[self._lengths], self._sine[self._lengths]
         x = self._backbone.embed_tokens(tokens).float()
         for layer, norms, keys, values in zip(self._layers, self._norms, self._keys, self._values, strict=True):
             parts = layer.parts()
-            qkv = layer.project(rms_norm(x, *norms[0])[0], parts, places)[0]
+            qkv = layer.project(rms_norm(x, *norms[0])[0], parts, cosine, sine)[0]
             attended = attention_decode(qkv, keys, values, self._lengths, layer.shape)
             x = x.add_(parts.out.forward(attended)[0])
             gate_up, _ = parts.gate_up.forward(rms_norm(x, *norms[1])[0])
@@ -126,16 +130,15 @@ class FusedDecoder:
 
     def _prompt(self, row: int, prompt: Sequence[int]) -> torch.Tensor:
         """Fills a row of the cache; returns the last token's state before the final norm, [hidden_size]."""
-        length = len(prompt)
-        padded = max(length, min(self._base.padded(length), len(self._cosine)))  # on the right, which none of them sees
+        length, padded = len(prompt), self._base.padded(len(prompt))  # on the right, which none of them sees
         x = self._backbone.embed_tokens(torch.tensor([*prompt, *[0] * (padded - length)]))
         rows = Rows(Segments([padded]), self._cosine[:padded], self._sine[:padded])
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             shape = layer.shape
-            x, kept = layer.run(x, layer.parts(), rows)
-            new = kept.qkv[:length, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
+            qkv = layer.run_in_place(x, layer.parts(), rows)
+            new = qkv[:length, shape.q_width :].view(length, 2, shape.kv_heads, shape.head_dim).permute(1, 2, 0, 3)
             keys[row, :, :length], values[row, :, :length] = new[0], new[1]
-            del kept, new  # before the next layer's
+            del qkv, new  # before the next layer's
         return x[length - 1]
 
     def _reserve(self, tokens: int) -> None:
@@ -143,14 +146,14 @@ class FusedDecoder:
         capacity = self._keys[0].shape[2] if self._keys else 0
         if tokens <= capacity:
             return
-        grown = min(cache_capacity(tokens, capacity), max(tokens, self._base.max_positions))
-        table = self._backbone.rotary_emb(torch.empty(0), torch.arange(grown)[None])
+        grown = cache_capacity(tokens, capacity, self._most)
+        table = self._backbone.rotary_emb(torch.empty(0), torch.arange(self._base.padded(grown))[None])
         half = table[0].shape[-1] // 2
         self._cosine, self._sine = (part[0, :, :half].contiguous() for part in table)
-        rows, old_keys, old_values = len(self._lengths), self._keys, self._values
-        self._keys, self._values = (
-            [torch.zeros(rows, layer.shape.kv_heads, grown, layer.shape.head_dim) for layer in self._layers]
-            for _ in range(2)
-        )
-        for old, new in zip([*old_keys, *old_values], [*self._keys, *self._values], strict=False):
-            new[:, :, :capacity] = old
+        for cache in (self._keys, self._values):
+            for number, layer in enumerate(self._layers):  # one by one: the old ones leave as the new ones come
+                shape = (len(self._lengths), layer.shape.kv_heads, grown, layer.shape.head_dim)
+                new = torch.zeros(shape, dtype=self._base.cache_dtype)
+                if capacity:
+                    new[:, :, :capacity] = cache[number]
+                cache[number : number + 1] = [new]

@@ -33,6 +33,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 from smidgen.kernels.attention import Heads, Segments, attention, attention_backward
 from smidgen.kernels.elementwise import rms_norm, rms_norm_backward, rotate_, swiglu, swiglu_backward
 from smidgen.kernels.scratch import scratch
+from smidgen.kernels.sizes import PROMPT_TOKENS
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.stack import LoraStack
 from smidgen.model.packing import PackedRows
@@ -227,12 +228,12 @@ class FusedLayer(nn.Module):
     def run(self, x: torch.Tensor, parts: _Parts, rows: Rows) -> tuple[torch.Tensor, _Kept]:
         """x [tokens, hidden_size] -> (the layer's output, all that its gradient needs)."""
         shape = self.shape
-        normed, rstd = rms_norm(x, *self._norm(self.input_layernorm))
-        qkv, qkv_low, head_norms = self.project(normed, parts, rows)
+        normed, rstd = rms_norm(x, *_norm(self.input_layernorm))
+        qkv, qkv_low, head_norms = self.project(normed, parts, rows.cosine, rows.sine)
         attended, lse = attention(qkv, rows.segments, shape)
         middle, out_low = parts.out.forward(attended)
         middle += x
-        middle_normed, middle_rstd = rms_norm(middle, *self._norm(self.post_attention_layernorm))
+        middle_normed, middle_rstd = rms_norm(middle, *_norm(self.post_attention_layernorm))
         gate_up, gate_up_low = parts.gate_up.forward(middle_normed)
         product = swiglu(gate_up)
         out, down_low = parts.down.forward(product)
@@ -242,8 +243,29 @@ class FusedLayer(nn.Module):
             qkv_low, out_low, gate_up_low, down_low,
         )  # fmt: skip
 
+    def run_in_place(self, x: torch.Tensor, parts: _Parts, rows: Rows) -> torch.Tensor:
+        """x [tokens, hidden_size] becomes the layer's output; returns qkv, whose keys and values a cache wants.
+
+        No gradient can follow. All but attention takes a tile of tokens at once, so that no more than x, qkv and what
+        attention gives grows with their number.
+        """
+        shape = self.shape
+        tiles = [slice(start, start + PROMPT_TOKENS) for start in range(0, len(x), PROMPT_TOKENS)]
+        qkv = x.new_empty(len(x), shape.width)
+        for tile in tiles:
+            normed = rms_norm(x[tile], *_norm(self.input_layernorm))[0]
+            qkv[tile] = self.project(normed, parts, rows.cosine[tile], rows.sine[tile])[0]
+        attended = attention(qkv, rows.segments, shape)[0]
+        for tile in tiles:
+            part = x[tile]
+            part += parts.out.forward(attended[tile])[0]
+            normed = rms_norm(part, *_norm(self.post_attention_layernorm))[0]
+            product = swiglu(parts.gate_up.forward(normed)[0])
+            part += parts.down.forward(product)[0]
+        return qkv
+
     def project(
-        self, normed: torch.Tensor, parts: _Parts, rows: Rows
+        self, normed: torch.Tensor, parts: _Parts, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Queries, keys and values with their positions: (qkv [tokens, width], x Aᵀ, inputs and rstd of head norms)."""
         shape = self.shape
@@ -251,10 +273,10 @@ class FusedLayer(nn.Module):
         kept: list[torch.Tensor] = []
         for norm, columns in self._head_norms:
             states = qkv[:, columns].clone(memory_format=torch.contiguous_format).view(-1, shape.head_dim)
-            values, rstd = rms_norm(states, *self._norm(norm))
+            values, rstd = rms_norm(states, *_norm(norm))
             qkv[:, columns] = values.view(len(qkv), -1)
             kept += [states, rstd]
-        rotate_(qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim)
+        rotate_(qkv, cosine, sine, shape.heads + shape.kv_heads, shape.head_dim)
         q_input, q_rstd, k_input, k_rstd = kept or [qkv.new_empty(0)] * 4
         return qkv, low, (q_input, q_rstd, k_input, k_rstd)
 
@@ -288,7 +310,7 @@ class FusedLayer(nn.Module):
 
         grad_normed, grad_low, gate_up_B = parts.gate_up.backward_input(grad_gate_up, kept.gate_up_low, wants_x=True)
         assert grad_normed is not None
-        norm = self._norm(self.post_attention_layernorm)
+        norm = _norm(self.post_attention_layernorm)
         middle = kept.middle.to(dtype)
         normed = kept.middle_normed.to(dtype) if kept.middle_normed.numel() else rms_norm(middle, *norm)[0]
         gate_up_A = parts.gate_up.backward_A(grad_low, normed)
@@ -307,11 +329,11 @@ class FusedLayer(nn.Module):
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
         for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):
             part = grad_qkv[:, columns].contiguous().view(-1, shape.head_dim)
-            part = rms_norm_backward(part, states.to(dtype), self._norm(head_norm)[0], rstd)
+            part = rms_norm_backward(part, states.to(dtype), _norm(head_norm)[0], rstd)
             grad_qkv[:, columns] = part.view(len(grad_qkv), -1)
 
         grad_normed, grad_low, qkv_B = parts.qkv.backward_input(grad_qkv, kept.qkv_low, wants_x=wants_x)
-        norm = self._norm(self.input_layernorm)
+        norm = _norm(self.input_layernorm)
         x = kept.x.to(dtype)
         normed = kept.normed.to(dtype) if kept.normed.numel() else rms_norm(x, *norm)[0]
         qkv_A = parts.qkv.backward_A(grad_low, normed)
@@ -335,9 +357,10 @@ class FusedLayer(nn.Module):
         rounded = _ROUNDED if self.kept_dtype else ()
         return [part.to(self.kept_dtype) if name in rounded else part for name, part in parts.items()]
 
-    @staticmethod
-    def _norm(module: Any) -> tuple[torch.Tensor, float]:
-        return module.weight if module.weight.dtype == torch.float32 else module.weight.float(), module.variance_epsilon
+
+def _norm(module: Any) -> tuple[torch.Tensor, float]:
+    """(weight in float32, epsilon)"""
+    return module.weight if module.weight.dtype == torch.float32 else module.weight.float(), module.variance_epsilon
 
 
 def _window(layer: Any) -> int:
@@ -388,6 +411,22 @@ class _LayerFunction(torch.autograd.Function):
         return grad_x, None, None, None, *of_parameters
 
 
+class _Norm(torch.autograd.Function):
+    """rms_norm with a gradient for x [tokens, width] alone: of a token's size it keeps nothing but x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, rstd = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        return rms_norm_backward(grads[0].contiguous(), x, weight, rstd), None, None
+
+
 def _put(whole: torch.Tensor | None, tile: slice, part: torch.Tensor, tokens: int) -> torch.Tensor:
     """`part` in its place of a matrix of all tokens, which the first one makes; or itself where it has them all."""
     if len(part) == tokens:
@@ -432,4 +471,6 @@ def hidden_rows(backbone: Any, packed: PackedRows) -> torch.Tensor:
     rows = rows_of(packed.segments, *backbone.rotary_emb(x, packed.positions[None]))
     for layer in backbone.layers:
         x = layer.forward_rows(x, rows)
-    return backbone.norm(x)
+    norm = backbone.norm
+    learns = any(parameter.requires_grad for parameter in norm.parameters())
+    return norm(x) if learns else _Norm.apply(x, *_norm(norm))  # type: ignore[return-value]

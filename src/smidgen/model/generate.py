@@ -77,8 +77,9 @@ def stream_tokens(
     """Yields new token ids; a stop token ends the stream and is not yielded."""
     choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     tokens = torch.empty(0, dtype=torch.int64)
-    for count in range(_room(base, len(prompt), sampling)):
-        hidden = decoder.step(tokens) if count else decoder.start([prompt])
+    room = _room(base, len(prompt), sampling)
+    for count in range(room):
+        hidden = decoder.step(tokens) if count else decoder.start([prompt], room)
         tokens = choose(base.logits_of(hidden)[:, :vocab_size])
         token = int(tokens)
         if token in stops:
@@ -111,8 +112,9 @@ def generate_batch(
     choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     answers: list[list[int]] = [[] for _ in prompts]
     active: list[Any] = list(range(len(prompts)))  # row of the decoder -> index of the prompt, None once it has ended
-    hidden, tokens = decoder.start(prompts), torch.empty(0, dtype=torch.int64)
-    for count in range(_room(base, max(len(prompt) for prompt in prompts), sampling)):
+    room = _room(base, max(len(prompt) for prompt in prompts), sampling)
+    hidden, tokens = decoder.start(prompts, room), torch.empty(0, dtype=torch.int64)
+    for count in range(room):
         if count:
             hidden = decoder.step(tokens)
         tokens = choose(base.logits_of(hidden)[:, :vocab_size])

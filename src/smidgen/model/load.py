@@ -15,7 +15,7 @@ from smidgen.checkpoint.hub import BUILTIN_MODELS, cache_folder, resolve_model
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Warned, silent
-from smidgen.kernels.library import MISSING, native_library
+from smidgen.kernels.library import MISSING, native_library, watch_mapped
 from smidgen.model.build import Base, build_base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
@@ -139,6 +139,7 @@ def load_base(
     instead of kept in memory (model/stream.py).
     """
     chosen = decided or decide(source, quantize, compute_dtype, device, report)
+    watch_mapped(source.checkpoint.files)
     is_new = needs_gptq(chosen.storage, source.checkpoint)
     stream = LayerStream(streamed, source.checkpoint, cache_folder() / "streamed") if streamed else None
     base = build_base(

@@ -13,6 +13,7 @@ from smidgen.kernels.sizes import (
     ATTENTION_PART,
     DEVICE_PANEL_WEIGHTS,
     PANEL_WEIGHTS,
+    PROMPT_TOKENS,
     TILE_TOKENS,
     TWIN_LOGITS,
 )
@@ -118,26 +119,36 @@ def layer_work_bytes(
         backward = itemsize * (3 * hidden + max(_widest(model) + inner, 2 * q + kv))
         return tokens * (backward + (again if "full" in recompute else 0))
     # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
-    # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more
+    # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more, which
+    # `full` has already
     numbers = [hidden + inner, 2 * hidden + 2 * q + kv, 5 * hidden + q + kv]
-    found = [itemsize * max(numbers) + again] if "full" in recompute else []
+    found = [itemsize * max(*numbers[:2], numbers[2] - hidden) + again] if "full" in recompute else []
     if set(recompute) != {"full"}:
         if (kept_item or itemsize) < itemsize:  # what was rounded is there once more: gate and up; attention's; norms'
             numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
             found.append(computed + itemsize * inner)  # forwards, before it is rounded
         found.append(itemsize * max(numbers))
     tile = tile_tokens(model, tokens, kept.get("longest", 1))
-    whole = 0 if tile == tokens else itemsize * 2 * hidden  # gradients of the output and of the input
-    return tokens * whole + tile * max(found)
+    if tile == tokens:
+        return tile * max(found)
+    # gradients of the output and of the input, of all tokens: a tile's part of the first is a view
+    return itemsize * hidden * (2 * tokens - tile) + tile * max(found)
 
 
 def prompt_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int:
-    """What one layer has at once while a prompt goes through it, no gradient wanted: all that it computes."""
+    """What one layer has at once while a prompt goes through it, no gradient wanted (FusedLayer.run_in_place); of
+    transformers' own all that it computes.
+    """
     hidden, inner, q, kv = _widths(model)
     if not model.fused:
         return tokens * itemsize * (3 * hidden + max(2 * _widest(model), 2 * q + kv))
-    wide = _FLOAT32 * (2 * q + kv) if itemsize < _FLOAT32 else 0  # attention's operands
-    return tokens * (kept_bytes(model, 1, ("none",), 0, itemsize) + itemsize * (inner + hidden) + wide)
+    # x, q, k, v, attended and its log-sums; and attention's operands
+    whole = itemsize * (hidden + 2 * q + kv) + _FLOAT32 * model.num_heads
+    whole += _FLOAT32 * (2 * q + kv) if itemsize < _FLOAT32 else 0
+    # of a tile: gate and up with their product; or the norm's output with q, k, v, and those before their own norms
+    numbers = max(3 * inner, hidden + q + kv + (2 * q if model.head_norms else 0), 3 * hidden)
+    ordered = max(linear.in_features for linear in model.linears) if model.ordered else 0
+    return tokens * whole + min(tokens, PROMPT_TOKENS) * itemsize * (numbers + ordered)
 
 
 def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
@@ -188,8 +199,8 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 def loss_bytes(
     model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0, *, is_cpu: bool = True
 ) -> int:
-    """With the last norm's input, of all tokens: its output, the hidden states of the labelled positions, their
-    gradient and a chunk of logits with its own; or then what the norm's gradient needs.
+    """With the last norm's input, of all tokens: the hidden states of the labelled positions, their gradient and a
+    chunk of logits with its own; or then what the norm's gradient needs.
 
     For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
     type. Elsewhere than on a CPU some of a chunk is there twice more, in float32. Counts every token as labelled.
@@ -198,11 +209,13 @@ def loss_bytes(
     chunk = positions * (model.vocab_size + 2 * model.hidden_size)
     wide = 0 if is_cpu else 2 * _FLOAT32 * min(positions * model.vocab_size, max(TWIN_LOGITS, model.vocab_size))
     of_norm = 0 if model.kept else 1  # kept has its input
-    if itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
+    if model.fused:  # the norm's gradient takes no more
+        numbers = (2 + of_norm) * tokens * model.hidden_size + chunk
+    elif itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
         numbers = (5 + of_norm) * tokens * model.hidden_size + chunk
     else:
         numbers = tokens * model.hidden_size * of_norm + max(
-            3 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
+            2 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
         )
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
     return itemsize * numbers + learnt + wide

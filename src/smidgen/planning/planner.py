@@ -15,10 +15,23 @@ from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.inventory import Inventory
 from smidgen.units import format_bytes
 
-__all__ = ["Choice", "Forecast", "Machine", "Work", "fastest", "forecast", "forecasts", "reasons", "smallest"]
+__all__ = [
+    "Choice",
+    "Forecast",
+    "Machine",
+    "Work",
+    "fastest",
+    "forecast",
+    "forecasts",
+    "reasons",
+    "smallest",
+    "spread",
+    "with_base",
+]
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
 _SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
+_MAPPED_AROUND = 1 << 16  # pages of a file that Linux maps where one of them is touched, those in its cache
 _RUNTIME, _OF_THREAD = 8 << 20, 12 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
 _DEVICE_RUNTIME = 80 << 20  # a workspace of cuBLAS for each direction; 77 MB on an H100, less on older cards
 
@@ -165,18 +178,23 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
 
 
 def with_base(
-    model: Inventory, machine: Machine, streamed: Sequence[int], small: dict[str, int]
+    model: Inventory, machine: Machine, streamed: Sequence[int], small: dict[str, int], tokens: int | None = None
 ) -> tuple[dict[str, int], frozenset[str]]:
-    """(all terms: the base and the process beside what is done with them, `small`; which of them lie in files)."""
+    """(all terms: the base and the process beside what is done with them, `small`; which of them lie in files).
+
+    tokens: that are looked up at all, if they are few.
+    """
+    # of an embedding that lies in a file; a card has it whole
+    looked_up = model.embedding_bytes // 8 if machine.is_cpu else model.embedding_bytes
+    if tokens is not None and machine.is_cpu:
+        looked_up = min(looked_up, tokens * (_MAPPED_AROUND + model.embedding_bytes // model.vocab_size))
     sizes = model.layer_bytes
     beside = {"framework": machine.framework_bytes, "norms and biases": model.norm_bytes, **small}
     slack = round(_SLACK * (sum(beside.values()) - machine.framework_bytes))
     runtime = _RUNTIME + machine.threads * _OF_THREAD if machine.is_cpu else _DEVICE_RUNTIME
-    # rows of an embedding that lies in a file are looked up there; a card has it whole
-    ends = (model.head_bytes or model.embedding_bytes, model.embedding_bytes if model.head_bytes else 0)
     terms = {
         "packed weights": model.packed_bytes - sum(sizes[layer] for layer in streamed),
-        "embedding and head": ends[0] + (ends[1] // 8 if machine.is_cpu else ends[1]),
+        "embedding and head": (model.head_bytes or model.embedding_bytes) + (looked_up if model.head_bytes else 0),
         "program files": machine.library_bytes,
         "stream buffers": estimate.stream_bytes(model, streamed),
         **beside,
@@ -199,7 +217,7 @@ def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tup
     return max(flops / machine.gflops / 1e9, read / machine.disk_bytes_per_s), read
 
 
-def _streamed(count: int, layers: int) -> tuple[int, ...]:
+def spread(count: int, layers: int) -> tuple[int, ...]:
     """`count` of the layers, as evenly apart as can be, so that there is time to read between them."""
     return tuple(sorted({round((i + 0.5) * layers / count - 0.5) for i in range(count)})) if count else ()
 
@@ -216,7 +234,7 @@ def _choices(model: Inventory, work: Work, micro_batch: int, *, can_stream: bool
     for m in rows:
         for mixture in dict.fromkeys(mixtures):
             for count in range(layers + 1) if can_stream else (0,):
-                streamed = _streamed(count, layers)
+                streamed = spread(count, layers)
                 if len(streamed) == count:
                     yield Choice(m, work.rows_per_step // m, mixture, streamed)
 

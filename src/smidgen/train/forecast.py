@@ -18,6 +18,7 @@ from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
 from smidgen.model.tokenizer import add_tokens
+from smidgen.planning.generation import GenerationPlan, generation_plans
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
 from smidgen.planning.shapes import SHAPES
@@ -29,7 +30,7 @@ from smidgen.train.rows import read_rows
 from smidgen.train.sharing import estimate_sharing
 from smidgen.units import format_bytes, parse_duration
 
-__all__ = ["plan_model"]
+__all__ = ["plan_answers", "plan_model"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,59 @@ def plan_model(
         "what_if": _what_if(
             shape, inventory, found, work, machine, settings, subject, can_stream=can_stream, runs_here=runs_here
         ),
+    }  # fmt: skip
+
+
+def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report = silent) -> dict[str, Any]:
+    """See api.plan: generation after a prompt of seq_len tokens."""
+    subject = _subject(model, None, settings, silent)
+    device, dtype, runs_here = _place(settings, report)
+    storage = _storage(settings.quantize, subject.checkpoint, report)
+    shape = inventory_of(
+        subject.checkpoint, subject.config, storage, name=subject.name, itemsize=dtype.itemsize, fuses=device == "cpu",
+        trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+    machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
+    budget, where = _budget(settings, device, runs_here=runs_here)
+    length, compute_dtype = settings.seq_len, str(dtype).removeprefix("torch.")
+    plans = list(generation_plans(shape, machine, length, new_tokens, dtype.itemsize, can_stream=device == "cpu"))
+    fitting = [plan for plan in plans if not budget or plan.forecast.peak_bytes <= budget]
+    least, found = plans[-1].forecast, (fitting or plans[-1:])[0]
+    if fitting:
+        for line in found.reasons(shape, budget or found.forecast.peak_bytes):
+            report(Note(line))
+    else:
+        report(Warned(f"{format_bytes(budget)} ({where}) is too little: at least {format_bytes(least.peak_bytes)}"))
+
+    def step_s(plan: GenerationPlan) -> float | None:
+        return plan.forecast.step_s if runs_here else None
+
+    others = {f"{len(plan.streamed)} of {shape.num_layers} layers streamed": plan for plan in plans if plan.streamed}
+    few = [name for name, plan in others.items() if len(plan.streamed) in (shape.num_layers // 2, shape.num_layers)]
+    rounded = {"key cache in bfloat16": plans[1]} if shape.fused else {}
+    changes = {**rounded, **{name: others[name] for name in few}}
+    return {
+        "model": subject.name,
+        "device": device,
+        "peak_bytes": found.forecast.peak_bytes,
+        "anonymous_bytes": found.forecast.anonymous_bytes,
+        "terms": found.forecast.terms,
+        "step_s": step_s(found),
+        "read_bytes_per_step": found.forecast.read_bytes,
+        "budget_bytes": budget or None,
+        "fits": bool(fitting),
+        "smallest_bytes": least.peak_bytes,
+        "weights": shape.weights,
+        "settings": {
+            "quantize": storage, "compute_dtype": compute_dtype,
+            "cache_dtype": found.cache_dtype if shape.fused else compute_dtype,
+            "prompt_tokens": length, "new_tokens": new_tokens, "streamed_layers": len(found.streamed),
+        },
+        "what_if": [
+            {"change": name, "peak_bytes": plan.forecast.peak_bytes, "step_s": step_s(plan)}
+            for name, plan in changes.items()
+            if plan != found
+        ],
     }  # fmt: skip
 
 

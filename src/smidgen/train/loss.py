@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from smidgen.data.batch import Batch
 from smidgen.kernels.elementwise import cross_entropy_
@@ -60,10 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, *grads = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return grad_hidden * scale, None, None, None, None, None, *(grad * scale for grad in grads)
+        # in place: the gradients are this function's own, and it is called once
+        grad_hidden, *grads = (grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
+        return grad_hidden, None, None, None, None, None, *grads
 
 
 def _smoothed_(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, backward: bool) -> torch.Tensor:
@@ -124,7 +126,8 @@ def batch_loss(base: Base, batch: Batch, smoothing: float = 0.0) -> torch.Tensor
     if batch.groups:
         places, targets, times = _merged(places, targets, base.head.out_features)
     # index_select: positions may come several times, and its gradient sums them in a fixed order
-    return chunked_cross_entropy(base, hidden.index_select(0, places), targets, smoothing=smoothing, weights=times)
+    hidden = hidden.index_select(0, places)  # what it was selected from is needed no more
+    return chunked_cross_entropy(base, hidden, targets, smoothing=smoothing, weights=times)
 
 
 @torch.no_grad()

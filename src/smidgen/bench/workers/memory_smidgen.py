@@ -70,15 +70,20 @@ class MemoryWorker:
         work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
         machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
         if train:
-            plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
+            plan, cache = (
+                plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream),
+                "float32",
+            )
         else:
-            plan = plan_generation(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize, budget)
+            found = plan_generation(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize, budget)
+            plan, cache = found.forecast, found.cache_dtype
         self.anonymous = _Anonymous()
         reset_peak_rss()
         source = Source(folder, checkpoint, tokenizer=None)
         self.base = load_base(
             source, quantize=storage, compute_dtype=compute_dtype, device="cpu", streamed=plan.choice.streamed
         )
+        self.base.cache_dtype = getattr(torch, cache)
         load_peak = peak_rss_bytes()
         loaded = current_rss_bytes()
         size = plan.choice.micro_batch
@@ -94,6 +99,7 @@ class MemoryWorker:
             "terms": plan.terms,
             "streamed_layers": len(plan.choice.streamed),
             "recompute": plan.choice.recompute_name,
+            "cache_dtype": cache,
             "micro_batch": size,
             "load_peak_rss_bytes": load_peak,
             "loaded_rss_bytes": loaded,
