@@ -52,9 +52,7 @@ def export(console: Console, given: Given) -> Mapping[str, Any]:
     """
     from smidgen import api
 
-    result = api.export_run(
-        given["run"], Path(given["out"]), to=given["to"], type=given["type"], report=console.report
-    )
+    result = api.export_run(given["run"], Path(given["out"]), to=given["to"], type=given["type"], report=console.report)
     console.close()
     console.files()
     console.results({key: result[key] for key in ("out", "to", "type", "bytes")})
