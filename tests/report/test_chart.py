@@ -57,6 +57,20 @@ def test_a_chart_is_well_formed_and_lies_within_its_box() -> None:
     assert [span.text for span in figure.iter("span")] == ["a & b"]
 
 
+def test_an_axis_from_zero_stays_there_where_every_value_is_zero() -> None:
+    """Answers of which none was right yet once had an axis from -60 % to 60 %."""
+    chart = line_chart("Right", [Series("", [(0, 0.0), (9, 0.0)])], "{:.0%}".format, from_zero=True)
+    texts = [text.text for text in ElementTree.fromstring(chart).iter("text")]
+    assert texts[:6] == ["0%", "20%", "40%", "60%", "80%", "100%"] and texts[-1] == "step"
+
+
+def test_few_values_are_hardly_smoothed() -> None:
+    """A mean over ten steps lay far above the losses of a run of fifteen."""
+    falling = [(float(x), 15.0 - x) for x in range(15)]
+    assert smoothed(falling[:10]) == falling[:10]
+    assert all(abs(y - value) < 0.6 for (_, y), (_, value) in zip(smoothed(falling), falling, strict=True))
+
+
 def test_nothing_to_draw_is_no_chart() -> None:
     assert line_chart("Loss", [Series("", [])], str) == line_chart("Loss", [Series("", [(1, math.nan)])], str) == ""
 

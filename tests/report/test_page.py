@@ -100,8 +100,16 @@ def test_the_end_of_a_run_tells_of_its_page_and_the_verb_makes_it_again(run: smi
     assert json.loads(done.stdout) == {"page": str(page), "bytes": len(before)}
     assert page.read_bytes() == before
     saved: list[Path] = []
-    smidgen.resume(run.path, report=lambda event: saved.append(event.path) if isinstance(event, Saved) else None)
-    assert page in saved
+
+    def report(event: Event) -> None:
+        if isinstance(event, Saved):
+            saved.append(event.path)
+
+    smidgen.resume(run.path, report=report)
+    assert not saved, "a finished run is left as it is"
+    page.unlink()
+    smidgen.resume(run.path, report=report)
+    assert saved == [page] and page.read_bytes() == before
 
 
 def test_a_run_that_is_not_finished_has_a_page_of_what_there_is(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
         return ""
     xs, ys = ([point[axis] for s in drawn for point in s.points] for axis in (0, 1))
     x_ticks = [tick for tick in ticks(min(xs), max(xs), 5) if tick.is_integer() and min(xs) <= tick <= max(xs)]
-    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
+    y_ticks = ticks(0.0, max(ys) or 1.0, 5) if from_zero else ticks(min(ys), max(ys), 5)
     if not x_ticks or max(xs) - x_ticks[-1] > (max(xs) - min(xs)) / 8:
         x_ticks.append(max(xs))  # where it ends, if there is room for the number
     across = _scale((min(xs), max(xs)), (_LEFT, _WIDTH - _RIGHT))
@@ -52,6 +52,7 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
         anchor = "end" if tick == max(xs) else "middle"
         at = f'x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 20}"'
         parts.append(f'<text {at} text-anchor="{anchor}">{tick:,.0f}</text>')
+    parts.append(f'<text x="{_LEFT - 16}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="end">step</text>')
     for one in drawn:
         places = [(across(x), up(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
@@ -90,8 +91,12 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def smoothed(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
-    """The running mean that forgets by `weight` a step, without the start's pull to zero (as Adam corrects it)."""
+def smoothed(points: Sequence[Point], most: float = 0.9) -> list[Point]:
+    """The running mean that forgets by a weight a step, without the start's pull to zero (as Adam corrects it).
+
+    It looks back on a tenth of the points: with the weight `most`, or less where they are few, or it would lag behind.
+    """
+    weight = min(most, 1 - 10 / max(10, len(points)))
     found: list[Point] = []
     mean = total = 0.0
     for x, y in points:

@@ -20,7 +20,7 @@ dt{color:var(--soft);font-size:13px}
 dd{margin:0}
 .tiles dd{white-space:nowrap;font-size:19px;font-weight:600}
 .tiles small{display:block;font-size:13px;font-weight:400;color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px;align-items:start}
 figure{margin:0;min-width:0}
 figure+figure{margin-top:0}
 section>figure{margin-top:12px}
@@ -49,12 +49,13 @@ mark{background:var(--mark);color:inherit;border-radius:3px}
 .answer{display:grid;grid-template-columns:auto 1fr;gap:4px 14px;margin:0 0 12px}
 .answer dd{white-space:pre-wrap;font:13px/1.6 ui-monospace,Menlo,Consolas,monospace}
 .answer dt{line-height:21px}
-.right::before{content:"\\2713 ";color:var(--good)}
-.wrong::before{content:"\\2717 ";color:var(--bad)}
+.right::before{content:"\\2713\\a0 ";color:var(--good)}
+.wrong::before{content:"\\2717\\a0 ";color:var(--bad)}
 details{margin-top:12px}
 summary{cursor:pointer;font-weight:600}
 details table{margin-top:8px}
 ul{margin:0;padding-left:20px}
 @media (max-width:480px){svg text{font-size:16px}th{white-space:normal;min-width:112px}
+.bars th{min-width:0}.bars th,.bars td{font-size:13px;padding-right:8px}
 .answer{grid-template-columns:1fr}}
 """
