@@ -1,7 +1,7 @@
-"""GPTQ and AWQ checkpoints made from the formats' descriptions, bit by bit, without any code of the package.
+"""Packed checkpoints made without any code of the package: GPTQ and AWQ bit by bit from the formats' descriptions, with
+random integers, scales and zero points; and by bitsandbytes' own functions.
 
-For each linear layer of a dense folder random integers, scales and zero points are drawn; the dense folder beside it
-holds the very values that they stand for.
+The dense folder beside one holds the very values that it stands for.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["pack_folder"]
+__all__ = ["pack_folder", "pack_with_bitsandbytes"]
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which output lies in field i of a word
 
@@ -75,7 +75,7 @@ def pack_folder(
     packed: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, weight in tensors.items():
-        if "_proj.weight" not in name:
+        if "_proj.weight" not in name and ".experts." not in name:
             packed[name] = plain[name] = weight
             continue
         outputs, inputs = weight.shape
@@ -97,19 +97,59 @@ def pack_folder(
             for n in range(outputs)
         ]
         plain[name] = torch.tensor(values, dtype=torch.float32)
-    twin = out.with_name(f"{out.name}-dense")
-    for folder, content in ((out, packed), (twin, plain)):
-        shutil.copytree(dense, folder)
-        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     how: dict[str, Any] = {"bits": bits, "group_size": group_size}
     if method == "awq":
         how |= {"quant_method": "awq", "zero_point": True, "version": "gemm"}
     else:
         how |= {"desc_act": act_order, "sym": symmetric, "checkpoint_format": label or version}
     if legacy:
+        twin = _write(dense, out, packed, plain)
         (out / "quantize_config.json").write_text(json.dumps(how))
-    else:
+        return twin
+    return _write(dense, out, packed, plain, {"quant_method": method, **how})
+
+
+def pack_with_bitsandbytes(dense: Path, out: Path, kind: str) -> Path:
+    """As pack_folder: every matrix but embedding and head. kind: 'nf4', 'nf4-dq', 'fp4', 'fp4-dq' or 'int8'."""
+    import bitsandbytes.functional as bnb
+
+    quant_type, _, nested = kind.partition("-")
+    packed: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(dense / "model.safetensors").items():
+        if weight.dim() != 2 or "embed" in name or "lm_head" in name:
+            packed[name] = plain[name] = weight
+        elif kind == "int8":
+            codes, scale, _ = bnb.int8_vectorwise_quant(weight)
+            packed |= {name: codes, f"{name.removesuffix('weight')}SCB": scale}
+            plain[name] = codes * scale[:, None] / 127
+        else:
+            codes, state = bnb.quantize_4bit(
+                weight, blocksize=64, quant_type=quant_type, compress_statistics=bool(nested)
+            )
+            parts = state.as_dict(packed=True)
+            packed |= {name: codes} | {
+                f"{name}.{key}": part.clone() for key, part in parts.items()
+            }  # tables are shared
+            plain[name] = bnb.dequantize_4bit(codes, state)
+    four_bits = kind != "int8"
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": four_bits, "load_in_8bit": not four_bits}
+    how |= {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": bool(nested)} if four_bits else {}
+    return _write(dense, out, packed, plain, how)
+
+
+def _write(
+    dense: Path,
+    out: Path,
+    packed: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+    quantised: dict[str, Any] | None = None,
+) -> Path:
+    twin = out.with_name(f"{out.name}-dense")
+    for folder, content in ((out, packed), (twin, plain)):
+        shutil.copytree(dense, folder)
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    if quantised is not None:
         config = json.loads((out / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": method, **how}
-        (out / "config.json").write_text(json.dumps(config))
+        (out / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
     return twin

@@ -37,7 +37,10 @@ def test_quantised_logits_are_those_of_the_dequantised_weights(architecture: str
         for name, module in dense.named_modules():
             if type(module).__name__.endswith("Experts"):
                 ours = base.model.get_submodule(name)
-                for key, experts in (("gate_up_proj", ours.gate_up), ("down_proj", ours.down)):
+                for key, experts in (
+                    ("gate_up_proj", [gate_up for (gate_up,) in ours.gate_up]),
+                    ("down_proj", ours.down),
+                ):
                     for index, expert in enumerate(experts):
                         getattr(module, key)[index] = expert.rows(0, expert.out_features, torch.float32)
             elif name in base.linears and name != base.head_name:

@@ -25,8 +25,8 @@ def _logits(folder: Path, **how: Any) -> torch.Tensor:
         return smidgen.load(folder, compute_dtype="float32", **how).base.model(IDS).logits
 
 
-def _check(tmp_path: Path, storage: str, **how: Any) -> Path:
-    dense = pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", **how)
+def _check(tmp_path: Path, storage: str, shape: dict[str, int] | None = None, **how: Any) -> Path:
+    dense = pack_folder(tiny_folder(tmp_path / "tiny", **shape or {}), tmp_path / "packed", **how)
     loaded = smidgen.load(tmp_path / "packed", compute_dtype="float32")
     assert loaded.base.storage == storage
     matrix = loaded.base.linears[PROJECTION].weight
@@ -85,6 +85,23 @@ def test_the_forecast_counts_what_gptq_will_make(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4},
+        {"bits": 4, "act_order": True, "symmetric": False},
+        {"bits": 3, "symmetric": False},
+        {"bits": 3, "act_order": True},
+        {"method": "awq", "symmetric": False},
+    ],
+    ids=str,
+)
+def test_groups_of_128(how: dict[str, Any], tmp_path: Path) -> None:
+    """The size that most checkpoints have: 256 inputs are two groups, 192 one and a half."""
+    shape = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 1}
+    _check(tmp_path, how.get("method", "gptq"), shape, group_size=128, **how)
+
+
 def test_quantize_config_json_of_old_exports(tmp_path: Path) -> None:
     _check(tmp_path, "gptq", legacy=True)
 
@@ -141,14 +158,14 @@ def test_rules_that_leave_layers_dense_are_read(tmp_path: Path) -> None:
     assert smidgen.load(tmp_path / "packed").base.storage == "gptq"
 
 
-def test_experts_that_are_packed_already_are_refused_by_name(tmp_path: Path) -> None:
-    pack_folder(tiny_folder(tmp_path / "tiny", "mixtral"), tmp_path / "packed")
+def test_a_packed_norm_is_refused_by_name(tmp_path: Path) -> None:
+    pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed")
     path = tmp_path / "packed" / "model.safetensors"
     tensors = load_file(path)
-    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
-    del tensors[f"{expert}.weight"]
+    norm = "model.layers.0.input_layernorm"
+    del tensors[f"{norm}.weight"]
     parts = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{PROJECTION}.")}
-    tensors |= {name.replace(PROJECTION, expert): tensor.clone() for name, tensor in parts.items()}
+    tensors |= {name.replace(PROJECTION, norm): tensor.clone() for name, tensor in parts.items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"experts\.0\.w1\.weight is packed, but has to be joined with others, as exp"):
+    with pytest.raises(ModelError, match=r"input_layernorm\.weight is packed, where only numbers can be read"):
         smidgen.load(tmp_path / "packed")

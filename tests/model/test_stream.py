@@ -31,7 +31,7 @@ def _every_buffer_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _model(tmp_path: Path, form: str) -> tuple[Path, str]:
-    architecture = "gpt-neox" if form == "gpt-neox" else "mixtral" if form == "mixtral" else "llama"
+    architecture = {"gpt-neox": "gpt-neox", "mixtral": "mixtral", "mixtral-none": "mixtral"}.get(form, "llama")
     folder = tmp_path / "model"
     if not folder.exists():
         tiny_folder(folder, architecture, num_hidden_layers=LAYERS)
@@ -45,7 +45,7 @@ def _model(tmp_path: Path, form: str) -> tuple[Path, str]:
         if not file.exists():
             write_gguf(folder, file, {})
         return file, "gguf"
-    return folder, "nf4-dq" if form in ("gpt-neox", "mixtral") else form
+    return folder, {"gpt-neox": "nf4-dq", "mixtral": "nf4-dq", "mixtral-none": "none"}.get(form, form)
 
 
 def _build(path: Path, storage: str, streamed: tuple[int, ...], spill: Path) -> Base:
@@ -79,7 +79,7 @@ def _results(base: Base, recompute: str) -> tuple[list[float], torch.Tensor]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("form", ["nf4-dq", "int8", "none", "gptq", "gguf", "gpt-neox", "mixtral"])
+@pytest.mark.parametrize("form", ["nf4-dq", "int8", "none", "gptq", "gguf", "gpt-neox", "mixtral", "mixtral-none"])
 def test_streamed_is_resident_bit_for_bit(form: str, recompute: str, tmp_path: Path) -> None:
     path, storage = _model(tmp_path, form)
     losses, gradients = _results(_build(path, storage, (), tmp_path / "spill"), recompute)

@@ -77,10 +77,10 @@ def _of_module(name: str, module: nn.Module) -> Iterator[MergedParameter]:
         shape = (matrix.out_features, matrix.in_features)
         yield MergedParameter(f"{name}.weight", shape, partial(dense, matrix, device=_CPU))
     elif isinstance(module, PackedExperts):
-        for key, experts in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
-            first: Any = experts[0]
-            shape = (len(experts), first.out_features, first.in_features)
-            yield MergedParameter(f"{name}.{key}", shape, partial(_experts, experts))
+        stacks: Any = (("gate_up_proj", module.gate_up), ("down_proj", [[matrix] for matrix in module.down]))
+        for key, experts in stacks:
+            shape = (len(experts), sum(part.out_features for part in experts[0]), experts[0][0].in_features)
+            yield MergedParameter(f"{name}.{key}", shape, partial(_experts, experts, shape))
     elif not isinstance(module, FrozenMatrix):
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
@@ -97,8 +97,8 @@ def _with_tokens(weight: MergedParameter, tokens: TokenRows, dtype: torch.dtype)
     return tokens.merge(weight.make(dtype))
 
 
-def _experts(experts: Any, dtype: torch.dtype) -> torch.Tensor:
-    return torch.stack([dense(expert, dtype, _CPU) for expert in experts])
+def _experts(experts: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([dense(part, dtype, _CPU) for parts in experts for part in parts]).view(shape)
 
 
 def save_merged(

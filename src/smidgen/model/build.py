@@ -35,7 +35,7 @@ from smidgen.model.stream import LayerStream, layer_of
 from smidgen.model.weights import Weights
 from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
-from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, quantise
+from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, dense, quantise
 
 __all__ = ["Base", "build_base", "read_config", "skeleton"]
 
@@ -268,7 +268,7 @@ def _fill(
             )
             weights.checkpoint.release()
         elif is_experts(module):
-            experts = _packed_experts(module, name, weights, "none" if is_kept else storage, device)
+            experts = _packed_experts(module, name, weights, storage, device, is_kept=is_kept)
             model.set_submodule(name, experts.to(device))
             weights.checkpoint.release()
         elif isinstance(module, nn.Embedding) and isinstance(matrix := weights.packed(f"{name}.weight"), BlockMatrix):
@@ -325,14 +325,19 @@ def _not_finite(what: str) -> ModelError:
 
 
 def _packed_experts(
-    module: nn.Module, name: str, weights: Weights, storage: str, device: torch.device
+    module: nn.Module, name: str, weights: Weights, storage: str, device: torch.device, *, is_kept: bool
 ) -> PackedExperts:
-    packed: dict[str, list[FrozenMatrix]] = {}
+    packed: dict[str, list[list[FrozenMatrix]]] = {}
     for key in ("gate_up_proj", "down_proj"):
-        stacked = weights.read(f"{name}.{key}")
-        packed[key] = [quantise(expert.to(device), storage) for expert in stacked]
-        del stacked
-    return PackedExperts(packed["gate_up_proj"], packed["down_proj"], module.act_fn)  # type: ignore[arg-type]
+        as_stored = is_kept or storage == "none"
+        found = weights.stored_experts(f"{name}.{key}") if as_stored else None
+        if found is None:
+            stacked = weights.read(f"{name}.{key}")
+            found = [[quantise(expert.to(device), "none" if as_stored else storage)] for expert in stacked]
+            del stacked
+        packed[key] = found
+    down = [matrix for (matrix,) in packed["down_proj"]]
+    return PackedExperts(packed["gate_up_proj"], down, module.act_fn)  # type: ignore[arg-type]
 
 
 def _frozen_head(model: PreTrainedModel, name: str, weights: Weights, dtype: torch.dtype) -> FrozenLinear:
@@ -351,10 +356,15 @@ def _frozen_head(model: PreTrainedModel, name: str, weights: Weights, dtype: tor
 
 
 def _fill_module(module: nn.Module, name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-    """Norms and other small parameters in the compute type; embeddings in their stored type, cast when looked up."""
+    """Norms and other small parameters in the compute type; embeddings in their stored type, cast when looked up.
+
+    A mixture's router is one of the small ones, also where it was packed with the other layers.
+    """
     stored = isinstance(module, nn.Embedding)
     for key, _ in list(module.named_parameters(recurse=False)):
-        tensor = weights.read(f"{name}.{key}" if name else key)
+        full = f"{name}.{key}" if name else key
+        matrix = None if stored else weights.packed(full)
+        tensor = weights.read(full) if matrix is None else dense(matrix, dtype, device)
         tensor = tensor.to(device) if stored else tensor.to(device=device, dtype=dtype, copy=True)
         setattr(module, key, nn.Parameter(tensor, requires_grad=False))
     if stored:

@@ -17,6 +17,7 @@ from smidgen.model.stored import stored_weights
 from smidgen.model.stored_groups import AwqWeights, GptqWeights
 from smidgen.model.stream import layer_of
 from smidgen.model.trained import trainable_names
+from smidgen.model.weights import Weights
 from smidgen.planning.inventory import Inventory, Linear, packed_bytes
 
 __all__ = ["inventory_of"]
@@ -64,12 +65,8 @@ def inventory_of(
     ordered = storage == "gptq" and not kept
     if kept:
         linears = _as_in_file(linears, in_file)
-    if kept and isinstance(stored, GptqWeights | AwqWeights):  # repacked
-        sizes = [
-            stored.size_of(f"{linear.name}.weight", (linear.out_features, linear.in_features)) for linear in linears
-        ]
-        linears = [replace(each, nbytes=size[0]) if size else each for each, size in zip(linears, sizes, strict=True)]
-        ordered = any(size and size[1] for size in sizes)
+    if kept and checkpoint is not None and isinstance(stored, GptqWeights | AwqWeights):
+        linears, ordered = _repacked(linears, stored, Weights(model, checkpoint, stored))
     embedding_bytes, head_bytes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
     fused = fuses and is_known(model)
     head_name = next(path for path, module in model.named_modules() if module is head)
@@ -127,6 +124,23 @@ def _as_in_file(linears: list[Linear], in_file: "Counter[int | None]") -> list[L
         replace(linear, nbytes=round(in_file[linear.layer] * linear.weights / weights[linear.layer]))
         for linear in linears
     ]
+
+
+def _repacked(linears: list[Linear], stored: GptqWeights | AwqWeights, weights: Weights) -> tuple[list[Linear], bool]:
+    """(each layer with its bytes in memory, which are not those of the file; whether there are any with act-order)."""
+    found: list[Linear] = []
+    ordered = False
+    for linear in linears:
+        parameter, _, index = linear.name.rpartition(".")
+        experts = weights.experts(parameter) if linear.is_expert else None
+        parts = experts[int(index)] if experts else [f"{linear.name}.weight"]
+        shape = (linear.out_features // len(parts), linear.in_features)
+        sizes = [size for part in parts if (size := stored.size_of(part, shape))]
+        if len(sizes) == len(parts):
+            linear = replace(linear, nbytes=sum(nbytes for nbytes, _ in sizes))
+        ordered |= any(is_ordered for _, is_ordered in sizes)
+        found.append(linear)
+    return found, ordered
 
 
 def _head_and_embedding(checkpoint: Checkpoint | None, model: Any, *, kept: bool, itemsize: int) -> tuple[int, int]:

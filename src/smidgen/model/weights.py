@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.model.stored import StoredWeights
-from smidgen.quant.matrix import FrozenMatrix
+from smidgen.quant.matrix import DenseMatrix, FrozenMatrix
 
 __all__ = ["Weights"]
 
@@ -27,8 +27,7 @@ __all__ = ["Weights"]
 _COMPUTED = re.compile(
     r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|attn\.(masked_)?bias$|attention\.(masked_)?bias$"
 )
-
-
+_STACKED, _ON_TOP = ("MergeModulelist", 0), ("Concatenate", 1)  # transformers' steps, and along which dimension
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -93,7 +92,8 @@ class Weights:
             for name in self._recipes
             if name not in known and not _COMPUTED.search(name) and not any(p.search(name) for p in ignored)
         ]
-        extra = [name for name in extra if not self._is_idle_bias(name)]
+        weights = {source for name in self.shapes if name in self._recipes for source in self.sources(name)}
+        extra = [name for name in extra if not self._is_idle_bias(name, weights)]
         if extra:
             raise ModelError(
                 f"{where}: {_listed(extra)} left over",
@@ -108,20 +108,23 @@ class Weights:
             # bytes have a shape of their own, which their reader checks
             is_packed = self._stored is not None and len(shape) == 2
             if info is not None and info.shape != shape and not is_packed:
-                raise self._wrong_shape(name, info.shape)
+                raise self._wrong_shape(name, shape, info.shape)
 
-    def _is_idle_bias(self, name: str) -> bool:
-        """All zeros beside a packed weight whose layer has no bias: AutoGPTQ wrote one for every layer."""
-        module, _, part = name.rpartition(".")
-        if self._stored is None or part != "bias" or f"{module}.weight" not in self.shapes:
+    def _is_idle_bias(self, name: str, weights: set[str]) -> bool:
+        """All zeros beside a packed weight whose layer has no bias: AutoGPTQ wrote one for every layer, experts too.
+
+        weights: the tensors of all parameters.
+        """
+        source, *others = self.sources(name)
+        module, _, part = source.rpartition(".")
+        if self._stored is None or part != "bias" or others or f"{module}.weight" not in weights:
             return False
-        sources = self._recipes[name].names()
-        return len(sources) == 1 and not bool(self.checkpoint.read(sources[0]).any())
+        return not bool(self.checkpoint.read(source).any())
 
-    def _wrong_shape(self, name: str, found: tuple[int, ...]) -> ModelError:
+    def _wrong_shape(self, name: str, shape: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
         return ModelError(
             f"{self.checkpoint.path}: tensor {name}",
-            expected=f"shape {list(self.shapes[name])} by config.json",
+            expected=f"shape {list(shape)} by config.json",
             found=str(list(found)),
             cure="check that config.json belongs to these weights",
         )
@@ -135,10 +138,42 @@ class Weights:
 
     def packed(self, name: str) -> FrozenMatrix | None:
         """The parameter as the checkpoint has packed it already; None if it is stored as numbers."""
-        if self._stored is None or self._recipes[name].converter is not None:
+        if self._stored is None or self._recipes[name].converter is not None or len(self.shapes.get(name, ())) != 2:
             return None
         out_features, in_features = self.shapes[name]
         return self._stored.matrix(self.sources(name)[0], (out_features, in_features))
+
+    def experts(self, name: str) -> list[list[str]] | None:
+        """Of a parameter [E, N, K] that is E experts, each of them one or several linear layers on top of one another
+        (gate, then up): the checkpoint's tensors of each expert, in order. None where it is built in another way.
+        """
+        recipe = self._recipes[name]
+        if recipe.converter is None:
+            return None
+        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in recipe.converter.operations]
+        if steps not in ([_STACKED], [_STACKED, _ON_TOP]):
+            return None
+        parts = [recipe.sources.get(pattern, []) for pattern in recipe.converter.source_patterns]
+        counts = {len(part) for part in parts}
+        if counts != {self.shapes[name][0]}:
+            raise ModelError(
+                f"{self.checkpoint.path}: tensors of {name}", expected=f"{self.shapes[name][0]} experts of each kind",
+                found=" and ".join(map(str, sorted(counts))), cure="download the model again",
+            )  # fmt: skip
+        return [list(expert) for expert in zip(*parts, strict=True)]
+
+    def stored_experts(self, name: str) -> list[list[FrozenMatrix]] | None:
+        """The matrices of each of `experts` in their stored form: as the checkpoint packed them, else views of it."""
+        experts = self.experts(name)
+        if experts is None:
+            return None
+        _, rows, inputs = self.shapes[name]
+        shape = (rows // len(experts[0]), inputs)
+        return [[self._stored_matrix(source, shape) for source in expert] for expert in experts]
+
+    def _stored_matrix(self, source: str, shape: tuple[int, int]) -> FrozenMatrix:
+        packed = None if self._stored is None else self._stored.matrix(source, shape)
+        return packed or DenseMatrix(self._checked(source, self.checkpoint.read(source), shape))
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter in its stored type: a view of the mapped file where no conversion is needed."""
@@ -146,7 +181,7 @@ class Weights:
         packed = [source for source in recipe.names() if source not in self.checkpoint.tensors]
         if packed:
             raise ModelError(
-                f"{self.checkpoint.path}: {packed[0]} is packed, but has to be joined with others, as experts are",
+                f"{self.checkpoint.path}: {packed[0]} is packed, where only numbers can be read",
                 cure="take the 16-bit model it was made from; smidgen quantises it while loading",
             )
         if recipe.converter is None:
@@ -160,6 +195,10 @@ class Weights:
             converted = converter.convert(first, model=self._model, config=self._model.config)
             tensor = converted[name]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
+        return self._checked(name, tensor, self.shapes.get(name, tuple(tensor.shape)))
+
+    def _checked(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, if it is numbers of this shape."""
         if tensor.dtype not in _FLOATS:
             found = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
@@ -168,9 +207,8 @@ class Weights:
                 found=found,
                 cure="download it again, or take the 16-bit model",
             )
-        shape = self.shapes.get(name, tuple(tensor.shape))
         if tuple(tensor.shape) != shape:
-            raise self._wrong_shape(name, tuple(tensor.shape))
+            raise self._wrong_shape(name, shape, tuple(tensor.shape))
         return tensor
 
 
