@@ -137,7 +137,7 @@ def check_saved_adapter(base: Base, adapters: Adapters, folder: Path) -> None:
                 parameter.data = kept[name][part]
             layer.train(layer.training)
     if not ours.isfinite().all():
-        raise RunError(f"{folder}: the model's logits are not finite: not saved", cure="lower --learning-rate")
+        raise RunError("the model's logits are not finite: the adapter is not saved", cure="lower --learning-rate")
     # The numbers are the same, so are the operations; the room is for devices that sum in another order each time.
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(ours.abs().max())):
         apart = f"logits {float((ours - theirs).abs().max()):.3g} apart"
