@@ -123,7 +123,7 @@ def test_merge_gives_what_base_and_adapter_multiply_with(use_dora: bool) -> None
     merged = layer.merge(0, dense.float())
     torch.testing.assert_close(layer(x), x @ merged.t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.merge(7, dense[7:9].float()), merged[7:9])
-    assert torch.equal(layer.delta(7, 9), layer.delta(0, 40)[7:9])
+    torch.testing.assert_close(layer.delta(7, 9), layer.delta(0, 40)[7:9])  # BLAS may round other heights otherwise
 
 
 def test_norms_of_rows_are_those_of_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
