@@ -33,6 +33,7 @@ _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for th
 _SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
 _MAPPED_AROUND = 1 << 16  # pages of a file that Linux maps where one of them is touched, those in its cache
 _RUNTIME, _OF_THREAD = 8 << 20, 12 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
+_TOUCHED_LATER = 8 << 20  # of program files that are open already: pages that the first products and tokens bring in
 _DEVICE_RUNTIME = 80 << 20  # a workspace of cuBLAS for each direction; 77 MB on an H100, less on older cards
 
 
@@ -195,7 +196,7 @@ def with_base(
     terms = {
         "packed weights": model.packed_bytes - sum(sizes[layer] for layer in streamed),
         "embedding and head": (model.head_bytes or model.embedding_bytes) + (looked_up if model.head_bytes else 0),
-        "program files": machine.library_bytes,
+        "program files": machine.library_bytes + (_TOUCHED_LATER if machine.library_bytes else 0),
         "stream buffers": estimate.stream_bytes(model, streamed),
         **beside,
         "runtime and slack": runtime + slack,
