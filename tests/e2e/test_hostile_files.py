@@ -182,5 +182,5 @@ def _try_kind(name: str, place: Path, say: Callable[[str], None]) -> None:
         used, slowest, grown = used + (refused is None), max(slowest, seconds), max(grown, grown_kb)
     counts = {"kind": name, "files": count, "used": used, "refused": count - used}
     line = json.dumps({**counts, "slowest_s": round(slowest, 3), "grown_kb": grown})
-    assert 0 < used < count, line
+    assert used < count and (used or count < 100), line  # of few runs each may be refused: all has to be as it was
     say(line)
