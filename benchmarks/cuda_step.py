@@ -43,24 +43,18 @@ def folder_of(keep: Path, shape: str, layers: int) -> Path:
 
 def ours(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, int]:
     """(a function that takes a step and returns its loss, the forecast of the allocator's peak in bytes)."""
-    from smidgen.bench.workers.stepper import Stepper
+    from smidgen.bench.workers.stepper import Stepper, forecast_on_card
     from smidgen.checkpoint.open import open_checkpoint
     from smidgen.data.batch import Batch
-    from smidgen.model.inventory import inventory_of
     from smidgen.model.load import Source, load_base
-    from smidgen.planning.planner import Choice, Machine, forecast
     from smidgen.train.config import Settings
-    from smidgen.train.memory import work_of
 
     checkpoint = open_checkpoint(folder)
     settings = Settings(rank=RANK, alpha=2 * RANK, learning_rate=1e-4, micro_batch=len(ids), seq_len=ids.shape[1])
-    model = inventory_of(checkpoint, checkpoint.config, "nf4-dq", itemsize=2, fuses=False)
-    work = work_of(model, settings, [ids.shape[1]] * len(ids), 2)
-    choice = Choice(len(ids), 1, (recompute,) * model.num_layers)
-    expected = forecast(model, work, Machine(1.0, 1.0, 0, 0, 1, is_cpu=False), choice)
+    expected = forecast_on_card(checkpoint, "nf4-dq", settings, ids, 2, recompute)
     base = load_base(Source(str(folder), checkpoint, tokenizer=None), compute_dtype="bfloat16", device="cuda")
     batch = Batch(ids, ids.clone(), torch.full((len(ids),), ids.shape[1]))
-    return Stepper(base, settings, recompute, [batch]).step, expected.peak_bytes
+    return Stepper(base, settings, recompute, [batch]).step, expected
 
 
 def theirs(folder: Path, recompute: str, ids: torch.Tensor) -> tuple[Any, None]:

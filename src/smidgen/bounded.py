@@ -20,6 +20,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from smidgen.errors import first_line
+
 __all__ = ["MOST_GROWN_BYTES", "MOST_S", "Failed", "OutOfBounds", "bounded"]
 
 MOST_S = 2.0  # of computing, so that a busy machine refuses nothing; a template takes a thousandth of it
@@ -76,11 +78,7 @@ def _call_here(function: Callable[[Any], str], argument: Any) -> str:
     try:
         return function(argument)
     except Exception as error:
-        raise Failed(_first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise Failed(first_line(error)) from error
 
 
 def _ask(copy: int, pipe: Connection, argument: Any) -> str:
@@ -133,7 +131,7 @@ def _answer(function: Callable[[Any], str], argument: Any) -> bytes:
     except MemoryError:
         return _NO_MEMORY
     except BaseException as error:
-        return _FAILED + _first_line(error).encode("utf-8", "surrogatepass")
+        return _FAILED + first_line(error).encode("utf-8", "surrogatepass")
 
 
 def _limit_memory() -> None:

@@ -12,11 +12,16 @@ The command line prints that line and exits with code 2. Anything else that is r
 
 import re
 
-__all__ = ["DataError", "ModelError", "RunError", "SettingsError", "SmidgenError"]
+__all__ = ["DataError", "ModelError", "RunError", "SettingsError", "SmidgenError", "first_line"]
 
 
 # Names in a stranger's file may hold line ends, a terminal's commands, or marks that turn the direction of text round.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as a part of a line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class SmidgenError(Exception):

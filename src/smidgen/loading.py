@@ -20,7 +20,7 @@ from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, decide, load_base, open_source
 from smidgen.model.tokenizer import pieces_of_tokens
 from smidgen.model.trained import attach_tokens, initialise_tokens
-from smidgen.planning.generation import GenerationPlan, plan_generation
+from smidgen.planning.generation import GenerationPlan, generation_plans, plan_generation
 from smidgen.train.config import settings_from
 from smidgen.train.memory import give_memory_back, process_now
 from smidgen.train.run import Record, adapter_folder, read_record
@@ -250,10 +250,11 @@ def _plan(
         checkpoint, checkpoint.config, decided.storage, name=checkpoint.path.name, itemsize=decided.dtype.itemsize,
         fuses=on_cpu, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    plan = plan_generation(
-        model, process_now(decided.device), prompt_tokens, new_tokens, decided.dtype.itemsize, budget,
+    ways = generation_plans(
+        model, process_now(decided.device), prompt_tokens, new_tokens, decided.dtype.itemsize,
         adapter_bytes=adapter_bytes, can_stream=on_cpu,
     )  # fmt: skip
+    plan = plan_generation(model, ways, budget)
     for line in plan.reasons(model, budget):
         report(Note(line))
     return plan

@@ -15,7 +15,8 @@ from smidgen.errors import DataError, SettingsError
 from smidgen.events import Event, Note
 from smidgen.model.decoder import FusedDecoder
 from smidgen.model.inventory import inventory_of
-from smidgen.planning.generation import cache_bytes, plan_generation
+from smidgen.planning.generation import GenerationPlan, cache_bytes, generation_plans, plan_generation
+from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Machine
 from smidgen.planning.shapes import SHAPES
 from tiny import build, tiny_folder
@@ -23,21 +24,26 @@ from tiny import build, tiny_folder
 MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
 
 
+def _plan(model: Inventory, budget: int) -> GenerationPlan:
+    """Of 512 tokens and 8 new ones, in float32."""
+    return plan_generation(model, generation_plans(model, MACHINE, 512, 8, 4), budget)
+
+
 def test_the_cache_is_rounded_before_layers_are_streamed_and_as_few_as_the_budget_allows() -> None:
     seven = inventory_of(None, SHAPES["llama-7b"], "nf4-dq", name="llama-7b")
-    whole = plan_generation(seven, MACHINE, 512, 8, 4, 1 << 40)
+    whole = _plan(seven, 1 << 40)
     assert not whole.streamed and whole.cache_dtype == "float32" and whole.forecast.read_bytes == 0
-    rounded = plan_generation(seven, MACHINE, 512, 8, 4, whole.forecast.peak_bytes - 1)
+    rounded = _plan(seven, whole.forecast.peak_bytes - 1)
     assert not rounded.streamed and rounded.cache_dtype == "bfloat16"
     assert 2 * rounded.forecast.terms["key cache"] == whole.forecast.terms["key cache"]
     budget = rounded.forecast.peak_bytes - 1
-    less = plan_generation(seven, MACHINE, 512, 8, 4, budget)
+    less = _plan(seven, budget)
     count = len(less.streamed)
     assert count == 3, "two slots take as much as two layers"
     assert less.cache_dtype == "bfloat16" and less.forecast.peak_bytes <= budget
     assert less.forecast.terms["packed weights"] == seven.packed_bytes - count * seven.layer_bytes[0]
     with pytest.raises(SettingsError, match=r"900.0 MB is too little for llama-7b: at least .* a prompt of 512 tok"):
-        plan_generation(seven, MACHINE, 512, 8, 4, 900_000_000)
+        _plan(seven, 900_000_000)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])

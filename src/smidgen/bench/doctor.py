@@ -10,18 +10,16 @@ import torch
 
 from smidgen.bench.memory import MemorySettings, bench_memory
 from smidgen.bench.packed_model import drop_page_cache, write_packed_model
-from smidgen.bench.workers.stepper import Stepper
+from smidgen.bench.workers.stepper import Stepper, forecast_on_card
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
-from smidgen.errors import SmidgenError
+from smidgen.errors import SmidgenError, first_line
 from smidgen.events import Report, silent
-from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Decided, Source, load_base
-from smidgen.planning.planner import Choice, Machine, forecast
 from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
-from smidgen.train.memory import measure_disk, work_of
+from smidgen.train.memory import measure_disk
 
 __all__ = ["check_disk", "check_learning", "check_step"]
 
@@ -85,7 +83,7 @@ def check_learning(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
             folder = write_packed_model(config, Path(place) / _SHAPE, _STORAGE)
             exact, there = _learn(folder, _CPU, torch.float32), _learn(folder, device, dtype)
     except Exception as error:  # a broken installation is what a doctor is to find, whatever it raises
-        return {"verdict": f"fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"}
+        return {"verdict": f"fails: {first_line(error)}"}
     of_loss, of_adapters = _TOLERANCES[dtype]
     apart = max(abs(a - b) / abs(a) for a, b in zip(exact["loss"], there["loss"], strict=True))
     learnt = exact["adapters"] - exact["start"]
@@ -111,16 +109,12 @@ def _learn(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, 
     """loss of each step; the adapters before and after, [all numbers]; memory on CUDA, elsewhere None."""
     checkpoint, on_card = open_checkpoint(folder), device.type == "cuda"
     settings = Settings(learning_rate=1e-3, micro_batch=1, seq_len=_TOKENS)
-    expected = None
+    ids = torch.randint(checkpoint.config["vocab_size"], (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+    expected = forecast_on_card(checkpoint, _STORAGE, settings, ids, dtype.itemsize, "none") if on_card else None
     if on_card:
-        model = inventory_of(checkpoint, checkpoint.config, _STORAGE, itemsize=dtype.itemsize, fuses=False)
-        work = work_of(model, settings, [_TOKENS], dtype.itemsize)
-        nothing_yet = Machine(1.0, 1.0, framework_bytes=0, library_bytes=0, threads=0, is_cpu=False)
-        expected = forecast(model, work, nothing_yet, Choice(1, 1, ("none",) * model.num_layers)).peak_bytes
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_card else 0
     base = load_base(Source(str(folder), checkpoint, tokenizer=None), decided=Decided(_STORAGE, dtype, device))
-    ids = torch.randint(checkpoint.config["vocab_size"], (1, _TOKENS), generator=torch.Generator().manual_seed(1))
     stepper = Stepper(base, settings, "none", [Batch(ids, ids.clone(), torch.tensor([_TOKENS]))])
 
     def adapters() -> torch.Tensor:

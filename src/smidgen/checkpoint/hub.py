@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smidgen.errors import ModelError
+from smidgen.errors import ModelError, first_line
 from smidgen.events import Note, Progress, Report, silent
 
 __all__ = ["BUILTIN_MODELS", "BuiltinModel", "cache_folder", "download", "resolve_model"]
@@ -205,5 +205,5 @@ def _from_hub(spec: str, report: Report) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{spec!r} is no folder here and no hub id", expected="owner/name") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = first_line(error)[:150]
         raise ModelError(f"{spec} could not be fetched from the hub ({reason.rstrip('.')})", cure=offline) from error

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smidgen.errors import DataError
+from smidgen.errors import DataError, first_line
 
 __all__ = [
     "MAX_DEPTH",
@@ -193,7 +193,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 number += 1
                 yield f"{path.name}:{number}", record
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise DataError(f"{path}, after row {number}: not a readable parquet file", found=first) from None
 
 

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from smidgen.data.files import Record
-from smidgen.errors import DataError
+from smidgen.errors import DataError, first_line
 
 __all__ = ["HUB_DATA", "open_hub"]
 
@@ -89,10 +89,9 @@ def _load(name: str, chosen: Mapping[str, Any]) -> Any:
         _check_reachable(name)
         return datasets.load_dataset(name, **chosen)
     except Exception as error:  # the hub, the network and the data set's files each fail with their own kinds
-        lines = str(error).splitlines() or [type(error).__name__]
         raise DataError(
             f"the data set {name} could not be had from the hub",
-            found=lines[0][:200],
+            found=first_line(error)[:200],
             cure="check the name and the network, or give a file; one that has been fetched before is read with"
             " HF_HUB_OFFLINE=1, and a gated one needs its terms accepted and HF_TOKEN",
         ) from None

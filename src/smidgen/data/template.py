@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smidgen.bounded import OutOfBounds, bounded
-from smidgen.errors import DataError, ModelError
+from smidgen.errors import DataError, ModelError, first_line
 from smidgen.events import Note, Report, Warned
 
 __all__ = ["ChatTemplate"]
@@ -71,7 +71,7 @@ class ChatTemplate:
             cure = "take the model from a source that you trust, or another chat_template for its tokenizer"
             raise ModelError(f"the model's chat template {error}", cure=cure) from None
         except Exception as error:  # a template is a program: it may divide by zero, recurse or ask for all memory
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{where}: the model's chat template refuses this conversation ({reason})",
@@ -84,9 +84,10 @@ class ChatTemplate:
         text = str(
             self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
         )
-        most = _MOST_CHARACTERS + _MOST_REPEATED * len(str((messages, tools)))
-        if len(text) > most:
-            raise ValueError(f"it writes {len(text):,} characters, expected at most {most:,}")
+        if len(text) > _MOST_CHARACTERS:  # or it need not be counted what it was given
+            most = _MOST_CHARACTERS + _MOST_REPEATED * len(str((messages, tools)))
+            if len(text) > most:
+                raise ValueError(f"it writes {len(text):,} characters, expected at most {most:,}")
         return text
 
     def warn_once(self, text: str) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smidgen.bounded import Failed, OutOfBounds, bounded
-from smidgen.errors import RunError
+from smidgen.errors import RunError, first_line
 from smidgen.export.files import read_object
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
@@ -326,7 +326,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     except FileNotFoundError as error:
         raise RunError(f"{folder}: {Path(str(error.filename)).name} is missing", cure="copy the whole folder") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise RunError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from error
+        raise RunError(f"{folder}: the adapter cannot be read ({first_line(error)})") from error
     has_bias = config.get("bias", "none") != "none"
     if config.get("peft_type") != "LORA" or has_bias:
         what = "bias" if has_bias else f"peft_type {config.get('peft_type')!r}"

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from smidgen.errors import RunError
+from smidgen.errors import RunError, first_line
 
 __all__ = [
     "check_new",
@@ -37,21 +37,17 @@ __all__ = [
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, cure: str = "") -> dict[str, Any]:
     """What a JSON file of a run or adapter holds. Raises RunError; FileNotFoundError if it is not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({_one_line(error)})") from error
+        raise RunError(f"{path} cannot be read ({first_line(error)})", cure=cure) from error
     if not isinstance(content, dict):
-        raise RunError(f"{path} is not a JSON object", found=type(content).__name__)
+        raise RunError(f"{path} is not a JSON object", found=type(content).__name__, cure=cure)
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_vacant(path: Path, cure: str = "choose another folder, or remove this one first") -> None:

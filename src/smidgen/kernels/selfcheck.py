@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from smidgen.errors import first_line
 from smidgen.kernels.attention import Heads, Segments, attention
 from smidgen.kernels.elementwise import cross_entropy_, rms_norm, rms_norm_backward, rotate_, swiglu
 from smidgen.kernels.library import native_library
@@ -49,7 +50,7 @@ def _compared(run: Callable[[], torch.Tensor]) -> str:
         os.environ["SMIDGEN_BACKEND"] = "torch"
         twin = run()
     except Exception as error:  # a broken installation is what a doctor is to find, whatever it raises
-        return f"fails: {str(error).splitlines()[0]}"
+        return f"fails: {first_line(error)}"
     finally:
         os.environ.pop("SMIDGEN_BACKEND", None)
         if chosen is not None:

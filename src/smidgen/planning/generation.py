@@ -4,7 +4,7 @@ Where a budget is too small for all of it, two things are given up in turn: keys
 at half of float32's memory; then layers are read from disk for each token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from smidgen.errors import SettingsError
@@ -53,31 +53,18 @@ class GenerationPlan:
         return lines
 
 
-def plan_generation(
-    model: Inventory,
-    machine: Machine,
-    prompt_tokens: int,
-    new_tokens: int,
-    itemsize: int,
-    budget: int,
-    *,
-    adapter_bytes: int = 0,
-    can_stream: bool = True,
-) -> GenerationPlan:
-    """What gives up least within the budget (bytes). Raises SettingsError where nothing is enough.
-
-    See generation_plans.
-    """
-    how = {"adapter_bytes": adapter_bytes, "can_stream": can_stream}
-    for plan in generation_plans(model, machine, prompt_tokens, new_tokens, itemsize, **how):
+def plan_generation(model: Inventory, ways: Iterable[GenerationPlan], budget: int) -> GenerationPlan:
+    """The first of `ways` (see generation_plans) within the budget (bytes). Raises SettingsError where none is."""
+    for plan in ways:
         if plan.forecast.peak_bytes <= budget:
             return plan
-    last = ", with every layer read from disk for each token" if can_stream else ""
+    prompt_tokens = plan.forecast.tokens
+    last = ", with every layer read from disk for each token" if plan.streamed else ""
     raise SettingsError(
         [
             f"memory: {format_bytes(budget)} is too little for {model.name or 'this model'}: at least"
             f" {format_bytes(plan.forecast.peak_bytes)} is needed for a prompt of {prompt_tokens} tokens and an answer"
-            f" of {new_tokens}{last}; a shorter prompt or answer needs less"
+            f" of {plan.tokens - prompt_tokens}{last}; a shorter prompt or answer needs less"
         ]
     )
 

@@ -15,7 +15,7 @@ from smidgen.kernels.scratch import scratch
 from smidgen.quant import backend
 from smidgen.quant.matrix import FrozenMatrix
 
-__all__ = ["BlockMatrix", "dequantise_blocks"]
+__all__ = ["SCALE_PLACES", "BlockMatrix", "dequantise_blocks"]
 
 _IDS = {name: number for number, (name, _, _) in BLOCK_TYPES.items()}
 _SIZES = {name: (elements, size) for name, elements, size in BLOCK_TYPES.values()}
@@ -65,7 +65,7 @@ class BlockMatrix(FrozenMatrix):
     def has_finite_scales(self) -> bool:
         """Looks at two bytes, or four, of each block, where all its weights take their scale from."""
         blocks = self.blocks.view(-1, _SIZES[self.ggml_type][1])
-        return all(bool(_half(blocks, at).isfinite().all()) for at in _SCALES.get(self.ggml_type, ()))
+        return all(bool(_half(blocks, at).isfinite().all()) for at in SCALE_PLACES.get(self.ggml_type, ()))
 
     def _weights(self) -> kernels.Weights | None:
         if not backend.is_native(self.blocks):
@@ -173,7 +173,7 @@ def _q6_k(b: torch.Tensor) -> torch.Tensor:
 
 
 _NUMBERS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SCALES = {  # where in a block its float16 scales lie
+SCALE_PLACES = {  # where in a block its float16 scales lie
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip

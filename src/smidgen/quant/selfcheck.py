@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from smidgen.errors import SettingsError
+from smidgen.errors import SettingsError, first_line
 from smidgen.quant.backend import BACKENDS
 from smidgen.quant.matrix import quantise
 
@@ -26,7 +26,7 @@ def check_backends(device: torch.device) -> dict[str, str]:
             except SettingsError:
                 results[name] = "not installed"
             except Exception as error:  # a broken installation is what a doctor is to find, whatever it raises
-                results[name] = f"fails: {str(error).splitlines()[0]}"
+                results[name] = f"fails: {first_line(error)}"
     finally:
         os.environ.pop("SMIDGEN_BACKEND", None)
         if chosen is not None:

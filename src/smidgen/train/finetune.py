@@ -1,6 +1,5 @@
 """A whole run: what prepare.py makes ready, training, evaluation before and after, files."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
 from smidgen.export.adapter import read_adapter
-from smidgen.export.files import check_vacant, check_writable
+from smidgen.export.files import check_vacant, check_writable, read_object
 from smidgen.kernels.library import describe_library
 from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.model.device import choose_device, device_name, peak_rss_bytes, processor_name
@@ -87,13 +86,10 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
 def finished(run: Path) -> Run | None:
     """The run if nothing of it is left to do; what `max_time` stopped goes on. Raises RunError if it is no run."""
     RunFolder.open(run)
-    file = run / SUMMARY
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = read_object(run / SUMMARY, cure="remove it, and the run goes on")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error})", cure="remove it, and the run goes on") from error
     return None if summary.get("stopped") == "max_time" else Run(run, summary)
 
 

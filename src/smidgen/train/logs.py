@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smidgen.errors import RunError, SettingsError
+from smidgen.errors import RunError, SettingsError, first_line
 from smidgen.events import Note, Report
 
 __all__ = ["check_logs", "open_logs"]
@@ -89,7 +89,7 @@ def _wandb(run: Path, settings: Mapping[str, Any], step: int, report: Report) ->
             settings=wandb.Settings(silent=True, console="off"),  # only our own console prints
         )
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         cure = f"set WANDB_MODE=offline to keep the log in {run}/wandb, and go on: smidgen finetune --resume {run}"
         raise RunError(f"W&B cannot be reached: {reason}", cure=cure) from error
     known.parent.mkdir(exist_ok=True)

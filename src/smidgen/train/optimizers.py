@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smidgen.errors import SettingsError
+from smidgen.errors import SettingsError, first_line
 from smidgen.model.trained import Adapters
 from smidgen.train.config import Settings
 
@@ -75,7 +75,7 @@ def check_optimizer(settings: Settings, device: torch.device) -> None:
     except ImportError:
         raise SettingsError([f"optimizer: {name} needs bitsandbytes; pip install 'smidgen[bnb]'"]) from None
     except Exception as error:  # whatever a back end says that lacks the operation
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise SettingsError([f"optimizer: bitsandbytes has no {name} for {device} ({reason}); take adamw"]) from error
     if not moved:
         raise SettingsError([f"optimizer: bitsandbytes' {name} computes nothing on {device}; take adamw"])

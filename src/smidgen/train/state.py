@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from smidgen.errors import RunError
+from smidgen.errors import RunError, first_line
 from smidgen.export.files import read_object
 from smidgen.model.trained import Adapters
 
@@ -72,7 +72,7 @@ def load_state(folder: Path, adapters: Adapters, optimizer: torch.optim.Optimize
         optimizer.load_state_dict(content)
         torch.set_rng_state(tensors["rng"])
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(f"{folder}: the training state cannot be read ({reason})") from error
     return cursor
 

@@ -13,16 +13,13 @@ from smidgen.bench.workers.serving import serve, versions
 from smidgen.checkpoint.gguf_header import BLOCK_TYPES
 from smidgen.kernels.packed import dequantise
 from smidgen.kernels.sizes import PANEL_WEIGHTS
-from smidgen.quant.blocks import BlockMatrix
+from smidgen.quant.blocks import SCALE_PLACES, BlockMatrix
 from smidgen.quant.gptq import GptqSettings, round_to_nearest
 from smidgen.quant.matrix import FrozenMatrix, quantise
 
 __all__ = ["KernelWorker"]
 
-_BLOCK_SCALES = {  # where the float16 scales of a block lie
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}  # fmt: skip
+_BLOCKS = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 class KernelWorker:
@@ -72,11 +69,11 @@ def _other_forms(weight: torch.Tensor, generator: torch.Generator) -> dict[str, 
         "gptq-4 g128": round_to_nearest(weight, GptqSettings()),
     }
     sizes = {name: (elements, nbytes) for name, elements, nbytes in BLOCK_TYPES.values()}
-    for name, places in _BLOCK_SCALES.items():
+    for name in _BLOCKS:
         elements, nbytes = sizes[name]
         shape = (weight.shape[0], weight.shape[1] // elements, nbytes)
         blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        for place in places:
+        for place in SCALE_PLACES[name]:
             scales = torch.rand(*shape[:2], 1, generator=generator).mul_(1e-3).half()
             blocks[..., place : place + 2] = scales.view(torch.uint8)
         forms[name] = BlockMatrix(blocks.flatten(1), name)

@@ -15,7 +15,7 @@ from smidgen.model.device import choose_device
 from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
-from smidgen.planning.generation import plan_generation
+from smidgen.planning.generation import generation_plans, plan_generation
 from smidgen.train.config import Settings
 from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
 
@@ -69,13 +69,12 @@ class MemoryWorker:
         model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
         work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
         machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+        cache = "float32"
         if train:
-            plan, cache = (
-                plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream),
-                "float32",
-            )
+            plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
         else:
-            found = plan_generation(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize, budget)
+            ways = generation_plans(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize)
+            found = plan_generation(model, ways, budget)
             plan, cache = found.forecast, found.cache_dtype
         self.anonymous = _Anonymous()
         reset_peak_rss()

@@ -1,18 +1,36 @@
-"""The optimizer steps of `smidgen finetune` over a base in memory, for workers that measure them."""
+"""The optimizer steps of `smidgen finetune` over a base in memory, for workers that measure them, and what they need of
+a card.
+"""
 
 from collections.abc import Sequence
 
+import torch
+
+from smidgen.checkpoint.base import Checkpoint
 from smidgen.data.batch import Batch
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
+from smidgen.model.inventory import inventory_of
 from smidgen.model.recompute import set_recompute
+from smidgen.planning.planner import Choice, Machine, forecast
 from smidgen.train.config import Settings
 from smidgen.train.loss import batch_loss
+from smidgen.train.memory import work_of
 from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import optimizer_step
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "forecast_on_card"]
+
+
+def forecast_on_card(
+    checkpoint: Checkpoint, storage: str, settings: Settings, rows: torch.Tensor, itemsize: int, recompute: str
+) -> int:
+    """Bytes that a GPU's allocator holds at most in a step over `rows` [N, T]; left out: CUDA itself."""
+    model = inventory_of(checkpoint, checkpoint.config, storage, itemsize=itemsize, fuses=False)
+    work = work_of(model, settings, [rows.shape[1]] * len(rows), itemsize)
+    nothing_yet = Machine(1.0, 1.0, framework_bytes=0, library_bytes=0, threads=0, is_cpu=False)
+    return forecast(model, work, nothing_yet, Choice(len(rows), 1, (recompute,) * model.num_layers)).peak_bytes
 
 
 class Stepper:
