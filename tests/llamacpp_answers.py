@@ -34,7 +34,7 @@ def main() -> None:
                 "n_predict": asked["new_tokens"],
                 "temperature": 0,
                 "n_probs": asked["top"],
-                "cache_prompt": False,
+                "cache_prompt": True,  # of a beginning that the last prompt had too
             }
         )
         tokens = (answer["choices"][0]["logprobs"] or {"content": []})["content"]

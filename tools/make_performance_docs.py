@@ -200,6 +200,57 @@ def forecasts_table(result: Result) -> str:
     return f"{counts}\n\n{_with_place(table(titles, rows), result)}"
 
 
+def limits_table(result: Result) -> str:
+    """A line for each whole model in its memory cgroup."""
+    rows = []
+    for run in result["runs"].values():
+        trains = run["mode"] == "train"
+        rows.append(
+            [
+                f"{run['shape']}, " + ("a step" if trains else f"{run['seq_len']} tokens, then each new one"),
+                f"{run['limit_bytes'] / (1 << 30):.3g} GiB",
+                *(_gigabytes(run[key]) for key in ("peak_rss_bytes", "forecast_rss_bytes", "measured_peak_bytes")),
+                f"{run['streamed_layers']} of {run['layers']}",
+                _gigabytes(run["read_bytes_per_step"]),
+                f"{_three(run['step_s'])} s",
+                f"{_three(run['wait_s_per_step'])} s",
+                f"{_three(run['resident_step_s'])} s" if run["resident_step_s"] else "-",
+            ]
+        )
+    titles = ["model", "limit", "resident", "its forecast", "of it anonymous", "layers streamed", "read", "time"]
+    return _with_place(table([*titles, "of it waiting", "with all layers in memory"], rows), result)
+
+
+def seed_memory_table(result: Result) -> str:
+    """A table for each seed."""
+    parts = []
+    for seed in dict.fromkeys(cell["table"] for cell in result["cells"]):
+        answers = seed == "LitGPT"
+        rows = []
+        for cell in (cell for cell in result["cells"] if cell["table"] == seed):
+            row = [
+                cell["shape"],
+                {"none": "16 bits"}.get(cell["quantize"], cell["quantize"]),
+                f"{cell['micro_batch']} x {cell['seq_len']:,}",
+                f"{cell['theirs']} GB" if cell["theirs"] else "out of memory",
+                _gigabytes(cell["peak_bytes"]),
+                cell["how"],
+            ]
+            if answers:
+                row += [
+                    f"{cell['step_s'] / 3.6:.1f} hours",
+                    f"{cell['theirs_answer']} GB",
+                    _gigabytes(cell["answer_bytes"]),
+                ]
+            else:
+                row += [f"{cell['epoch_days']:.0f} days" if "epoch_days" in cell else "-"]
+            rows.append(row)
+        titles = ["model", "base", "rows x tokens", f"{seed}, its card", "smidgen, whole process", "how"]
+        more = ["1,000 steps", f"answering: {seed}, its card", "smidgen, forecast"] if answers else ["52,002 rows"]
+        parts.append(table([*titles, *more], rows))
+    return _with_place("\n\n".join(parts), result)
+
+
 def results_table(result: Result) -> str:
     """What each run gave, figure by figure, then what it took."""
     gave, took, commands = [], [], []
@@ -259,6 +310,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gptq_quality": ("gptq_quality.py", perplexity_table),
     "quality": ("quality.py", quality_table),
     "forecasts": ("forecasts.py", forecasts_table),
+    "limits": ("limits.py", limits_table),
+    "seed_memory": ("seed_memory.py", seed_memory_table),
     "results": ("results.py", results_table),
     "kills": ("kills.py", kills_line),
 }

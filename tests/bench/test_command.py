@@ -109,7 +109,12 @@ def test_people_get_tables(what: str, shown: list[str], asked: list[Any], capfd:
         (("memory", "--against", "peft-bnb"), "--against: belongs to `smidgen bench step`, leave it out."),
         (("memory", "--memory", "much"), "--memory: not a size: 'much' (write 6GiB, 1.5GB or 900MB)."),
         (("step", "--against", "unsloth"), "--against: expected names out of peft-bnb,"),
-        (("step", "--repeats", "0"), "--repeats: expected 1 or more, found '0'."),
+        (("step", "--repeats", "0"), "--repeats: expected 1 or more, found 0."),
+        (("memory", "--repeats", "-1"), "--repeats: expected 0 or more, found '-1'."),
+        (
+            ("step", "--activation-dtype", "auto"),
+            "--activation-dtype: belongs to `smidgen bench memory`, leave it out.",
+        ),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(

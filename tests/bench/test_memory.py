@@ -33,6 +33,13 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
 
 
+def test_of_no_further_rounds_the_first_counts(tmp_path: Path) -> None:
+    settings = MemorySettings("tiny", seq_len=64, keep=tmp_path, repeats=0, activation_dtype="bfloat16")
+    result = bench_memory(settings)
+    assert len(result["repeats"]) == len(result["loss"]) == 1
+    assert 0 < result["measured_peak_bytes"] <= result["forecast_peak_bytes"]
+
+
 @pytest.mark.parametrize("mode", ["train", "generate"])
 def test_a_limit_that_is_too_low_is_refused(mode: str, tmp_path: Path) -> None:
     with pytest.raises((RunError, SettingsError), match="is too little for"):

@@ -120,6 +120,7 @@ FROZEN_FLAGS = {
         "against_checkpointing",
         "four_bit_tax",
         *("quantize", "mode", "micro_batch", "layers", "memory", "rank", "targets", "resident"),
+        "activation_dtype",
         "new_tokens",
         "keep",
         "repeats",

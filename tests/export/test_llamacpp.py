@@ -44,32 +44,47 @@ def _log_probabilities(loaded: Any, ids: list[int]) -> torch.Tensor:
     return loaded.base.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
-def _distance_and_unlike(
-    loaded: Any, prompts: list[list[int]], answers: Any, allowed: float
-) -> tuple[float, float, list[str]]:
-    """(mean |difference| of log-probabilities at the first new token, weighted by probability; twice the largest one of
-    the two best tokens anywhere; wrong greedy tokens).
+def _gaps(ours: torch.Tensor, tops: list[tuple[int, float]]) -> torch.Tensor:
+    """|our log-probability - llama.cpp's| of its most likely tokens, best first. ours: [vocab_size]"""
+    tokens, theirs = zip(*tops, strict=True)
+    return (ours[list(tokens)] - torch.tensor(theirs)).abs()
 
-    A greedy token may differ where our own two best are nearer to one another than `allowed`: two log-probabilities
-    that are each off by the largest difference, one up and one down, change places there.
+
+def _distance(loaded: Any, texts: list[tuple[list[int], list[int]]], lora: Path | None, model: str) -> float:
+    """Mean difference of the log-probabilities, weighted by probability, after every beginning of every answer.
+
+    texts: (prompt, answer). Both programs read the same text, so that neither's own choices change what is compared.
     """
-    differences: list[float] = []
+    beginnings = [prompt + answer[:count] for prompt, answer in texts for count in range(len(answer))]
+    read = iter(_llamacpp(model, lora, beginnings, 1))
+    differences = []
+    for prompt, answer in texts:
+        ours = _log_probabilities(loaded, prompt + answer)[len(prompt) - 1 :]
+        for row, tokens in zip(ours[: len(answer)], read, strict=False):
+            if tokens:  # else it would end the answer here, and says no more
+                gaps, (_, tops) = _gaps(row, tokens[0][1]), tokens[0]
+                weights = row[[token for token, _ in tops]].exp()
+                differences.append(float((weights * gaps).sum() / weights.sum()))
+    assert len(differences) >= 0.9 * len(beginnings)
+    return sum(differences) / len(differences)
+
+
+def _largest_and_wrong(loaded: Any, prompts: list[list[int]], answers: Any, allowed: float) -> tuple[float, list[str]]:
+    """(the largest difference of the two best tokens' log-probabilities anywhere, greedy tokens that are wrong).
+
+    A greedy token may differ where our own two best are nearer to one another than `allowed`.
+    """
     largest = 0.0
     wrong: list[str] = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens = [token for token, _ in answer]
         ours = _log_probabilities(loaded, prompt + tokens[:-1])[len(prompt) - 1 :]
         for place, (token, tops) in enumerate(answer):
-            row = ours[place]
-            gaps = [abs(float(row[other]) - theirs) for other, theirs in tops]
-            if place == 0:
-                weights = [float(row[other].exp()) for other, _ in tops]
-                differences.append(sum(w * gap for w, gap in zip(weights, gaps, strict=True)) / sum(weights))
-            largest = max(largest, *gaps[:2])
-            best, second = row.topk(2).values.tolist()
-            if int(row.argmax()) != token and best - second > allowed:
-                wrong.append(f"prompt {number}, token {place}: {token} for {int(row.argmax())}")
-    return sum(differences) / len(differences), 2 * largest, wrong
+            largest = max(largest, float(_gaps(ours[place], tops[:2]).max()))
+            best, second = ours[place].topk(2).values.tolist()
+            if int(ours[place].argmax()) != token and best - second > allowed:
+                wrong.append(f"prompt {number}, token {place}: {token} for {int(ours[place].argmax())}")
+    return largest, wrong
 
 
 @pytest.mark.slow
@@ -79,18 +94,24 @@ def test_adapter_and_merged_model(tmp_path: Path) -> None:
         "smollm2-135m", "toolcalls", tmp_path / "run", max_steps=16, compute_dtype="float32", compare=0
     )
     loaded = smidgen.load(run.path, compute_dtype="float32")
-    rows = read_data("toolcalls").validation[:PROMPTS]
-    prompts = [loaded.renderer.prompt_ids(row.messages[:-1]) for row in rows if row.messages]
-    assert len(prompts) == PROMPTS
+    rows = [row.messages for row in read_data("toolcalls").validation[:PROMPTS] if row.messages]
+    prompts = [loaded.renderer.prompt_ids(messages[:-1]) for messages in rows]
+    answers = [loaded.tokenizer(messages[-1]["content"]).input_ids[:NEW_TOKENS] for messages in rows]
+    texts = list(zip(prompts, answers, strict=True))
+    assert len(texts) == PROMPTS
     base_file = str(loaded.base.checkpoint.path)
     smidgen.export_run(run.path, tmp_path / "lora.gguf", to="gguf-lora")
     smidgen.export_run(run.path, tmp_path / "merged.gguf", to="gguf", type="F16")
     with without_adapters(loaded.base):
-        answers = _llamacpp(base_file, None, prompts)
-        bare, allowed, _ = _distance_and_unlike(loaded, prompts, answers, 0.0)
-        assert not _distance_and_unlike(loaded, prompts, answers, allowed)[2]
+        bare = _distance(loaded, texts, None, base_file)
+        greedy = _llamacpp(base_file, None, prompts)
+        largest, _ = _largest_and_wrong(loaded, prompts, greedy, 0.0)
+        # Two log-probabilities that are each off by the largest difference, one up and one down, change places.
+        allowed = 2 * largest
+        assert not _largest_and_wrong(loaded, prompts, greedy, allowed)[1]
     for model, lora in ((base_file, tmp_path / "lora.gguf"), (str(tmp_path / "merged.gguf"), None)):
-        distance, _, wrong = _distance_and_unlike(loaded, prompts, _llamacpp(model, lora, prompts), allowed)
+        distance = _distance(loaded, texts, lora, model)
+        _, wrong = _largest_and_wrong(loaded, prompts, _llamacpp(model, lora, prompts), allowed)
         print(f"bare {bare:.4f} (at most {allowed:.3f}), with the adapter {distance:.4f}, {wrong}")
         assert distance <= 1.1 * bare
         assert not wrong

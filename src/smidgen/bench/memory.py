@@ -56,7 +56,10 @@ class MemorySettings:
 
 
 def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str, Any]:
-    """One warm-up step (or token) and `repeats` that count. Raises RunError where the disk has no room."""
+    """One warm-up step (or answer) and `repeats` that count, or where that is 0 the first one alone.
+
+    Raises RunError where the disk has no room.
+    """
     config = dict(SHAPES[settings.shape])
     if settings.layers:
         config["num_hidden_layers"] = settings.layers
@@ -152,10 +155,10 @@ def _run(
             report(Progress(f"{settings.mode} {folder.name}", number, settings.repeats + 1))
             train = settings.mode == "train"
             step = worker.ask("step") if train else worker.ask("generate", tokens=settings.new_tokens)
-            steps += [step] if number else []
+            steps.append(step)
         report(Progress(f"{settings.mode} {folder.name}", settings.repeats + 1, settings.repeats + 1))
         peak = group.peak_bytes if group else None
-        return {"loaded": loaded, "steps": steps, "enforced": group is not None, "cgroup_peak_bytes": peak}
+        return {"loaded": loaded, "steps": steps[1:] or steps, "enforced": group is not None, "cgroup_peak_bytes": peak}
 
 
 def _limited(stack: ExitStack, limit: int | None, report: Report) -> MemoryGroup | None:

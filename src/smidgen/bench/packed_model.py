@@ -6,6 +6,7 @@ first read comes from the disk.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -119,7 +120,9 @@ def _others(name: str, module: nn.Module, random: np.random.Generator) -> Iterat
 
 
 def _bytes(random: np.random.Generator, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
+    count = math.prod(shape)
+    words = random.integers(1 << 64, size=-(-count // 8), dtype=np.uint64)  # far faster than byte by byte
+    return torch.from_numpy(words.view(np.uint8)[:count]).view(shape)
 
 
 def _packed(name: str, n: int, k: int, storage: str, random: np.random.Generator) -> dict[str, torch.Tensor]:

@@ -35,10 +35,26 @@ _MEMORY = (
     ),
     Flag("rank", int, 8, "Rank of the adapters.", "Memory", check=_positive, expected="1 or more"),
     Flag("targets", str, "q,v", "Layers that get one, as in finetune.", "Memory"),
+    Flag(
+        "activation_dtype",
+        str,
+        "auto",
+        "What is kept for the backward pass waits in this type.",
+        "Memory",
+        choices=("auto", "bfloat16"),
+    ),
     Flag("resident", bool, False, "Also measure the same with every layer in memory.", "Memory"),
 )
 _COMMON = (
-    Flag("repeats", int, 7, "Rounds, after one that does not count.", "General", check=_positive, expected="1 or more"),
+    Flag(
+        "repeats",
+        int,
+        None,
+        "Rounds, after one that does not count: 7, of memory 1. 0, of memory: the first one counts.",
+        "General",
+        check=lambda value: value >= 0,
+        expected="0 or more",
+    ),
     Flag(
         "isa",
         str,
@@ -53,7 +69,7 @@ _STEP = (
         "shape",
         str,
         _SHAPES[0],
-        "Sizes of the model; its weights are random.",
+        "Sizes of the model; its weights are random. memory: any that `smidgen plan` knows.",
         "Step",
         metavar="[" + "|".join(_SHAPES) + "]",
         check=lambda value: value in SHAPES,
@@ -87,7 +103,7 @@ def _check(given: Given) -> list[str]:
     if what is not None and what not in _WHAT:
         problems.append(f"what: expected one of {', '.join(_WHAT)}, found {what!r}")
     else:
-        shared = {"memory": ("shape", "seq_len", "recompute", "keep")}.get(what or "", ())
+        shared = {"memory": ("shape", "seq_len", "recompute", "compute_dtype", "keep")}.get(what or "", ())
         if what != "step":
             problems += [
                 f"{flag.name}: belongs to `smidgen bench step`, leave it out"
@@ -102,6 +118,8 @@ def _check(given: Given) -> list[str]:
                 for flag in _MEMORY
                 if flag.name in given.named
             ]
+    if given["repeats"] == 0 and what != "memory":
+        problems.append("repeats: expected 1 or more, found 0")
     if given["memory"] is not None:
         try:
             parse_bytes(given["memory"])
@@ -127,8 +145,9 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
       smidgen bench step --shape smollm2-135m --against peft-bnb
       smidgen bench step --shape tinyllama-1.1b --recompute cheap --against-checkpointing --json
       smidgen bench kernels
-      smidgen bench memory --shape llama-7b --memory 2GiB --repeats 1
+      smidgen bench memory --shape llama-7b --memory 2GiB --recompute full
     """
+    repeats = given["repeats"] if given["repeats"] is not None else 1 if given["what"] == "memory" else 7
     if given["what"] == "step":
         from smidgen.bench.step import StepSettings, bench_step
 
@@ -137,7 +156,7 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
             seq_len=given["seq_len"],
             recompute=given["recompute"],
             compute_dtype=given["compute_dtype"],
-            repeats=given["repeats"],
+            repeats=repeats,
             against=_against(given),
             four_bit_tax=given["four_bit_tax"],
             isa=given["isa"] or "",
@@ -148,18 +167,18 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
     elif given["what"] == "kernels":
         from smidgen.bench.kernels import KernelSettings, bench_kernels
 
-        result = bench_kernels(KernelSettings(repeats=given["repeats"], isa=given["isa"] or ""), console.report)
+        result = bench_kernels(KernelSettings(repeats=repeats, isa=given["isa"] or ""), console.report)
         parts = bench_views.kernels(result)
     elif given["what"] == "memory":
         from smidgen.bench.memory import MemorySettings, bench_memory
 
         names = ("shape", "quantize", "mode", "seq_len", "new_tokens", "micro_batch", "layers", "rank", "targets")
         memory = MemorySettings(
-            **{name: given[name] for name in names},
+            **{name: given[name] for name in (*names, "compute_dtype", "activation_dtype")},
             resident=given["resident"],
             recompute=given["recompute"] if "recompute" in given.named else "auto",
             memory=parse_bytes(given["memory"]) if given["memory"] else None,
-            repeats=given["repeats"],
+            repeats=repeats,
             isa=given["isa"] or "",
             keep=Path(given["keep"]) if given["keep"] else None,
         )
@@ -168,7 +187,7 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
     else:
         from smidgen.bench.decode import DecodeSettings, bench_decode
 
-        result = bench_decode(DecodeSettings(repeats=given["repeats"], isa=given["isa"] or ""), console.report)
+        result = bench_decode(DecodeSettings(repeats=repeats, isa=given["isa"] or ""), console.report)
         parts = bench_views.decode(result)
     console.close()
     for title, table in parts:

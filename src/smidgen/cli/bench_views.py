@@ -101,10 +101,10 @@ def memory(result: Mapping[str, Any]) -> Parts:
 
 def where(result: Mapping[str, Any]) -> str:
     """'Intel ..., 2 threads, AVX2; medians of 7 rounds. Skipped: ...'"""
-    machine = result["machine"]
+    machine, rounds = result["machine"], result["repeats_wanted"]
     parts = [
         f"{machine['processor']}, {machine['threads']} threads, instructions: {machine['isa']};"
-        f" medians of {result['repeats_wanted']} rounds."
+        f" {f'medians of {rounds} rounds' if rounds > 1 else 'one round'}."
     ]
     parts += [f"{name} is skipped: {why}" for name, why in result["skipped"].items()]
     parts += [f"Note: {note}." for note in result.get("notes", [])]
