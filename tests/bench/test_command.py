@@ -113,7 +113,7 @@ def test_people_get_tables(what: str, shown: list[str], asked: list[Any], capfd:
         (("memory", "--repeats", "-1"), "--repeats: expected 0 or more, found '-1'."),
         (
             ("step", "--activation-dtype", "auto"),
-            "--activation-dtype: belongs to `smidgen bench memory`, leave it out.",
+            "--activation-dtype: belongs to `smidgen bench memory`",
         ),
     ],
 )
