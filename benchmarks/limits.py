@@ -19,9 +19,11 @@ from smidgen.units import parse_bytes
 
 KEPT = cache_folder() / "bench" / "limits"
 TRAINED = {"llama-7b": "2GiB", "llama-13b": "2.5GiB", "llama-33b": "4GiB", "llama-65b": "6GiB"}
+RESIDENT = "llama-7b"
 ANSWERS = {"4.1GB": (16, 50), "1GiB": (32, 8)}  # budget -> tokens of the prompt, new ones
 
 CASES = {
+    f"train {RESIDENT}": MemorySettings(RESIDENT, recompute="full", repeats=0),
     **{
         f"train {shape} {size}": MemorySettings(
             shape, memory=parse_bytes(size), recompute="full", resident=first, repeats=int(first)

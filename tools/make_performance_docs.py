@@ -208,7 +208,7 @@ def limits_table(result: Result) -> str:
         rows.append(
             [
                 f"{run['shape']}, " + ("a step" if trains else f"{run['seq_len']} tokens, then each new one"),
-                f"{run['limit_bytes'] / (1 << 30):.3g} GiB",
+                f"{run['limit_bytes'] / (1 << 30):.3g} GiB" if run["limit_bytes"] else "none",
                 *(_gigabytes(run[key]) for key in ("peak_rss_bytes", "forecast_rss_bytes", "measured_peak_bytes")),
                 f"{run['streamed_layers']} of {run['layers']}",
                 _gigabytes(run["read_bytes_per_step"]),
@@ -219,6 +219,37 @@ def limits_table(result: Result) -> str:
         )
     titles = ["model", "limit", "resident", "its forecast", "of it anonymous", "layers streamed", "read", "time"]
     return _with_place(table([*titles, "of it waiting", "with all layers in memory"], rows), result)
+
+
+def budgets_table(result: Result) -> str:
+    """Two sentences and a line for each job."""
+    jobs: dict[str, list[Result]] = {}
+    for run in result["runs"]:
+        name = f"{run['shape']}, {run['layers']} layers, {run['micro_batch']} x {run['seq_len']}"
+        jobs.setdefault(f"{name}, {run.get('quantize', 'nf4-dq')}", []).append(run)
+    rows = []
+    for name, runs in jobs.items():
+        done = [run for run in runs if run["feasible"]]
+        limits = [run["budget_bytes"] for run in done]
+        below = next(run for run in runs if not run["feasible"])
+        ways = next((run["brute_force"] for run in done if "brute_force" in run), {})
+        rows.append(
+            [
+                name,
+                f"{below['budget_bytes'] / 1e6:,.0f} MB: {below['end']}",
+                f"{min(limits) / 1e6:,.0f} to {max(limits) / 1e6:,.0f} MB",
+                f"{sum(run['end'] == 'finished' for run in done)} of {len(done)}",
+                str(max(run.get("streamed_layers", 0) for run in done)),
+                f"{ways['planned'] / min(ways.values()):.2f} of {len(ways) - 1}" if ways else "-",
+            ]
+        )
+    text = (
+        f"{result['finished']} of {result['feasible']} finished, {result['refused']} of {result['infeasible']} refused."
+        f" The planner's choice took at most {max(result['planned_over_best'], default=1):.2f} times the time of the"
+        " fastest that was found by trying."
+    )
+    titles = ["job", "below the smallest", "limits", "finished", "most layers streamed", "planned / fastest"]
+    return f"{text}\n\n{_with_place(table(titles, rows), result)}"
 
 
 def seed_memory_table(result: Result) -> str:
@@ -311,6 +342,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quality": ("quality.py", quality_table),
     "forecasts": ("forecasts.py", forecasts_table),
     "limits": ("limits.py", limits_table),
+    "budgets": ("budgets.py", budgets_table),
     "seed_memory": ("seed_memory.py", seed_memory_table),
     "results": ("results.py", results_table),
     "kills": ("kills.py", kills_line),

@@ -1,4 +1,4 @@
-"""The held-out loss of many rows."""
+"""The held-out loss of many rows; answers within the memory there is."""
 
 import weakref
 from collections.abc import Sequence
@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from smidgen.data.render import Example
+from smidgen.data.render import Example, Renderer
+from smidgen.events import Event, Progress
+from smidgen.model.decoder import FusedDecoder, ModuleDecoder, decoder_for
 from smidgen.train import evaluate
-from smidgen.train.evaluate import held_out_loss
-from tiny import build
+from smidgen.train.evaluate import answer_prompts, held_out_loss
+from tiny import CONFIGS, build, byte_tokenizer, tiny_folder
 
 
 class Counted(Sequence[Example]):
@@ -51,3 +54,42 @@ def test_the_held_out_loss_has_a_stretch_of_the_rows_in_memory_and_gives_each_ro
     assert parts.most <= 2 * 16, "rows have 11 to 21 tokens"
     assert found.row_tokens.tolist() == [len(row.input_ids) - 1 for row in Counted(200)]
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def test_rows_are_answered_together_as_far_as_there_is_room(model: Path) -> None:
+    """Once it was a number of tokens, whatever a token took: 17 GB for a model of 7B."""
+    base, renderer = build(model), Renderer(byte_tokenizer())
+    prompts = [list(range(10, 20 + index)) for index in range(10)]
+    of_row = (19 + 8) * base.key_bytes + 8 * base.model.config.vocab_size
+
+    def answer(room: int) -> tuple[list[tuple[str, bool]], int]:
+        seen: list[Event] = []
+        how: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 128, "what": "answers"}
+        answers = answer_prompts(base, renderer, prompts, **how, room=room, report=seen.append)
+        return answers, sum(isinstance(event, Progress) for event in seen)
+
+    together, batches = answer(10 * of_row)
+    assert batches == 1
+    assert answer(3 * of_row) == (together, 4), "10 rows, 3 at once"
+    assert base.cache_dtype == torch.float32
+    one_by_one, batches = answer(1)
+    assert batches == 10 and base.cache_dtype == torch.float32, "rounded while there is no room for one, not later"
+    assert sum(one == other for one, other in zip(one_by_one, together, strict=True)) >= 8, "rounding may change some"
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_what_a_token_keeps_is_counted(architecture: str, tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path / "model", architecture))
+    decoder = decoder_for(base)
+    with torch.inference_mode():
+        decoder.start([list(range(1, 9))] * 3, 1)
+    if isinstance(decoder, FusedDecoder):
+        kept = [*decoder._keys, *decoder._values]
+    else:
+        assert isinstance(decoder, ModuleDecoder)
+        kept = [part for layer in decoder._cache.layers for part in (layer.keys, layer.values)]
+    found = sum(part.nbytes for part in kept)
+    assert 0 < found <= 3 * 8 * base.key_bytes
+    assert found == 3 * 8 * base.key_bytes or architecture in ("falcon", "gemma3", "mistral", "gemma2"), (
+        "one head; windows"
+    )

@@ -1,5 +1,8 @@
 """A budget of memory in a whole run: refused early, or kept with the same adapter."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 import smidgen
 import smidgen.model.stream as stream_module
 import smidgen.train.memory as memory_module
+from smidgen.data.records import read_data
 from smidgen.errors import SettingsError
 from smidgen.events import Event, Note
 from tiny import tiny_folder, write_rows
@@ -64,3 +68,18 @@ def test_a_training_that_cannot_fit_is_refused_before_gptq_begins(tmp_path: Path
     with pytest.raises(SettingsError, match=r"60.0 MB .* is too little for model: at least .* with micro-batch"):
         smidgen.finetune(str(model), rows, tmp_path / "run", quantize="gptq", memory="60MB", compute_dtype="float32")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.jsonl"}
+
+
+@pytest.mark.slow
+def test_the_forecast_holds_for_answers_too(tmp_path: Path) -> None:
+    """Rows one by one leave little room: answering all at once took more than the forecast."""
+    (tmp_path / "rows").mkdir()
+    for part, count in (("train", 8), ("valid", 32)):
+        lines = [json.dumps({"messages": row.messages}) for row in read_data("toolcalls").train[:count]]
+        (tmp_path / "rows" / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ["finetune", "smollm2-135m", str(tmp_path / "rows"), "--out", str(tmp_path / "run"), "--compare", "32"]
+    words += ["--micro-batch", "1", "--max-steps", "1", "--compute-dtype", "float32", "--json"]
+    done = subprocess.run([sys.executable, "-m", "smidgen", *words], stdout=subprocess.PIPE, text=True, check=True)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    print(f"{summary['peak_rss_bytes'] / 1e6:.0f} MB, forecast {summary['forecast_peak_bytes'] / 1e6:.0f} MB")
+    assert summary["peak_rss_bytes"] <= summary["forecast_peak_bytes"]

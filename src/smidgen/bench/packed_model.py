@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +96,24 @@ def drop_page_cache(file: Path) -> None:
 
 def _tensors(name: str, module: nn.Module, storage: str, random: np.random.Generator) -> dict[str, torch.Tensor]:
     """The tensors of one module."""
-    found = dict(_others(name, module, random))
-    if not isinstance(module, nn.Linear) or storage == "none":
-        return found
-    del found[f"{name}.weight"]
-    n, k = module.weight.shape
-    return found | _packed(name, n, k, storage, random)
+    packs = isinstance(module, nn.Linear) and storage != "none"
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+    packed = {}
+    if packs:
+        n, k = shapes.pop("weight")
+        packed = _packed(name, n, k, storage, random)
+    return {f"{name}.{key}": _plain(key, shape, random) for key, shape in shapes.items()} | packed
 
 
-def _others(name: str, module: nn.Module, random: np.random.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters as bfloat16: matrices random, norms one, biases zero."""
-    for key, parameter in module.named_parameters(recurse=False):
-        shape = tuple(parameter.shape)
-        if len(shape) > 1:
-            values = torch.empty(shape, dtype=torch.bfloat16)
-            for row in range(0, shape[0], 1024):
-                part = random.standard_normal((min(1024, shape[0] - row), *shape[1:]), dtype=np.float32)
-                values[row : row + 1024] = torch.from_numpy(part).mul_(_STD)
-        else:
-            values = torch.full(shape, float(key == "weight"), dtype=torch.bfloat16)
-        yield f"{name}.{key}", values
+def _plain(key: str, shape: tuple[int, ...], random: np.random.Generator) -> torch.Tensor:
+    """A parameter as bfloat16: matrices random, weights of norms one, biases zero."""
+    if len(shape) == 1:
+        return torch.full(shape, float(key == "weight"), dtype=torch.bfloat16)
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    for row in range(0, shape[0], 1024):
+        part = random.standard_normal((min(1024, shape[0] - row), *shape[1:]), dtype=np.float32)
+        values[row : row + 1024] = torch.from_numpy(part).mul_(_STD)
+    return values
 
 
 def _bytes(random: np.random.Generator, *shape: int) -> torch.Tensor:

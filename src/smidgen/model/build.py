@@ -37,10 +37,17 @@ from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, dense, quantise
 
-__all__ = ["Base", "build_base", "read_config", "skeleton"]
+__all__ = ["Base", "build_base", "heads_of_keys", "read_config", "skeleton"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
 _LARGEST_BUFFER = 1 << 26  # numbers; a causal mask over 8,192 positions
+
+
+def heads_of_keys(text: Any) -> tuple[int, int]:
+    """(heads of keys, numbers in each) of a text model's config; values have as many."""
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
 @dataclass
@@ -105,6 +112,14 @@ class Base:
         """The longest sequence, in tokens, that the model was made for; a learned position table ends there."""
         config = self.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one token's keys and values in all layers, while text is generated."""
+        config = self.model.config.get_text_config()
+        kv_heads, width = heads_of_keys(config)
+        item = (self.cache_dtype if is_fused(self.backbone) else self.compute_dtype).itemsize
+        return 2 * item * kv_heads * width * config.num_hidden_layers
 
     @property
     def head(self) -> Any:

@@ -125,8 +125,9 @@ class FusedDecoder:
 
     def keep(self, rows: list[int]) -> None:
         self._lengths = self._lengths[rows]
-        self._keys = [keys[rows] for keys in self._keys]
-        self._values = [values[rows] for values in self._values]
+        for cache in (self._keys, self._values):
+            for number, kept in enumerate(cache):  # one by one, as they came
+                cache[number] = kept[rows]
 
     def _prompt(self, row: int, prompt: Sequence[int]) -> torch.Tensor:
         """Fills a row of the cache; returns the last token's state before the final norm, [hidden_size]."""

@@ -18,6 +18,7 @@ __all__ = [
     "choose_device",
     "current_rss_bytes",
     "device_name",
+    "free_bytes",
     "free_memory_bytes",
     "measure_gflops",
     "memory_limit_bytes",
@@ -161,6 +162,11 @@ def memory_limit_bytes() -> int | None:
     """What the cgroups (1 or 2) of this process let it have in all; None where they set no limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
     return min((limit for limit, _ in cgroup_limits() if limit < total), default=None)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free where this device computes: a card's own memory, or this process's share of the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
 def free_memory_bytes() -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smidgen.checkpoint.base import Checkpoint
-from smidgen.model.build import read_config, skeleton
+from smidgen.model.build import heads_of_keys, read_config, skeleton
 from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
 from smidgen.model.kept import kept_by_modules
@@ -70,16 +70,16 @@ def inventory_of(
     embedding_bytes, head_bytes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
     fused = fuses and is_known(model)
     head_name = next(path for path, module in model.named_modules() if module is head)
-    heads = text.num_attention_heads
+    kv_heads, head_dim = heads_of_keys(text)
     return Inventory(
         name=name,
         storage=storage,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_layers=text.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab_size=text.vocab_size,
         linears=tuple(linears),
         embedding_bytes=embedding_bytes,

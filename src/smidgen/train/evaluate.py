@@ -17,12 +17,13 @@ from smidgen.events import Answer, Answers, Progress, Report, silent
 from smidgen.measures.answers import measure_answers
 from smidgen.measures.measure import Measure, cross_entropy, perplexity
 from smidgen.model.build import Base
+from smidgen.model.device import free_bytes
 from smidgen.model.generate import Sampling, generate_batch
 from smidgen.train.loss import row_losses, token_losses
 
 __all__ = ["PROTOCOLS", "HeldOut", "answer_prompts", "answer_rows", "held_out_loss", "text_perplexity"]
 
-_CACHE_TOKENS = 1 << 14  # keys and values of all rows of a batch of answers
+_FREE_SHARE = 0.5  # of what is free, for what answers keep, where no more is said
 _STRETCH_TOKENS = 1 << 17  # of held-out rows that are put in order together; two stretches are in memory
 PROTOCOLS = {"gptq": (2048, 0), "llama.cpp": (512, 256)}  # window, first position that counts
 
@@ -107,11 +108,13 @@ def answer_rows(
     when: str,
     max_new_tokens: int | None = None,
     batch_size: int = 128,
+    room: int | None = None,
     report: Report = silent,
 ) -> Answers:
     """Greedy answers to the last turn of each row, compared with the data's answers (measures.answers).
 
-    max_new_tokens: default is what the longest expected answer of the rows needs and a little more.
+    max_new_tokens: default is what the longest expected answer of the rows needs and a little more. room: as
+    for answer_prompts.
     """
     rows = [row for row in rows if row.messages]
     expected = [renderer.answer_text(row).strip() for row in rows]
@@ -124,6 +127,7 @@ def answer_rows(
         [renderer.prompt_ids(row) for row in rows],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        room=room,
         what=f"answers {when}",
         report=report,
     )
@@ -140,22 +144,36 @@ def answer_prompts(
     max_new_tokens: int,
     batch_size: int,
     what: str,
+    room: int | None = None,
     report: Report = silent,
 ) -> list[tuple[str, bool]]:
     """Greedy answers to prompts of token ids, in their order, each with whether max_new_tokens, or the end of
-    the model's positions, cut it off."""
+    the model's positions, cut it off.
+
+    room: bytes for what rows that are answered at once keep, their keys, values and logits; None: half of what is free.
+    Where one row alone needs more, its keys and values wait in bfloat16.
+    """
     tokenizer, sampling = renderer.tokenizer, Sampling(max_new_tokens=max_new_tokens)
+    room = int(_FREE_SHARE * free_bytes(base.device)) if room is None else room
     longest = max((len(prompt) for prompt in prompts), default=0)
-    batch_size = max(1, min(batch_size, _CACHE_TOKENS // (longest + max_new_tokens)))
+    logits = 2 * base.model.config.get_text_config().vocab_size * torch.float32.itemsize
+    of_row = (longest + max_new_tokens) * base.key_bytes + logits
+    batch_size = max(1, min(batch_size, room // of_row))
+    cache_dtype = base.cache_dtype
+    if of_row > room and base.device.type == "cpu":
+        base.cache_dtype = torch.bfloat16
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [("", False)] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        new = generate_batch(base, [prompts[i] for i in chosen], renderer.end_ids, sampling, len(tokenizer))
-        room = min(max_new_tokens, base.max_positions - max(len(prompts[index]) for index in chosen) + 1)
-        for index, ids in zip(chosen, new, strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) == room
-        report(Progress(what, start + len(chosen), len(order)))
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            new = generate_batch(base, [prompts[i] for i in chosen], renderer.end_ids, sampling, len(tokenizer))
+            most = min(max_new_tokens, base.max_positions - max(len(prompts[index]) for index in chosen) + 1)
+            for index, ids in zip(chosen, new, strict=True):
+                answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) == most
+            report(Progress(what, start + len(chosen), len(order)))
+    finally:
+        base.cache_dtype = cache_dtype
     return answers
 
 

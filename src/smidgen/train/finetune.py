@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from smidgen.data.records import as_specs
+from smidgen.data.records import Row, as_specs
 from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
@@ -176,9 +176,13 @@ def _train(
             tokenizer, keep = prepared.source.tokenizer, settings.keep_checkpoints
             folder.save_checkpoint(base, adapters, optimizer, at, tokenizer, keep, best)
 
+        def answer(when: str, rows: Sequence[Row]) -> Answers:
+            room = prepared.plan.terms["kept activations"]  # which are not there between steps
+            return answer_rows(base, prepared.renderer, rows, when=when, room=room, report=report)
+
         def measure_answers_at(step: int) -> Mapping[str, float]:
             when, asked = f"at step {step}", prepared.asked
-            return answer_rows(base, prepared.renderer, asked, when=when, report=report).measures if asked else {}
+            return answer(when, asked).measures if asked else {}
 
         def evaluate(at: Cursor) -> bool:
             """Whether early stopping has seen enough. What was measured before an interruption is not again."""
@@ -195,10 +199,10 @@ def _train(
                 save(at)
             return 0 < settings.early_stopping <= since_best(found)
 
-        def answer(when: str, step: int) -> Answers | None:
+        def compare(when: str, step: int) -> Answers | None:
             if not prepared.compared:
                 return None
-            answers = answer_rows(base, prepared.renderer, prepared.compared, when=when, report=report)
+            answers = answer(when, prepared.compared)
             log({"step": step, **answers.measures})
             report(answers)
             return answers
@@ -206,7 +210,7 @@ def _train(
         if not checkpoint:
             if prepared.held_out:
                 evaluate(cursor)
-            if before := answer("before", 0):
+            if before := compare("before", 0):
                 folder.save_answers([_answered(row) | {"before": row.answer, "after": None} for row in before.rows])
         outcome = train(
             base,
@@ -234,7 +238,7 @@ def _train(
         if prepared.held_out:
             evaluate(cursor)
         result_step = _restore_best(folder, adapters, settings, cursor, report) if settings.keep_best else cursor.step
-        after = answer("after", result_step)
+        after = compare("after", result_step)
         rows = after.rows if after else ()
         earlier = [line["before"] for line in folder.answers()] or [None] * len(rows)
         pairs = zip(rows, earlier, strict=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
-from smidgen.model.device import current_rss_bytes, free_memory_bytes, measure_gflops, resident_bytes
+from smidgen.model.device import current_rss_bytes, free_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.model.stream import layer_of
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
@@ -167,8 +167,7 @@ def budget_of(settings: Settings, device: torch.device) -> tuple[int, str]:
     if settings.memory is not None:
         return parse_bytes(settings.memory), f"--memory {settings.memory}"
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * (1 - _MARGIN)), f"what {device} has free"
+        return int(free_bytes(device) * (1 - _MARGIN)), f"what {device} has free"
     free = free_memory_bytes()
     return current_rss_bytes() + int(free * (1 - _MARGIN)), "what this machine has free"
 
