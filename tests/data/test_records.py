@@ -60,6 +60,11 @@ def write(path: Path, *records: Any) -> str:
         ({"prompt": "hi", "chosen": USER_AND_ANSWER, "rejected": USER_AND_ANSWER}, "preference", USER_AND_ANSWER),
         ({"chosen": USER_AND_ANSWER, "rejected": USER_AND_ANSWER}, "preference", USER_AND_ANSWER),
         (
+            {"chosen": "\n\nHuman: hi\n\nAssistant: bye", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+            "preference",
+            USER_AND_ANSWER,
+        ),
+        (
             {"instruction": "hi", "input": "", "output": "no", "chosen": "bye", "rejected": "no"},
             "preference",
             USER_AND_ANSWER,
@@ -105,6 +110,26 @@ def test_the_best_ranked_path_of_a_tree_is_taken_up_to_its_last_answer(tmp_path:
 def test_a_preference_without_its_prompt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column chosen: nothing says what it answers.*expected a column prompt"):
         read_data(write(tmp_path / "a.jsonl", {"chosen": "bye", "rejected": "no"}))
+
+
+def test_a_text_of_a_whole_conversation_keeps_its_turns(tmp_path: Path) -> None:
+    """hh-rlhf's: a speaker is one only after a blank line."""
+    chosen = "\n\nHuman: hi\nHuman: you\n\nAssistant: bye\n\nso long\n\nHuman: what?\n\nAssistant: bye"
+    row = read_data(write(tmp_path / "a.jsonl", {"chosen": chosen, "rejected": chosen})).train[0]
+    said = [(message["role"], message["content"]) for message in row.messages]
+    assert said == [
+        ("user", "hi\nHuman: you"),
+        ("assistant", "bye\n\nso long"),
+        ("user", "what?"),
+        ("assistant", "bye"),
+    ]
+
+
+def test_single_messages_of_trees_are_refused(tmp_path: Path) -> None:
+    """OASST as the hub has it: as plain text every message was a document of its own, without roles."""
+    one = {"message_id": "a", "parent_id": None, "message_tree_id": "a", "text": "hi", "role": "prompter", "rank": None}
+    with pytest.raises(DataError, match=r"a.jsonl:1 is one message of a tree, expected a whole tree.* oasst1"):
+        read_data(write(tmp_path / "a.jsonl", one))
 
 
 def test_calls_and_tools_come_out_in_one_form(tmp_path: Path) -> None:
@@ -308,6 +333,39 @@ def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -
     data = read_data("owner/name")
     assert [(row.text, row.where) for row in data.train] == [("a", "owner/name train:1")]
     assert texts(data.validation) == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "said"),
+    [
+        (["train", "test"], "train", []),
+        (["train_sft", "test_sft", "other"], "train_sft", [
+            "owner/name: split train_sft is taken for train", "owner/name: split test_sft is taken for test",
+            "owner/name: splits left out: other",
+        ]),
+        (["train", "train_full", "test_a", "test_b"], "train", [
+            "owner/name: splits left out: train_full, test_a, test_b"
+        ]),
+    ],
+)  # fmt: skip
+def test_which_splits_of_a_hub_data_set_were_taken_is_said(
+    names: list[str], taken: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {name: [{"text": name}] for name in names}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda spec: found))
+    events: list[Any] = []
+    data = read_data("owner/name", report=events.append)
+    assert [row.text for row in data.train] == [taken]
+    assert [event.text for event in events if "split" in event.text] == said
+
+
+def test_several_splits_to_train_on_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the first one was taken without a word, whatever it was."""
+    splits = {name: [{"text": "a"}] for name in ("train_gen", "test_gen", "train_sft")}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda spec: splits))
+    expected = r"several splits to train on, found train_gen, test_gen, train_sft. Name one: owner/name::train_gen"
+    with pytest.raises(DataError, match=expected):
+        read_data("owner/name")
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

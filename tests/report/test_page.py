@@ -1,6 +1,8 @@
 """RUN/report.html: whole, alone, and safe whatever the data says."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -75,6 +77,28 @@ def test_a_finished_run_has_a_page_with_everything(run: smidgen.Run) -> None:
     assert "tokens cut off" in page.text and "an epoch takes" not in page.text  # there is one data set
     for shown in ("learning rate", "0.0005", "torch", "nf4-dq", "rows to train on", "held out"):
         assert shown in page.text
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_browser_shows_all_of_it_without_scrolling_sideways(width: int, run: smidgen.Run, tmp_path: Path) -> None:
+    """Chromium counts what sticks out on the right, in a copy of the page with a script. 500 is its least width."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium")
+    count = (
+        "<script>onload = () => { const edge = document.documentElement.clientWidth + 1; document.title = 'outside: ' +"
+        " [...document.querySelectorAll('body *')].filter((e) => !e.closest('svg svg') &&"
+        " e.getBoundingClientRect().right > edge).length }</script>"
+    )
+    page = re.sub(
+        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (run.path / "report.html").read_text("utf-8")
+    )
+    (tmp_path / "page.html").write_text(page.replace("</head>", count + "</head>"), encoding="utf-8")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += [f"--window-size={width},900", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "<title>outside: 0</title>" in shown, re.findall("<title>.*</title>", shown)
+    assert shown.count("<svg") == 4
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(run: smidgen.Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from smidgen.data.files import Record
 from smidgen.errors import DataError, first_line
+from smidgen.events import Note, Report, silent
 
 __all__ = ["HUB_DATA", "open_hub"]
 
@@ -53,12 +54,15 @@ HUB_DATA = tuple(_KNOWN)
 _PROBE_S = 10.0
 
 
-def open_hub(spec: str, splits: Mapping[str, tuple[str, ...]]) -> dict[str, Callable[[], Iterator[Record]]]:
+def open_hub(
+    spec: str, splits: Mapping[str, tuple[str, ...]], report: Report = silent
+) -> dict[str, Callable[[], Iterator[Record]]]:
     """A reader for each split of a name in HUB_DATA, "owner/name", "owner/name:subset", "owner/name:subset:split" or
     "owner/name::split"; a split that is named is trained on.
 
-    splits: our name of each, and how the data set's names of it begin. Raises DataError, at once where the hub cannot
-    be reached.
+    splits: our name of each, and how the data set's names of it begin. What is taken under another name or left out is
+    reported. Raises DataError where several splits may be meant for training, and at once where the hub cannot be
+    reached.
     """
     known = _KNOWN.get(spec)
     name, _, rest = (known.hub_id if known else spec).partition(":")
@@ -67,14 +71,21 @@ def open_hub(spec: str, splits: Mapping[str, tuple[str, ...]]) -> dict[str, Call
     if split:
         loaded = {"train": loaded}
     sources: dict[str, Callable[[], Iterator[Record]]] = {}
+    names = [str(theirs) for theirs in loaded if known is None or theirs in known.splits]
     for ours, prefixes in splits.items():
-        for theirs in loaded:
-            wanted = str(theirs).startswith(prefixes) and (known is None or theirs in known.splits)
-            if wanted and ours not in sources:
-                sources[ours] = _reader(loaded[theirs], f"{name} {split or theirs}", known.record if known else dict)
-    if "train" not in sources:
-        found = ", ".join(map(str, loaded))
-        raise DataError(f"the data set {name} has no split named train", found=found, cure=f"name one: {name}::SPLIT")
+        fitting = [theirs for theirs in names if theirs.startswith(prefixes)]
+        chosen = [theirs for theirs in fitting if theirs in (ours, *prefixes)] or fitting
+        if ours == "train" and len(chosen) != 1:
+            what = "no split named train" if not chosen else "several splits to train on"
+            cure = f"name one: {name}:{subset}:{(chosen or ['SPLIT'])[0]}"
+            raise DataError(f"the data set {name} has {what}", found=", ".join(map(str, loaded)), cure=cure)
+        if len(chosen) == 1:
+            sources[ours] = _reader(loaded[chosen[0]], f"{name} {split or chosen[0]}", known.record if known else dict)
+            names.remove(chosen[0])
+            if chosen[0] != ours and known is None:
+                report(Note(f"{name}: split {chosen[0]} is taken for {ours}"))
+    if names and known is None:
+        report(Note(f"{name}: splits left out: {', '.join(names)}"))
     return sources
 
 

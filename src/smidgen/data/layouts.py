@@ -6,7 +6,7 @@
     dolly              {"instruction", "response"}, "context" beside it
     oasst              {"message_tree_id", "prompt"}: a tree of messages, of which the best ranked path is taken
     preference         {"chosen", "rejected"}: the chosen answer, after "prompt", or "instruction" and "input"; or two
-                       whole conversations
+                       whole conversations, as lists of messages or as texts of "Human: ..." and "Assistant: ..."
     prompt/completion  {"prompt", "completion"}: two texts or two lists of messages
     prompt/response    {"prompt", "response"}
     text               {"text"}: no turns; every token is trained
@@ -16,6 +16,7 @@ does not know are left out, which `read_data` says.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = ["LAYOUTS", "Layout", "Row", "detect_layout"]
 Message = dict[str, Any]
 Columns = Mapping[str, Any]
 
+_HH = re.compile(r"(?:\A|\n)\s*\n(Human|Assistant):")
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -104,6 +106,11 @@ class Layout:
 
 def detect_layout(record: Columns, where: str) -> Layout:
     """The layout of a file, by the columns of its first row. Raises DataError when none fits."""
+    if all(column in record for column in _ONE_OF_TREE):
+        raise DataError(
+            f"{where} is one message of a tree", expected="a whole tree, with its replies, in every row",
+            cure="take the file *_trees.jsonl of that data set, or the built-in name oasst1",
+        )  # fmt: skip
     for layout in LAYOUTS:
         if layout.matches(record):
             return layout
@@ -176,6 +183,10 @@ def _rank(reply: object) -> float:
 
 def _from_preference(record: Columns, where: str) -> list[Message]:
     chosen = record["chosen"]
+    if isinstance(chosen, str) and _HH.match(chosen):  # hh-rlhf: a whole conversation in one text
+        _, *parts = _HH.split(chosen)
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        return [*_system(record, where), *(_message(_ROLES[who.lower()], text.strip()) for who, text in turns)]
     if isinstance(record.get("prompt"), list):
         asked = _turns(record["prompt"], "prompt", where)
     elif "instruction" in record:
@@ -257,6 +268,7 @@ def _turn(turn: object, place: str) -> Message:
 
 
 _TURN_KEYS = ("role", "from", "content", "value")
+_ONE_OF_TREE = ("message_tree_id", "parent_id", "text", "role")  # OASST1 and 2 as the hub has them
 
 
 def _content(value: object, place: str) -> str:

@@ -140,7 +140,7 @@ def _open(spec: str, report: Report) -> _Readers:
         raise DataError(f"{path} is neither a file nor a folder")
     is_hub_id = _HUB_ID.fullmatch(spec) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir()
     if is_hub_id or spec in HUB_DATA:
-        return open_hub(spec, _SPLITS)
+        return open_hub(spec, _SPLITS, report)
     names = ", ".join((*BUILTIN_DATA, *HUB_DATA))
     raise DataError(
         f"no data at {spec}",
