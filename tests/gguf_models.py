@@ -105,6 +105,7 @@ def write_gguf(
     tensors_of_part: int = 0,
     *,
     template: bool = True,
+    alignment: int = 32,
 ) -> dict[str, torch.Tensor]:
     """A Hugging Face folder as one file, or as parts. kinds: part of a GGUF name -> its type; norms and biases are F32.
 
@@ -115,6 +116,8 @@ def write_gguf(
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(out), arch, split_max_tensors=tensors_of_part)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
     _metadata(writer, config, folder, template=template)
     dense: dict[str, torch.Tensor] = {}
     for index, (name, weight) in enumerate(load_file(folder / "model.safetensors").items()):

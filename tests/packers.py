@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 __all__ = ["pack_folder", "pack_with_bitsandbytes"]
 
+_OLD_AWQ = {"zero_point": True, "version": "GEMM"}  # beside w_bit and q_group_size
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which output lies in field i of a word
 
 
@@ -104,7 +105,10 @@ def pack_folder(
         how |= {"desc_act": act_order, "sym": symmetric, "checkpoint_format": label or version}
     if legacy:
         twin = _write(dense, out, packed, plain)
-        (out / "quantize_config.json").write_text(json.dumps(how))
+        name = "quantize_config.json"
+        if method == "awq":
+            name, how = "quant_config.json", _OLD_AWQ | {"w_bit": bits, "q_group_size": group_size}
+        (out / name).write_text(json.dumps(how))
         return twin
     return _write(dense, out, packed, plain, {"quant_method": method, **how})
 

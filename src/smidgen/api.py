@@ -222,6 +222,7 @@ def merge(
     base: str | None = None,
     dtype: str = "auto",
     memory: str | None = None,
+    trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Write base + adapter as a full Hugging Face folder, and measure how far its outputs are from base + adapter.
@@ -231,7 +232,8 @@ def merge(
     files are written, and layers of the base are read from disk for each use, where that helps.
 
     Returns out, dtype, bytes, max_logit_difference, mean_kl, same_top_token, peak_rss_bytes, forecast_peak_bytes.
-    Raises SettingsError, before weights are read, where `memory` is too little.
+    Raises SettingsError, before weights are read, where `memory` is too little; RunError, and nothing is kept, where
+    the weights are too large for `dtype`.
     """
     problems = []
     if dtype not in _MERGE_DTYPES:
@@ -244,7 +246,7 @@ def merge(
     check_writable(out)
     _folder_of_run(run, report)
     give_memory_back()
-    return merge_run(run, out, base=base, dtype=dtype, memory=limit, report=report)
+    return merge_run(run, out, base=base, dtype=dtype, memory=limit, trust_remote_code=trust_remote_code, report=report)
 
 
 def _size(memory: str | None, problems: list[str]) -> int | None:
@@ -265,7 +267,13 @@ def _folder_of_run(run: str | Path, report: Report) -> Path:
 
 
 def export_run(
-    run: str | Path, out: str | Path, *, to: str, type: str = "auto", report: Report = silent
+    run: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    type: str = "auto",
+    trust_remote_code: bool = False,
+    report: Report = silent,
 ) -> dict[str, Any]:
     """Write a run for other programs; the file is opened again and compared with the run before it is kept.
 
@@ -288,13 +296,14 @@ def export_run(
         check_vacant(out)
     check_writable(out)
     _folder_of_run(run, report)
-    trained = load(run, compute_dtype="float32", report=report)
+    trained = load(run, compute_dtype="float32", trust_remote_code=trust_remote_code, report=report)
     examples = _held_out(Path(run), trained, report)
     automatic = str(plain_dtype(trained.base)).removeprefix("torch.") if to == "hf" else types[0]
     kind = automatic if type == "auto" else type
     figures = export_verified(
-        trained.base, trained.tokenizer, examples, to, out, kind=kind, system=trained.system, report=report
-    )
+        trained.base, trained.tokenizer, examples, to, out, kind=kind, system=trained.system,
+        trust_remote_code=trust_remote_code, report=report,
+    )  # fmt: skip
     return {"out": str(out), "to": to, "type": kind, **figures}
 
 

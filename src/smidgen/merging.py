@@ -10,10 +10,11 @@ from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.export.adapter import StoredAdapter, load_adapter, read_adapter
 from smidgen.export.compare import COMPARED_TOKENS, compare_models
-from smidgen.export.files import folder_bytes
-from smidgen.export.merge import save_merged
+from smidgen.export.files import folder_bytes, new_folder
+from smidgen.export.merge import write_merged
 from smidgen.export.quantise import plain_dtype
-from smidgen.loading import Found, find_model, load, load_found
+from smidgen.export.verified import reopened
+from smidgen.loading import Found, find_model, load_found
 from smidgen.model.device import peak_rss_bytes, resident_bytes
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, choose_storage, load_base, open_source
@@ -35,6 +36,7 @@ def merge_run(
     base: str | None = None,
     dtype: str = "auto",
     memory: int | None = None,
+    trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """See api.merge. run: a folder with an adapter; out: free to become a folder. memory: bytes, for this process.
@@ -45,22 +47,24 @@ def merge_run(
     found = find_model(run, compute_dtype="float32")
     assert found.folder is not None
     source = None if base is None else open_source(base, report, tokenizer_from=found.folder)
-    plan, streamed = _plan(found, source, dtype, memory, report)
-    device = "auto" if memory is None else "cpu"
-    trained = load_found(found, device=device, streamed=streamed)
+    plan, streamed = _plan(found, source, dtype, memory, trust_remote_code, report)
+    how: Any = {"device": "auto" if memory is None else "cpu", "trust_remote_code": trust_remote_code}
+    trained = load_found(found, streamed=streamed, **how)
     target = trained.base
     if source is not None:
-        target = load_base(source, quantize="none", compute_dtype="float32", device=device)
+        target = load_base(source, quantize="none", compute_dtype="float32", **how)
         load_adapter(target, found.folder)
     chosen = plain_dtype(target) if dtype == "auto" else getattr(torch, dtype)
-    save_merged(target, out, chosen, trained.tokenizer, report, plan.shard_bytes)
-    merged = load(out, quantize="none", compute_dtype="float32", device=device)
-    distance = compare_models(trained.base, merged.base, trained.tokenizer)
+    kind = str(chosen).removeprefix("torch.")
+    with new_folder(out) as staging:
+        write_merged(target, staging, chosen, trained.tokenizer, report, plan.shard_bytes)
+        merged = reopened(staging, kind, "take a wider --dtype", **how)
+        distance = compare_models(trained.base, merged, trained.tokenizer)
     if trained.base.stream is not None:
         trained.base.stream.close()
     return {
         "out": str(out),
-        "dtype": str(chosen).removeprefix("torch."),
+        "dtype": kind,
         "bytes": folder_bytes(out),
         **distance,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -69,7 +73,7 @@ def merge_run(
 
 
 def _plan(
-    found: Found, target: Source | None, dtype: str, memory: int | None, report: Report
+    found: Found, target: Source | None, dtype: str, memory: int | None, trust_remote_code: bool, report: Report
 ) -> tuple[Conversion, tuple[int, ...]]:
     """(what it will need, the layers of the run's base to be streamed), before weights are read.
 
@@ -77,8 +81,11 @@ def _plan(
     """
     assert found.folder is not None
     adapter = read_adapter(found.folder)
-    model = _inventory(found.source, choose_storage(found.quantize, found.source.checkpoint)[0])
-    source, written = (found.source, model) if target is None else (target, _inventory(target, "none"))
+    storage, _ = choose_storage(found.quantize, found.source.checkpoint)
+    source, model = found.source, _inventory(found.source, storage, trust_remote_code)
+    written = model
+    if target is not None:
+        source, written = target, _inventory(target, "none", trust_remote_code)
     itemsize, copies = _written_as(source, written, dtype)
     changed = {*adapter.modules, *adapter.layers}
     copies = copies or written.embedding_name in changed
@@ -120,9 +127,11 @@ def _plan(
     return plan, streamed
 
 
-def _inventory(source: Source, storage: str) -> Inventory:
+def _inventory(source: Source, storage: str, trust_remote_code: bool) -> Inventory:
     checkpoint = source.checkpoint
-    return inventory_of(checkpoint, checkpoint.config, storage, name=checkpoint.path.name)
+    return inventory_of(
+        checkpoint, checkpoint.config, storage, name=checkpoint.path.name, trust_remote_code=trust_remote_code
+    )
 
 
 def _written_as(source: Source, model: Inventory, dtype: str) -> tuple[int, bool]:

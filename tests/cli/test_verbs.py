@@ -273,7 +273,8 @@ def test_evaluate_takes_its_data_from_a_file_of_flags(smidgen: Callable[..., Any
 
 
 def test_merge_lists_its_files(smidgen: Callable[..., Any], api: Any) -> None:
-    def merge(run: str, out: Path, *, base: str | None, dtype: str, memory: str | None, report: Any) -> dict[str, Any]:
+    def merge(run: str, out: Path, *, dtype: str, report: Any, **others: Any) -> dict[str, Any]:
+        assert others == {"base": None, "memory": None, "trust_remote_code": False}
         report(Saved(out / "model.safetensors", 270_000_000))
         return {"out": str(out), "dtype": dtype, "max_difference": 0.001}
 

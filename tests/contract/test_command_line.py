@@ -88,8 +88,8 @@ FROZEN_FLAGS = {
         *BASE,
     },
     "report": set(),
-    "merge": {"out", "base", "dtype", "memory"},
-    "export": {"to", "out", "type"},
+    "merge": {"out", "base", "dtype", "memory", "trust_remote_code"},
+    "export": {"to", "out", "type", "trust_remote_code"},
     "quantize": {
         "to",
         "out",

@@ -110,7 +110,7 @@ EFFECTS: dict[str, tuple[Any, set[str], Callable[[Seen], bool]]] = {
 # Settings that need another one, other rows, or another machine beside them -> the file of tests where each does what
 # it says.
 ELSEWHERE = {
-    "device": "cuda/test_cuda.py", "trust_remote_code": "cli/test_quantize.py", "memory": "train/test_memory.py",
+    "device": "cuda/test_cuda.py", "trust_remote_code": "e2e/test_own_code.py", "memory": "train/test_memory.py",
     "init_adapter": "e2e/test_finetune.py", "max_time": "e2e/test_resume.py", "too_long": "train/test_rows.py",
     "mix": "train/test_rows.py", "fill": "train/test_rows.py", "token_cache": "data/test_tokens.py",
     "early_stopping": "e2e/test_loop.py", "keep_best": "e2e/test_loop.py", "keep_checkpoints": "e2e/test_resume.py",

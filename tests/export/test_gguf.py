@@ -110,6 +110,16 @@ def test_types(kind: str, tmp_path: Path) -> None:
     assert types["token_embd.weight"] == ("Q8_0" if kind == "Q4_0" else kind)
 
 
+def test_a_base_of_another_alignment(tmp_path: Path) -> None:
+    """Its general.alignment was copied beside tensors that are written 32 bytes apart."""
+    folder = tiny_folder(tmp_path / "tiny", hidden_size=96, num_attention_heads=6)  # norms of no whole 256 bytes
+    write_gguf(folder, tmp_path / "tiny.gguf", {}, alignment=256)
+    run = _run(tmp_path, tmp_path / "tiny.gguf")
+    result = smidgen.export_run(run, tmp_path / "merged.gguf", to="gguf")
+    assert result["mean_kl"] < 0.2 * result["base_kl"]
+    assert gguf.GGUFReader(tmp_path / "merged.gguf").alignment == 32
+
+
 def test_ollama_and_hf(tmp_path: Path) -> None:
     run = _run(tmp_path, tiny_folder(tmp_path / "tiny"))
     assert smidgen.export_run(run, tmp_path / "ollama", to="ollama")["type"] == "Q8_0"

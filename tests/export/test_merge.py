@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import smidgen
 from smidgen.errors import RunError
+from smidgen.export.adapter import save_adapter
 from smidgen.export.merge import save_merged
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
@@ -49,6 +52,28 @@ def test_shards_have_an_index_and_load(tmp_path: Path) -> None:
     # bfloat16 keeps 8 bits of each weight
     torch.testing.assert_close(merged(IDS).logits, base.model(IDS).logits, rtol=0.1, atol=0.1)
     assert torch.equal(build(tmp_path / "merged").model(IDS).logits, merged(IDS).logits)  # and we read it as well
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_weights_beyond_the_range_of_a_type_leave_no_folder(verb: str, tmp_path: Path) -> None:
+    """A norm of 1e5, which bfloat16 holds and float16 does not: the folder stayed, and the base was to be downloaded
+    again."""
+    folder = tiny_folder(tmp_path / "base", dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    tensors["lm_head.weight"][:, 3] = 0  # so that logits stay as they are
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = build(folder)
+    adapters = attach_lora(base.model, ["model.layers.0.mlp.up_proj"], rank=2, alpha=4, dropout=0, seed=0)
+    torch.nn.init.normal_(adapters["model.layers.0.mlp.up_proj"].lora_B)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", base, adapters, str(folder))
+    with pytest.raises(RunError, match=r"float16: tensor model\.norm\.weight .*; nothing was kept\. Take a wider --"):
+        if verb == "merge":
+            smidgen.merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
+        else:
+            smidgen.export_run(tmp_path / "adapter", tmp_path / "out", to="hf", type="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:

@@ -2,15 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
+from smidgen.events import Warned
+from smidgen.export.merge import save_merged
+from smidgen.model.build import build_base
+from smidgen.model.inventory import inventory_of
+from smidgen.model.trained import is_tied
 from smidgen.quant.matrix import FrozenMatrix
-from tiny import CONFIGS, VOCAB_SIZE, build, tiny_folder
+from tiny import CONFIGS, VOCAB_SIZE, build, byte_tokenizer, tiny_folder
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
 
@@ -75,10 +82,35 @@ def _edit(folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "falcon", "opt", "gemma3"])
+def test_a_head_beside_a_tied_embedding_counts_where_it_differs(architecture: str, tmp_path: Path) -> None:
+    """The file was ignored where config.json says tie_word_embeddings."""
+    folder = tiny_folder(tmp_path / "model", architecture)
+    names = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    embedding = next(weight.detach() for name, weight in names.items() if "embed" in name or "wte" in name)
+    for other, texts in ((torch.zeros_like(embedding), 0), (0.1 * torch.randn_like(embedding), 1)):
+        _edit(folder, {"lm_head.weight": embedding + other})
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+        said: list[Any] = []
+        base = build_base(
+            open_checkpoint(folder), storage="none", compute_dtype=torch.float32, device=torch.device("cpu"),
+            report=said.append,
+        )  # fmt: skip
+        torch.testing.assert_close(base.model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        assert ["a head of its own" in event.text for event in said if isinstance(event, Warned)] == [True] * texts
+        assert is_tied(base) == (not texts)
+        assert bool(inventory_of(base.checkpoint, base.checkpoint.config, "none").head_bytes) == bool(texts)
+    save_merged(base, tmp_path / "written", torch.float32, byte_tokenizer())
+    assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "written").eval()
+    torch.testing.assert_close(written(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight missing"),
+        ({"lm_head.weight": None}, "lm_head.weight missing"),  # it was taken for the embedding
         ({"model.layers.7.extra.weight": torch.ones(2)}, "model.layers.7.extra.weight left over"),
         ({"model.norm.weight": torch.ones(63)}, "expected shape [64]"),
         ({"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 32)}, "expected shape [64, 64]"),

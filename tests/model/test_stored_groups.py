@@ -102,8 +102,9 @@ def test_groups_of_128(how: dict[str, Any], tmp_path: Path) -> None:
     _check(tmp_path, how.get("method", "gptq"), shape, group_size=128, **how)
 
 
-def test_quantize_config_json_of_old_exports(tmp_path: Path) -> None:
-    _check(tmp_path, "gptq", legacy=True)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_file_beside_the_config_of_old_exports(method: str, tmp_path: Path) -> None:
+    _check(tmp_path, method, method=method, symmetric=method == "gptq", legacy=True)
 
 
 def test_awq(tmp_path: Path) -> None:
@@ -120,6 +121,19 @@ def test_a_lying_label_is_found_out_where_all_zero_points_are_the_middle(
     torch.testing.assert_close(ours, _logits(dense, quantize="none"), rtol=1e-4, atol=1e-4)
     warnings = [event.text for event in reports if isinstance(event, Warned)]
     assert sum(f"says format {label}" in text for text in warnings) == 1
+
+
+def test_a_g_idx_that_was_never_filled_in_means_inputs_in_order(tmp_path: Path) -> None:
+    """All zeros beside several groups: every input was decoded by the first group's scale."""
+    dense = pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", symmetric=False)
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = {k: t.zero_() if k.endswith(".g_idx") else t for k, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    reports: list[Any] = []
+    ours = _logits(tmp_path / "packed", report=reports.append)
+    torch.testing.assert_close(ours, _logits(dense, quantize="none"), rtol=1e-4, atol=1e-4)
+    warnings = [event.text for event in reports if isinstance(event, Warned)]
+    assert len(warnings) == 1 and f"{PROJECTION}.g_idx is all zeros" in warnings[0]
 
 
 @pytest.mark.parametrize(("method", "act_order"), [("gptq", True), ("awq", False)])

@@ -27,6 +27,8 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 100_000_000  # config and index
 _MAX_DIMENSIONS = 16
 
+_LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # before config.json had a place for it
+
 # What the same weights may differ in without computing anything else: not part of a fingerprint.
 _IDLE_KEYS = frozenset(
     {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures", "use_cache", "auto_map",
@@ -47,9 +49,9 @@ class SafetensorsCheckpoint:
         if quantised and not isinstance(quantised, dict):
             found = repr(quantised)[:40]
             raise ModelError(f"{path}/config.json: wrong quantization_config", expected="a JSON object", found=found)
-        legacy = path / "quantize_config.json"  # AutoGPTQ's, before config.json had a place for it
-        if not self.config.get("quantization_config") and legacy.exists():
-            self.config["quantization_config"] = {"quant_method": "gptq", **_read_json_object(legacy)}
+        for name, method in _LEGACY.items():
+            if not self.config.get("quantization_config") and (path / name).exists():
+                self.config["quantization_config"] = {"quant_method": method, **_read_json_object(path / name)}
         if self.config.get("auto_map"):
             report(Warned(f"{path} brings its own code (auto_map): it is not run unless you trust it"))
         self._files: dict[Path, MappedFile] = {}

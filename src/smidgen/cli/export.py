@@ -6,7 +6,7 @@ from typing import Any
 
 from smidgen.cli import views
 from smidgen.cli.console import Console, command
-from smidgen.cli.options import Flag, verb
+from smidgen.cli.options import Flag, base_flags, verb
 from smidgen.cli.values import Given
 
 __all__ = ["export"]
@@ -30,6 +30,7 @@ _FLAGS = (
         " base's own). bnb-4bit: nf4-dq, nf4, fp4 (auto: nf4-dq).",
         "Export",
     ),
+    *base_flags("trust_remote_code"),
 )
 
 
@@ -52,7 +53,14 @@ def export(console: Console, given: Given) -> Mapping[str, Any]:
     """
     from smidgen import api
 
-    result = api.export_run(given["run"], Path(given["out"]), to=given["to"], type=given["type"], report=console.report)
+    result = api.export_run(
+        given["run"],
+        Path(given["out"]),
+        to=given["to"],
+        type=given["type"],
+        trust_remote_code=given["trust_remote_code"],
+        report=console.report,
+    )
     console.close()
     console.files()
     console.results({key: result[key] for key in ("out", "to", "type", "bytes")})

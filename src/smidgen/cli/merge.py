@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.cli.console import Console, command
-from smidgen.cli.options import Flag, verb
+from smidgen.cli.options import Flag, base_flags, verb
 from smidgen.cli.values import Given
 
 __all__ = ["merge"]
@@ -37,6 +37,7 @@ _FLAGS = (
         "Merge",
         metavar="SIZE",
     ),
+    *base_flags("trust_remote_code"),
 )
 
 
@@ -65,6 +66,7 @@ def merge(console: Console, given: Given) -> Mapping[str, Any]:
         base=given["base"],
         dtype=given["dtype"],
         memory=given["memory"],
+        trust_remote_code=given["trust_remote_code"],
         report=console.report,
     )
     console.close()

@@ -29,7 +29,10 @@ __all__ = ["save_gguf"]
 
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of them
 _SIZES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18)}
-_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "split.", "quantize.")
+_NOT_COPIED = (
+    "general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.",
+    "quantize.",
+)  # fmt: skip
 _OPTIONAL = {  # key of config.json -> below "<architecture>.", where the model has it
     "gemma2": {
         "sliding_window": "attention.sliding_window",

@@ -6,6 +6,7 @@ shard under the names that transformers expects in a checkpoint.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -168,6 +169,9 @@ def write_model(
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
     )
+    if config.get("auto_map"):  # the model's own code; copying does not run it
+        for file in base.checkpoint.path.glob("*.py"):
+            shutil.copyfile(file, folder / file.name)
     if base.model.generation_config is not None:
         (folder / "generation_config.json").write_text(base.model.generation_config.to_json_string(), encoding="utf-8")
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from smidgen.data.render import Example
-from smidgen.errors import RunError
+from smidgen.errors import ModelError, RunError
 from smidgen.events import Report, silent
 from smidgen.export.compare import Distance, label_logits, without_adapters
 from smidgen.export.files import folder_bytes, new_file, new_folder
@@ -28,7 +28,7 @@ from smidgen.lora.attach import adapters
 from smidgen.model.build import Base
 from smidgen.model.load import load_base, open_source
 
-__all__ = ["EXPORTS", "EXPORT_TYPES", "export_verified"]
+__all__ = ["EXPORTS", "EXPORT_TYPES", "export_verified", "reopened"]
 
 # What can be written -> the types of its numbers, the first where nothing is asked for.
 EXPORT_TYPES: dict[str, tuple[str, ...]] = {
@@ -55,6 +55,7 @@ def export_verified(
     *,
     kind: str,
     system: str = "",
+    trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Write base + adapters as one of EXPORTS, whole or not at all. kind: type of the numbers, where there is a choice.
@@ -82,7 +83,8 @@ def export_verified(
             if to == "ollama":
                 text = modelfile(_MODEL_FILE, tokenizer, system, min(base.max_positions, _CONTEXT))
                 (staging / "Modelfile").write_text(text, encoding="utf-8")
-            theirs = _reopened(opened, examples)
+            written = reopened(opened, kind, "take a wider --type", trust_remote_code=trust_remote_code)
+            theirs = label_logits(written, examples)
         found = Distance.between(reference, theirs)
         if not math.isfinite(found.mean_kl):
             raise RunError(f"the export computes nothing finite in {kind}; nothing was kept", cure="take a wider type")
@@ -103,10 +105,19 @@ def export_verified(
     return {"bytes": size, "compared_tokens": len(reference), **asdict(found), "base_kl": bare.mean_kl}
 
 
-def _reopened(path: Path, examples: Sequence[Example]) -> torch.Tensor:
+def reopened(path: Path, kind: str, cure: str, *, device: str = "auto", trust_remote_code: bool = False) -> Base:
+    """What has just been written, in a staging place. Raises RunError where it does not hold what the run computes:
+    then numbers were too large for `kind`, which `cure` is about.
+    """
     source = open_source(str(path))
     stored = "auto" if source.is_quantised else "none"
-    return label_logits(load_base(source, quantize=stored, compute_dtype="float32"), examples)
+    try:
+        return load_base(
+            source, quantize=stored, compute_dtype="float32", device=device, trust_remote_code=trust_remote_code
+        )
+    except ModelError as error:
+        why = error.what.removeprefix(f"{source.checkpoint.path}: ")
+        raise RunError(f"the model cannot be written in {kind}: {why}; nothing was kept", cure=cure) from error
 
 
 def _with_adapters_of(base: Base, path: Path, examples: Sequence[Example]) -> torch.Tensor:

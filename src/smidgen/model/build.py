@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
-from smidgen.events import Progress, Report, silent
+from smidgen.events import Progress, Report, Warned, silent
 from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.finite import find_not_finite
@@ -30,14 +30,14 @@ from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.packing import PackedRows, pack_rows
 from smidgen.model.pages import pages_given_back
 from smidgen.model.segments import SegmentMasks, segment_attention
-from smidgen.model.stored import stored_weights
+from smidgen.model.stored import StoredWeights, stored_weights
 from smidgen.model.stream import LayerStream, layer_of
 from smidgen.model.weights import Weights
 from smidgen.quant.blocks import BlockMatrix
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix, dense, quantise
 
-__all__ = ["Base", "build_base", "heads_of_keys", "read_config", "skeleton"]
+__all__ = ["Base", "build_base", "heads_of_keys", "open_skeleton", "read_config", "skeleton"]
 
 _LARGEST_UNPACKED_SHARE = 0.05
 _LARGEST_BUFFER = 1 << 26  # numbers; a causal mask over 8,192 positions
@@ -161,10 +161,8 @@ def build_base(
 
     Raises ModelError for what cannot be trained on.
     """
-    config = read_config(checkpoint.config, f"{checkpoint.path}/config.json", checkpoint, trust_remote_code)
-    model = skeleton(config, compute_dtype, trust_remote_code)
     stored = stored_weights(checkpoint, report)
-    weights = Weights(model, checkpoint, stored)
+    model, weights = open_skeleton(checkpoint, compute_dtype, stored, trust_remote_code, report)
     _fill_buffers(model)
     is_kept = stored is not None and stored.storage == storage
     _fill(model, weights, storage, compute_dtype, device, stream, report, is_kept=is_kept)
@@ -176,6 +174,30 @@ def build_base(
     _refuse_unpacked(base)
     _check_head(base)
     return base
+
+
+def open_skeleton(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    stored: StoredWeights | None,
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> tuple[PreTrainedModel, Weights]:
+    """The model on the meta device, and what fills it. Raises ModelError where they do not fit.
+
+    Embedding and head are one where config.json says so, unless the file has two: what is there counts, as it does for
+    transformers.
+    """
+    config = read_config(checkpoint.config, f"{checkpoint.path}/config.json", checkpoint, trust_remote_code)
+    model = skeleton(config, dtype, trust_remote_code)
+    weights = Weights(model, checkpoint, stored)
+    if weights.has_other_head():
+        unlike = "ties head and embedding (tie_word_embeddings), but the weights have a head of its own"
+        report(Warned(f"{checkpoint.path}/config.json {unlike}: it is used"))
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        model = skeleton(config, dtype, trust_remote_code)
+        weights = Weights(model, checkpoint, stored)
+    return model, weights
 
 
 def read_config(
@@ -227,6 +249,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bo
         raise ModelError(f"{type(model).__name__} has no output head, so it is no causal language model")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; smidgen trains decoder-only models")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # a text model within another is tied or not by the outer configuration
+    model.config.get_text_config().tie_word_embeddings = head.weight is embedding.weight
     return model
 
 
@@ -356,9 +381,9 @@ def _packed_experts(
 
 
 def _frozen_head(model: PreTrainedModel, name: str, weights: Weights, dtype: torch.dtype) -> FrozenLinear:
-    """The head in its stored type; tied to the embedding where the checkpoint has no head of its own."""
+    """The head in its stored type, or the embedding's weight where the two are one."""
     head: Any = model.get_output_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings or f"{name}.weight" not in weights
+    tied = model.config.get_text_config().tie_word_embeddings
     embedding: Any = model.get_input_embeddings()
     bias = weights.read(f"{name}.bias").to(dtype) if head.bias is not None else None
     if tied and isinstance(embedding, FrozenEmbedding):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smidgen.checkpoint.base import Checkpoint
-from smidgen.model.build import heads_of_keys, read_config, skeleton
+from smidgen.model.build import heads_of_keys, open_skeleton, read_config, skeleton
 from smidgen.model.experts import is_experts
 from smidgen.model.fused import is_known
 from smidgen.model.kept import kept_by_modules
@@ -40,9 +40,12 @@ def inventory_of(
     """
     stored = stored_weights(checkpoint) if checkpoint is not None else None
     kept = stored is not None and stored.storage == storage
-    hf_config = read_config(config, name or "config.json", checkpoint, trust_remote_code)
-    model = skeleton(hf_config, torch.float32, trust_remote_code)
-    text: Any = hf_config.get_text_config()
+    weights = None
+    if checkpoint is None:
+        model = skeleton(read_config(config, name or "config.json"), torch.float32)
+    else:
+        model, weights = open_skeleton(checkpoint, torch.float32, stored, trust_remote_code)
+    text: Any = model.config.get_text_config()
     stored_item = _itemsize(checkpoint, config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     in_file = _bytes_in_file(checkpoint) if kept and checkpoint is not None else Counter[int | None]()
@@ -65,8 +68,8 @@ def inventory_of(
     ordered = storage == "gptq" and not kept
     if kept:
         linears = _as_in_file(linears, in_file)
-    if kept and checkpoint is not None and isinstance(stored, GptqWeights | AwqWeights):
-        linears, ordered = _repacked(linears, stored, Weights(model, checkpoint, stored))
+    if kept and weights is not None and isinstance(stored, GptqWeights | AwqWeights):
+        linears, ordered = _repacked(linears, stored, weights)
     embedding_bytes, head_bytes = _head_and_embedding(checkpoint, model, kept=kept, itemsize=stored_item)
     fused = fuses and is_known(model)
     head_name = next(path for path, module in model.named_modules() if module is head)

@@ -122,7 +122,7 @@ class GptqWeights(_GroupedWeights):
         if not isinstance(rules, dict) or not all(str(rule).startswith("-:") for rule in rules):  # "-:": left dense
             raise _refused(checkpoint, "dynamic", "one setting for all quantised layers", json.dumps(rules))
         self._is_symmetric = bool(quantised.get("sym", True))
-        self._report, self._warned = report, False
+        self._report, self._warned = report, set[str]()
 
     def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
         _, groups = self._groups(inputs)
@@ -149,14 +149,17 @@ class GptqWeights(_GroupedWeights):
         if self._is_symmetric:
             constant = int(stored.flatten()[0]) if bool((stored == stored.flatten()[0]).all()) else -1
             found = {middle - 1: True, middle: False}.get(constant)  # v1?
-            if found is not None and found != is_v1 and not self._warned:
+            if found is not None and found != is_v1:
                 right = "gptq" if found else "gptq_v2"
-                self._report(
-                    Warned(f"{module} says format {self._format}, but its zero points are those of {right}: read so")
-                )
-                self._warned = True
+                self._warn("label", f"{module} says format {self._format}, but its zero points are those of {right}")
             is_v1 = is_v1 if found is None else found
         return (stored + 1) & ((1 << self.bits) - 1) if is_v1 else stored
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Once for each kind: what one layer has, hundreds have."""
+        if kind not in self._warned:
+            self._report(Warned(f"{text}: read so"))
+        self._warned.add(kind)
 
     def _order(self, module: str, inputs: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         if f"{module}.g_idx" not in self._checkpoint.tensors:
@@ -168,6 +171,11 @@ class GptqWeights(_GroupedWeights):
                 f"{self._checkpoint.path}: {module}.g_idx", expected=f"groups from 0 to {groups - 1}",
                 found=f"{int(group_of.min())} to {int(group_of.max())}", cure="download it again",
             )  # fmt: skip
+        if groups > 1 and not bool(group_of.any()):  # a quantiser that never filled it in
+            self._warn(
+                "order", f"{module}.g_idx is all zeros, but there are {groups} groups: their inputs are in order"
+            )
+            return super()._order(module, inputs)
         ends = torch.bincount(group_of, minlength=groups).cumsum(0).to(torch.int32)
         in_order = bool((group_of.diff() >= 0).all())
         return None if in_order else torch.argsort(group_of, stable=True), ends

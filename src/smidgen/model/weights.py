@@ -8,6 +8,7 @@ time, so that a model is never wholly in memory.
 import copy
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ _COMPUTED = re.compile(
     r"(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|attn\.(masked_)?bias$|attention\.(masked_)?bias$"
 )
 _STACKED, _ON_TOP = ("MergeModulelist", 0), ("Concatenate", 1)  # transformers' steps, and along which dimension
+_COMPARED_ROWS = 1024
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -77,8 +79,7 @@ class Weights:
 
     def _check_complete(self) -> None:
         where = self.checkpoint.path
-        tied = set(getattr(self._model, "_tied_weights_keys", None) or ())
-        missing = [n for n in self.shapes if n not in self._recipes and not any(re.search(t, n) for t in tied)]
+        missing = [name for name in self.shapes if name not in self._recipes]  # a weight that two share has one name
         if missing:
             raise ModelError(
                 f"{where}: {_listed(missing)} missing",
@@ -131,6 +132,28 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._recipes
+
+    def has_other_head(self) -> bool:
+        """Whether the checkpoint has a head of other numbers than the embedding, though the model has them as one."""
+        model: Any = self._model
+        names = {module: f"{name}.weight" for name, module in model.named_modules()}
+        embedding, head = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+        if head in self.shapes or head not in self:
+            return False
+        sources = [self.sources(name)[0] for name in (embedding, head)]
+        if not self.checkpoint.tensors.keys() >= set(sources):  # packed
+            return True
+        first, second = map(self.checkpoint.read, sources)
+        return first.shape != second.shape or any(
+            not torch.equal(one.float(), other.float())
+            for one, other in zip(self._panels(first), self._panels(second), strict=True)
+        )
+
+    def _panels(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Some rows at a time, so that little of the file is in memory."""
+        for panel in matrix.split(_COMPARED_ROWS):
+            yield panel
+            self.checkpoint.release()
 
     def sources(self, name: str) -> list[str]:
         """The checkpoint's tensors that make up this parameter."""
