@@ -189,11 +189,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model or a run on each of `data`, every figure with its 95 % confidence interval (measures.measure).
 
-    data: rows as in finetune (the test rows, else the validation rows, else all): loss, perplexity and how greedy
+    data: rows as in finetune (the test rows, else the validation rows, else all; of a run's own data those that it held
+    out, and training rows of it in other files are warned of): loss, perplexity and how greedy
     answers compare; plain UTF-8 text: perplexity by `protocol`, 'gptq' or 'llama.cpp'; multiple choice and last words
     (data.tasks): accuracy. limit: the first rows, windows or questions of each. against: 'base', the base that the run
     was trained on, or another model or run, measured on the same rows. questions: a file of open questions, answered
-    into the new file `out`. max_new_tokens: of an answer; by default 128, of open questions 1,024. seq_len, too_long,
+    into the new file `out`. max_new_tokens: of an answer; by default 8 more than the longest expected one has, of open
+    questions 1,024. seq_len, too_long,
     system, fill, train_on_prompt: of rows, as in finetune; None: as `model` was trained if it is a run.
 
     Returns model, against, data, a list of {data, kind, rows, figures} in their order (see measure.compare); with

@@ -98,12 +98,15 @@ class Answer:
 class Answers:
     """Answers to held-out rows, `when` is 'before' or 'after' training.
 
-    measures: exact_match, and valid_json and json_f1, or rouge_1, rouge_2, rouge_l and bleu: each from 0 to 1.
+    measures: exact_match, and valid_json and json_f1, or rouge_1, rouge_2, rouge_l and bleu: each from 0 to 1; none
+    where no row could be answered. cut: how many were cut off at `longest_tokens`, or at the model's last position.
     """
 
     when: str
     rows: tuple[Answer, ...]
     measures: Mapping[str, float]
+    cut: int = 0
+    longest_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which tokens of a row the loss counts: literal masks on tokenizers small enough to read."""
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ def marked(example: Example, tokenizer: Any) -> str:
     ).replace("\n", "~")
 
 
+HI = [{"role": "user", "content": "hi"}]
 ONE_TURN = row(("user", "hi"), ("assistant", "hello there"))
 TWO_TURNS = row(("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "hi"), ("assistant", "bye"))
 
@@ -42,6 +44,17 @@ def test_every_assistant_turn_is_labelled() -> None:
         "|<|im_start|>|assistant|~|[two]|[<|im_end|>]|~|<|im_start|>|user|~|hi|<|im_end|>|~"
         "|<|im_start|>|assistant|~|[bye]|[<|im_end|>]|~"
     )
+
+
+def test_a_template_that_writes_the_date_is_told_the_day_that_it_is_given() -> None:
+    head = "{% macro head(form) %}{{ strftime_now(form) }}{% endmacro %}{{ head('%d %B %Y, %-d.%-m., %H:%M') }}"
+    tokenizer = word_tokenizer(head + CHATML)
+    days = (None, date.today(), date(2024, 1, 2))
+    now, today, then = (Renderer(tokenizer, today=day) for day in days)
+    assert then.prompt_text(HI).startswith("02 January 2024, 2.1., 00:00<|im_start|>user")
+    assert now.prompt_text(HI).startswith(f"{date.today():%d %B %Y, %-d.%-m., }")
+    prints = [renderer.fingerprint(chat=True) for renderer in (now, today, then)]
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_llama2_writes_one_bos_and_its_answers_end_with_eos() -> None:

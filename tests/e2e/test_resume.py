@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 import smidgen
 import smidgen.errors
 from runs import adapter_bytes, stop_after
+from small_tokenizers import CHATML
 from smidgen.errors import RunError
 from smidgen.events import Event, Warned
-from tiny import tiny_folder, write_rows
+from tiny import byte_tokenizer, tiny_folder, write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "alpha": 8, "micro_batch": 4, "learning_rate": 5e-3, "compute_dtype": "float32"}
 
@@ -120,6 +122,48 @@ def test_changed_data_or_base_is_refused_at_resume(model: Path, tmp_path: Path) 
         smidgen.resume(tmp_path / "run")
     with pytest.raises(RunError, match="is not the base that"):
         smidgen.load(tmp_path / "run")
+
+
+class _NewYear(date):
+    @classmethod
+    def today(cls) -> date:
+        return date(2024, 1, 1)
+
+
+def test_a_run_goes_on_another_day_with_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3.2's template writes the date, so a run could not go on the next day: the data was said to have changed.
+
+    Only the start is told another date: what the template itself asks is the real clock.
+    """
+    model, rows = tiny_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'Today is ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    tokenizer.save_pretrained(model)
+    how = QUICK | {"dropout": 0.2, "token_cache": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("smidgen.train.finetune.date", _NewYear)
+        whole = smidgen.finetune(str(model), str(rows), tmp_path / "whole", **how)
+        with pytest.raises(KeyboardInterrupt):
+            smidgen.finetune(str(model), str(rows), tmp_path / "cut", report=stop_after(3), **how)
+    cut, said = tmp_path / "cut", list[str]()
+    shutil.copytree(cut, tmp_path / "older")
+    resumed = smidgen.resume(cut, report=lambda event: said.append(getattr(event, "text", "")))
+    assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
+    assert any("it stays 2024-01-01" in text for text in said)
+    asked = smidgen.load(cut).renderer.prompt_text([{"role": "user", "content": "hi"}])
+    assert f"Today is {date.today():%d %b %Y}" in asked, "who talks to it does so now"
+    (part,) = smidgen.evaluate(cut, str(rows), answers=False, batch_size=4)["data"]
+    assert part["figures"]["loss"]["value"] == pytest.approx(whole.summary["loss_after"], rel=1e-6)
+
+    file = tmp_path / "older" / "smidgen.json"
+    record = json.loads(file.read_text())
+    assert record.pop("started") == "2024-01-01"
+    file.write_text(json.dumps(record))
+    with pytest.raises(RunError, match="is not the data that"):
+        smidgen.resume(tmp_path / "older")
+    file.write_text(json.dumps(record | {"started": "long ago"}))
+    with pytest.raises(RunError, match="wrong started"):
+        smidgen.resume(tmp_path / "older")
 
 
 def test_a_resume_under_other_conditions_names_each_of_them_in_one_line(

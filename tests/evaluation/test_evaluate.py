@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import smidgen
 from smidgen.errors import DataError, RunError, SettingsError
 from smidgen.events import Answers, Event, Note, Warned
 from stories import stories_folder
+from tiny import tiny_folder
 
 PLAIN: dict[str, Any] = {"quantize": "none", "compute_dtype": "float32"}
 
@@ -53,8 +55,51 @@ def test_real_files_of_every_kind_are_measured(stories: Path) -> None:
     assert json.loads(json.dumps(result)) == result
 
 
-def test_a_run_stands_beside_its_base_and_both_are_what_they_are_alone(model: Path, run: Path, rows: Path) -> None:
-    events: list[Event] = []
+@pytest.fixture(scope="module")
+def copied(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's rows, all of them, in a file that it does not know."""
+    return Path(shutil.copy(rows, tmp_path_factory.mktemp("rows") / "copied.jsonl"))
+
+
+def test_a_run_is_measured_on_what_it_held_out_of_its_own_data(run: Path, rows: Path, copied: Path) -> None:
+    """Once on all of it, its training rows too, which said nothing of new ones, and nobody said so."""
+    seen: list[Event] = []
+    how: dict[str, Any] = {"answers": False, "batch_size": 4, "report": seen.append}
+
+    def said() -> list[str]:
+        texts = [event.text for event in seen if isinstance(event, (Note, Warned))]
+        seen.clear()
+        return texts
+
+    own = figures(run, str(rows), **how)["loss"]["value"]
+    assert own == pytest.approx(json.loads((run / "summary.json").read_text())["loss_after"], rel=1e-6)
+    assert any("rows that it did not train on are measured" in text for text in said())
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert figures(checkpoint, str(rows), **how)["loss"]["value"] == own
+    said()
+    assert figures(run, str(copied), **how)["loss"]["value"] != own
+    count = len(rows.read_text().splitlines())
+    (told,) = (text for text in said() if "training rows too" in text)
+    assert f"of {count} copied.jsonl rows are training rows too" in told
+    assert "first: copied.jsonl:1, the same as rows.jsonl:" in told
+
+
+def test_rows_that_a_run_has_not_seen_are_measured_without_a_word(run: Path, tmp_path: Path) -> None:
+    new, seen = tmp_path / "new.jsonl", list[Event]()
+    new.write_text(json.dumps({"prompt": "a new one", "completion": "new"}) + "\n")
+    figures(run, str(new), answers=False, report=seen.append)
+    assert not any("training rows" in getattr(event, "text", "") for event in seen)
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    settings = (moved / "settings.yaml").read_text().splitlines()
+    lines = (f"data: {tmp_path}/gone.jsonl" if line.startswith("data: ") else line for line in settings)
+    (moved / "settings.yaml").write_text("\n".join(lines))
+    figures(moved, str(new), answers=False, report=seen.append)
+    (told,) = (event.text for event in seen if isinstance(event, Note) and "training rows" in event.text)
+    assert "is not known: no data at" in told and "gone.jsonl" in told
+
+
+def test_a_run_stands_beside_its_base_and_both_are_what_they_are_alone(model: Path, run: Path, copied: Path) -> None:
+    rows, events = copied, list[Event]()
     both = figures(run, str(rows), against="base", report=events.append)
     alone = figures(run, str(rows))
     base = figures(model, str(rows), compute_dtype="float32")  # in 4 bits, as for the run
@@ -74,10 +119,11 @@ def test_what_a_run_forgot_is_told(stories: Path, tmp_path: Path) -> None:
     told = "Once upon a time, there was a green frog named Zog. Zog loved to {} every day."
     verbs = ("sing", "jump", "paint", "swim", "read", "dance", "climb", "bake")
     tales.write_text("".join(json.dumps({"text": told.format(verb)}) + "\n" for verb in verbs * 4))
+    known = shutil.copy(tales, tmp_path / "known.jsonl")
     how: dict[str, Any] = {"learning_rate": 1e-2, "epochs": 3.0, "compute_dtype": "float32"}
     run = smidgen.finetune(str(stories), str(tales), tmp_path / "run", **how)
     wiki = str(Path(real("x")).parents[1] / "text" / "wiki.test.raw")
-    files = (str(tales), wiki, real("lambada_openai.jsonl"))
+    files = (str(known), wiki, real("lambada_openai.jsonl"))
     result = smidgen.evaluate(run.path, *files, against="base", protocol="llama.cpp", limit=12)
     assert result["worse"] == [{"data": wiki, "kind": "text", "figure": "perplexity"}]
     perplexity = result["data"][1]["figures"]["perplexity"]
@@ -121,6 +167,38 @@ def test_settings_for_rows_change_rows(model: Path, rows: Path) -> None:
     # a token has two bytes at the most
     few, more = (event for event in seen if isinstance(event, Answers))
     assert max(len(row.answer) for row in few.rows) <= 6 < max(len(row.answer) for row in more.rows)
+    assert few.cut == 6
+    said = [event.text for event in seen if isinstance(event, Warned) and "did not come to their end" in event.text]
+    assert said[0] == "6 of 6 answers did not come to their end in 3 tokens; --max-new-tokens sets another number"
+
+
+def test_answers_are_as_long_as_those_of_a_run(model: Path, tmp_path: Path) -> None:
+    """They once ended at 128 tokens, whatever was expected; longer ones had no chance."""
+    data, seen = tmp_path / "rows.jsonl", list[Event]()
+    data.write_text("".join(json.dumps({"prompt": "hi", "completion": "n" * count}) + "\n" for count in (1, 150)))
+    figures(model, str(data), report=seen.append, **PLAIN)
+    (given,) = (event for event in seen if isinstance(event, Answers))
+    assert given.longest_tokens == 150 + 8
+    told = f"{given.cut} of {len(given.rows)} answers did not come to their end in 158 tokens, 8 more than any expected"
+    assert given.cut and any(event.text.startswith(told) for event in seen if isinstance(event, Warned))
+
+
+def test_a_row_that_fills_all_positions_is_left_out_and_named(model: Path, tmp_path: Path) -> None:
+    """It once ended the whole evaluation, and was not named. A model with more positions answers it."""
+    data, seen = tmp_path / "rows.jsonl", list[Event]()
+    rows = [{"prompt": "hi " * (100 if index == 3 else 1 + index), "completion": "ho"} for index in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wide = tiny_folder(tmp_path / "wide", max_position_embeddings=1024)
+    found = figures(model, str(data), against=wide, report=seen.append, **PLAIN)
+    other, own = (event for event in seen if isinstance(event, Answers))
+    assert (len(other.rows), len(own.rows)) == (12, 11)
+    (told,) = (event.text for event in seen if isinstance(event, Warned) and "not answered" in event.text)
+    assert "1 of 12 rows are not answered" in told and "(first: rows.jsonl:4, 3" in told
+    assert "difference" not in found["exact_match"], "over other rows"
+    assert found["exact_match"]["against"]["value"] == 0
+
+    data.write_text(json.dumps(rows[3]) + "\n")
+    assert set(figures(model, str(data), too_long="left", **PLAIN)) == {"loss", "perplexity"}, "no row has an answer"
 
 
 QUESTIONS: list[dict[str, Any]] = [

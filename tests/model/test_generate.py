@@ -38,6 +38,18 @@ def test_a_batch_answers_as_each_prompt_alone(architecture: str, tmp_path: Path)
     assert generate_batch(base, PROMPTS, [stop], Sampling(max_new_tokens=10), VOCAB_SIZE) == expected
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_long_prompt_takes_no_room_from_the_others_of_its_batch(architecture: str, tmp_path: Path) -> None:
+    base = build(tiny_folder(tmp_path, architecture), "nf4-dq")
+    lengths = [base.max_positions - left for left in (1, 3, 100)]
+    prompts = [[7 * i % VOCAB_SIZE for i in range(length)] for length in lengths]
+    alone = [list(stream_tokens(base, p, [], Sampling(max_new_tokens=10), VOCAB_SIZE)) for p in prompts]
+    assert [len(answer) for answer in alone] == [2, 4, 10]
+    for stop in ([], [alone[0][0]]):  # a row that has ended is not computed beyond its positions either
+        expected = [row[: row.index(stop[0])] if stop and stop[0] in row else row for row in alone]
+        assert generate_batch(base, prompts, stop, Sampling(max_new_tokens=10), VOCAB_SIZE) == expected
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_prompt_in_tiles_is_the_same_prompt(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

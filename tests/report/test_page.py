@@ -190,4 +190,17 @@ def test_what_is_no_run_or_damaged_is_one_line(run: smidgen.Run, tmp_path: Path)
     (run.path / "data.json").write_text(kept[:50])
     with pytest.raises(RunError, match=r"data.json cannot be read"):
         smidgen.write_report(run.path)
+    (run.path / "data.json").write_text("[]")
+    with pytest.raises(RunError, match=r"data.json is not a JSON object, found list"):
+        smidgen.write_report(run.path)
     (run.path / "data.json").write_text(kept)
+    answers = run.path / "answers.jsonl"
+    kept = answers.read_text(encoding="utf-8")
+    for broken, said in ((kept[:-3] + "}\n", "cannot be read"), ('{"prompt": "hi"}\n', "a line is no answer")):
+        answers.write_text(broken, encoding="utf-8")
+        with pytest.raises(RunError, match=rf"answers.jsonl:? {said}"):
+            smidgen.write_report(run.path)
+    line = {"prompt": "a\u2028b", "expected": "c", "before": None, "after": "c"}
+    answers.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "a\u2028b" in run_page(run.path), "it ends a line to Python, and not in the file"
+    answers.write_text(kept, encoding="utf-8")

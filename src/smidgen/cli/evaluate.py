@@ -47,7 +47,7 @@ _EVALUATION = (
         "max_new_tokens",
         int,
         None,
-        "Longest answer in tokens.  [default: 128; to open questions 1024]",
+        "Longest answer in tokens.  [default: 8 more than any expected one; to open questions 1024]",
         "Evaluation",
         check=_positive,
         expected="1 or more",
@@ -96,8 +96,8 @@ def evaluate(console: Console, given: Given) -> Mapping[str, Any]:
     Rows to train on: loss, perplexity, and how answers compare. Plain text: perplexity, by the protocol that the papers
     or llama.cpp use. Multiple choice (ARC, PIQA, MMLU files): accuracy. Last words (LAMBADA): accuracy. With --against
     base a run stands beside its base, and what it has forgotten is said. Of a data set with several parts the test rows
-    are taken, else the validation rows. Rows become tokens as the run had them trained (--system, --fill, --seq-len,
-    --too-long, --train-on-prompt), where no flag says otherwise.
+    are taken, else the validation rows; of a run's own data those that it held out. Rows become tokens as the run had
+    them trained (--system, --fill, --seq-len, --too-long, --train-on-prompt), where no flag says otherwise.
 
     \b
     Examples:

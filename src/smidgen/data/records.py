@@ -24,7 +24,7 @@ from smidgen.data.rows import HASH_BYTES, Hashed, Rows, concatenate, content_has
 from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
 
-__all__ = ["BUILTIN_DATA", "DataSet", "Row", "as_specs", "read_data"]
+__all__ = ["BUILTIN_DATA", "DataSet", "Row", "as_specs", "read_data", "warn_of_copies"]
 
 BUILTIN_DATA = {"toolcalls": Path(__file__).parent / "toolcalls"}
 
@@ -86,7 +86,7 @@ def read_data(
         frozenset().union(*(one.placeholders for one in sets)),
     )
     for what, rows in (("held-out", found.validation), ("test", found.test)):
-        _warn_of_copies(rows, what, found.train, report)
+        warn_of_copies(rows, what, found.train, report)
     return found
 
 
@@ -214,7 +214,7 @@ def _copies(rows: Rows) -> np.ndarray:
     return copies
 
 
-def _warn_of_copies(rows: Rows, what: str, train: Rows, report: Report) -> None:
+def warn_of_copies(rows: Rows, what: str, train: Rows, report: Report) -> None:
     """Rows that are trained on say little of new ones. They stay where they were put: there may be no others."""
     measured, trained = _as_keys(rows), _as_keys(train)
     if not len(measured):

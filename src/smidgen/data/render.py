@@ -25,6 +25,7 @@ from smidgen.events import Progress, Report, silent
 __all__ = ["IGNORED", "TOO_LONG", "Example", "Renderer"]
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+_LABELS_VERSION = 1  # raised where the code here or in template.py comes to make other tokens or labels of a row
 _CHUNK_ROWS = 256
 TOO_LONG = ("right", "left", "drop", "error")
 
@@ -60,6 +61,7 @@ class Renderer:
     train_on_prompt: label every token instead of the assistant's turns only.
     seq_len, too_long: what becomes of a longer row: it loses its end ('right') or its beginning ('left', a first BOS
     token stays), all of it ('drop'), or DataError is raised ('error').
+    today: the date for templates that write it; None: the clock's, whenever one asks.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Renderer:
         train_on_prompt: bool = False,
         seq_len: int = 1024,
         too_long: str = "right",
+        today: date | None = None,
         report: Report = silent,
     ) -> None:
         assert too_long in TOO_LONG
@@ -82,6 +85,7 @@ class Renderer:
         self.train_on_prompt = train_on_prompt
         self.seq_len = seq_len
         self.too_long = too_long
+        self._today = today
         self._report = report
         self._template: ChatTemplate | None = None
 
@@ -114,11 +118,12 @@ class Renderer:
     def fingerprint(self, *, chat: bool) -> str:
         """Changes with whatever decides which tokens and labels rows become. chat: rows have turns, not plain text."""
         template = str(self._chat and self.tokenizer.get_chat_template()) if chat else ""
-        today = str(date.today()) if "strftime_now" in template else ""  # a template that writes the date
+        today = str(self._today or date.today()) if "strftime_now" in template else ""  # it writes the date
         tokenizer = self.tokenizer
         parts = (
-            tokenizer.backend_tokenizer.to_str(), template, today, tokenizer.bos_token, tokenizer.eos_token,
-            self.train_on_prompt, self.seq_len, self.too_long, version("tokenizers"), version("transformers"),
+            _LABELS_VERSION, tokenizer.backend_tokenizer.to_str(), template, today,
+            tokenizer.bos_token, tokenizer.eos_token, self.train_on_prompt, self.seq_len, self.too_long,
+            version("tokenizers"), version("transformers"),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -163,7 +168,7 @@ class Renderer:
     @property
     def _chat(self) -> ChatTemplate:
         if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self._report)
+            self._template = ChatTemplate(self.tokenizer, self._report, self._today)
         return self._template
 
     def _render_chunk(self, rows: Sequence[Row]) -> list[Example]:

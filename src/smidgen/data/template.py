@@ -10,7 +10,10 @@ not found out.
 """
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import date
+from functools import lru_cache
 from typing import Any
 
 from smidgen.bounded import OutOfBounds, bounded
@@ -24,6 +27,7 @@ Message = dict[str, Any]
 _PROBE = "smidgenprobe"
 _MOST_CHARACTERS = 1 << 20  # of what a template writes by itself
 _MOST_REPEATED = 16  # times that it may write the conversation: escaped, or more than once
+_DATE_PART = re.compile("%-?[A-Za-z]")
 _TURN_END = "<|im_end|>"
 _CHATML = (
     "{BOS}{% for message in messages %}"
@@ -39,15 +43,19 @@ class ChatTemplate:
     end_text, end_id: the token that ends an assistant's turn; None where the template writes no such token, and the
     renderer adds the tokenizer's eos.
     closing: everything that the template writes after the content of a last assistant's turn. said: warnings.
+    today: what `strftime_now` tells the template; None: the clock's.
     """
 
-    def __init__(self, tokenizer: Any, report: Report) -> None:
+    def __init__(self, tokenizer: Any, report: Report, today: date | None = None) -> None:
         self._tokenizer = tokenizer
         self._report = report
         self.said: set[str] = set()
         if not tokenizer.chat_template:
             self._set_chatml()
         source = str(tokenizer.get_chat_template())
+        self._today = today if "strftime_now" in source else None
+        if self._today not in (None, date.today()):
+            report(Note(f"the chat template writes the date: it stays {today}, when the run was started"))
         self._takes_tools = "tools" in source
         self._takes_calls = "tool_calls" in source
         self._folds_system = False
@@ -81,8 +89,11 @@ class ChatTemplate:
 
     def _apply(self, asked: tuple[list[Message], list[dict[str, Any]] | None, bool]) -> str:
         messages, tools, prompt = asked
+        template = self._today and _dated(self._tokenizer.get_chat_template(tools=tools), self._today)
         text = str(
-            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
         )
         if len(text) > _MOST_CHARACTERS:  # or it need not be counted what it was given
             most = _MOST_CHARACTERS + _MOST_REPEATED * len(str((messages, tools)))
@@ -145,6 +156,14 @@ class ChatTemplate:
         """Say once that tools are left out, where rows have some and the template takes none."""
         if tools and not self._takes_tools:
             self.warn_once("the chat template takes no tools: the rows' column tools is left out")
+
+
+@lru_cache
+def _dated(source: str, today: date) -> str:
+    """The template with a `strftime_now` of its own: transformers' asks the clock, and gives templates no function."""
+    parts = sorted(set(_DATE_PART.findall(source)))
+    written = "".join(f"|replace({json.dumps(part)}, {json.dumps(today.strftime(part))})" for part in parts)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{source}"
 
 
 def _user(content: str) -> Message:

@@ -4,8 +4,9 @@ All files are read before a weight is. The two models are loaded one after the o
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import numpy as np
 
 from smidgen.data.files import read_text
 from smidgen.data.gate import leave_out_untrained
-from smidgen.data.records import read_data
+from smidgen.data.records import as_specs, read_data, warn_of_copies
+from smidgen.data.render import Renderer
 from smidgen.data.rows import Rows
 from smidgen.data.tasks import Question, Task, is_plain_text, read_questions, read_task
 from smidgen.data.tokens import tokenise
-from smidgen.errors import SettingsError
+from smidgen.errors import SettingsError, SmidgenError
 from smidgen.evaluation.likelihood import measure_choices, measure_last_words, score_tasks
 from smidgen.evaluation.questions import answer_questions, write_answers
-from smidgen.events import Note, Report, silent
+from smidgen.events import Note, Report, Warned, silent
 from smidgen.export.files import check_new, check_writable
 from smidgen.loading import LoadedModel, adapter_folder, load
 from smidgen.measures.answers import measure_answers
@@ -28,7 +30,7 @@ from smidgen.measures.measure import Measure, compare
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import PROTOCOLS, answer_rows, held_out_loss, text_perplexity
 from smidgen.train.rows import edits_of, renderer_of
-from smidgen.train.run import stored_settings
+from smidgen.train.run import RunFolder, open_run_of
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -63,12 +65,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _File:
-    """kind: rows, text, choices or last word; content: Rows, str or list[Task]. placeholders: see DataSet."""
+    """kind: rows, text, choices or last word; content: Rows, str or list[Task]. placeholders: see DataSet.
+
+    held_out: the rows of a run's own data that it was not trained on.
+    """
 
     name: str
     kind: str
     content: Any
     placeholders: frozenset[str] = frozenset()
+    held_out: bool = False
+
+
+_Opened = tuple[RunFolder, Settings, str, str | list[str]]  # as RunFolder.open has it
 
 
 def evaluate(
@@ -84,17 +93,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """See api.evaluate. Raises SettingsError for settings without a use, DataError before a model is loaded."""
     _check(model, data, against, questions, out)
-    settings = _settings_of_rows(model, how, report)
-    files = [_read(name, how, settings, report) for name in data]
+    run = open_run_of(Path(model))
+    settings = _settings_of_rows(model, run, how, report)
+    files = [_read(name, how, settings, run, report) for name in data]
+    if run:
+        _warn_of_training_rows(files, run, report)
     if "fill" in how.rows:  # a run's own may be for rows that are not here
         edits_of(settings).check_fill(frozenset().union(*(file.placeholders for file in files)))
     if how.protocol and all(file.kind != "text" for file in files):
         raise SettingsError(["protocol: is for plain text, which none of the files is"])
     asked = read_questions(Path(questions).expanduser(), how.limit) if questions else []
+    renderer_for = partial(renderer_of, settings, today=run[0].record.day if run else None)
 
     def measured(spec: str, when: str, *, adapter: bool = True) -> tuple[list[dict[str, Measure]], list[Any]]:
         loaded = load(spec, adapter=adapter, report=report, **loading)
-        measures = [_measure(loaded, file, how, settings, when, report) for file in files]
+        measures = [_measure(loaded, file, how, renderer_for, when, report) for file in files]
         return measures, _answers(loaded, asked, how, report)
 
     other, when = None, "given"
@@ -134,17 +147,17 @@ def _check(model: str, data: Sequence[str], against: str | None, questions: str 
         check_writable(out)
 
 
-def _settings_of_rows(model: str, how: Evaluation, report: Report) -> Settings:
+def _settings_of_rows(model: str, run: _Opened | None, how: Evaluation, report: Report) -> Settings:
     """What rows become: as given, else as the run was trained, so that its figures are those of its own prompts."""
     unset = Settings()
-    stored = stored_settings(Path(model)) or unset
+    stored = run[1] if run else unset
     kept = {name: getattr(stored, name) for name in _OF_ROWS if name not in how.rows}
     if said := ", ".join(f"{name} {value!r}" for name, value in kept.items() if value != getattr(unset, name)):
         report(Note(f"rows as {model} was trained on: {said}"))
     return replace(unset, **kept, **how.rows)
 
 
-def _read(name: str, how: Evaluation, settings: Settings, report: Report) -> _File:
+def _read(name: str, how: Evaluation, settings: Settings, run: _Opened | None, report: Report) -> _File:
     path = Path(name).expanduser()
     if is_plain_text(path, asked=how.protocol is not None):
         if how.protocol is None:
@@ -153,19 +166,40 @@ def _read(name: str, how: Evaluation, settings: Settings, report: Report) -> _Fi
     if task := read_task(name, how.limit):
         report(Note(f"{name}: {len(task[1]):,} rows, {task[0]}"))
         return _File(name, *task)
-    parts = read_data(name, hold_out=False, edits=edits_of(settings), report=report)
+    own = run is not None and (str(path.resolve()) if path.exists() else name) in as_specs(run[3])
+    limit = run[1].limit if run and own else None
+    parts = read_data(name, hold_out=own, limit=limit, edits=edits_of(settings), report=report)
     rows = parts.test or parts.validation or parts.train
-    return _File(name, "rows", rows.select(np.arange(len(rows)) < (how.limit or len(rows))), parts.placeholders)
+    held_out = own and rows is not parts.train
+    if held_out:
+        report(Note(f"{name} is the run's own data: the {len(rows):,} rows that it did not train on are measured"))
+    rows = rows.select(np.arange(len(rows)) < (how.limit or len(rows)))
+    return _File(name, "rows", rows, parts.placeholders, held_out)
+
+
+def _warn_of_training_rows(files: Sequence[_File], run: _Opened, report: Report) -> None:
+    """Of rows that the run was trained on, in files that may have some."""
+    folder, settings, _, data = run
+    others = [file for file in files if file.kind == "rows" and not file.held_out]
+    if not others:
+        return
+    try:
+        trained = read_data(data, limit=settings.limit).train
+    except SmidgenError as error:
+        report(Note(f"whether rows are training rows of {folder.path} is not known: {error.what}"))
+        return
+    for file in others:
+        warn_of_copies(file.content, Path(file.name).name, trained, report)
 
 
 def _measure(
-    loaded: LoadedModel, file: _File, how: Evaluation, settings: Settings, when: str, report: Report
+    loaded: LoadedModel, file: _File, how: Evaluation, renderer_for: Callable[..., Renderer], when: str, report: Report
 ) -> dict[str, Measure]:
     base, tokenizer = loaded.base, loaded.tokenizer
     if file.kind == "text":
         return text_perplexity(base, tokenizer, file.content, how.protocol or "gptq", how.limit, report).measures
     if file.kind == "rows":
-        return _measure_rows(loaded, file.content, how, settings, when, report)
+        return _measure_rows(loaded, file.content, how, renderer_for, when, report)
     tasks: list[Task] = file.content
     what = Path(file.name).name
     scores = score_tasks(base, tokenizer, tasks, batch_size=how.batch_size, what=what, report=report)
@@ -173,9 +207,9 @@ def _measure(
 
 
 def _measure_rows(
-    loaded: LoadedModel, rows: Rows, how: Evaluation, settings: Settings, when: str, report: Report
+    loaded: LoadedModel, rows: Rows, how: Evaluation, renderer_for: Callable[..., Renderer], when: str, report: Report
 ) -> dict[str, Measure]:
-    renderer = renderer_of(settings, loaded.tokenizer, loaded.base.max_positions, report)
+    renderer = renderer_for(loaded.tokenizer, loaded.base.max_positions, report)
     examples = leave_out_untrained(tokenise(rows, renderer, report=report), "rows", renderer, report)
     measures = held_out_loss(loaded.base, examples, how.batch_size, report).measures
     if how.answers and any(row.messages for row in rows):
@@ -184,12 +218,21 @@ def _measure_rows(
             renderer,
             rows,
             when=when,
-            max_new_tokens=how.max_new_tokens or 128,
+            max_new_tokens=how.max_new_tokens,
             batch_size=how.batch_size,
             report=report,
         )
-        report(given)
-        measures |= measure_answers(given.rows)
+        if given.rows:
+            report(given)
+            measures |= measure_answers(given.rows)
+        if given.cut:
+            most = f"{given.longest_tokens:,} tokens" + ("" if how.max_new_tokens else ", 8 more than any expected one")
+            report(
+                Warned(
+                    f"{given.cut:,} of {len(given.rows):,} answers did not come to their end in {most};"
+                    " --max-new-tokens sets another number"
+                )
+            )
     return measures
 
 

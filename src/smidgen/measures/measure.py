@@ -109,7 +109,8 @@ def compare(measured: Mapping[str, Measure], against: Mapping[str, Measure] | No
 
     Then also {"against": {...}, "difference": {...}, "worse"}: measured minus against, over the same rows; worse is
     True where the whole interval of the difference lies on the bad side. low and high are None for too few rows. A loss
-    over other tokens has no difference: two tokenizers cut the same text into more or fewer.
+    over other tokens has no difference: two tokenizers cut the same text into more or fewer. Nor have answers to more
+    rows: a prompt may be too long for one of the models.
     """
     figures: dict[str, dict[str, Any]] = {}
     for name, measure in measured.items():
@@ -118,6 +119,8 @@ def compare(measured: Mapping[str, Measure], against: Mapping[str, Measure] | No
             continue
         other = against[name]
         figures[name]["against"] = _figure(other.value, other.interval)
+        if len(measure.counts) != len(other.counts):
+            continue
         if measure.lower_is_better and not np.array_equal(measure.counts[:, 1], other.counts[:, 1]):
             continue
         interval = _difference(measure, other)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,7 +9,7 @@ from smidgen.errors import DataError, SettingsError
 from smidgen.model.build import Base
 from smidgen.model.decoder import decoder_for
 
-__all__ = ["Sampling", "generate_batch", "stream_text", "stream_tokens"]
+__all__ = ["Sampling", "generate_batch", "room_after", "stream_text", "stream_tokens"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
-def _room(base: Base, prompt_tokens: int, sampling: Sampling) -> int:
+def room_after(base: Base, prompt_tokens: int, sampling: Sampling) -> int:
     """How many tokens may follow the prompt. Raises DataError for a prompt that leaves no position free."""
     if prompt_tokens >= base.max_positions:
         raise DataError(
@@ -77,7 +76,7 @@ def stream_tokens(
     """Yields new token ids; a stop token ends the stream and is not yielded."""
     choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     tokens = torch.empty(0, dtype=torch.int64)
-    room = _room(base, len(prompt), sampling)
+    room = room_after(base, len(prompt), sampling)
     for count in range(room):
         hidden = decoder.step(tokens) if count else decoder.start([prompt], room)
         tokens = choose(base.logits_of(hidden)[:, :vocab_size])
@@ -108,25 +107,30 @@ def stream_text(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> It
 def generate_batch(
     base: Base, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling, vocab_size: int
 ) -> list[list[int]]:
-    """New token ids for each prompt, stop token left out."""
+    """New token ids for each prompt, stop token left out. Each has the room of its own length, not of the longest's."""
     choose, stops, decoder = sampling.chooser(), set(stop_ids), decoder_for(base)
     answers: list[list[int]] = [[] for _ in prompts]
-    active: list[Any] = list(range(len(prompts)))  # row of the decoder -> index of the prompt, None once it has ended
-    room = _room(base, max(len(prompt) for prompt in prompts), sampling)
-    hidden, tokens = decoder.start(prompts, room), torch.empty(0, dtype=torch.int64)
-    for count in range(room):
-        if count:
+    batch = list(range(len(prompts)))  # row of the decoder -> index of the prompt
+    ended: set[int] = set()
+    rooms = [room_after(base, len(prompt), sampling) for prompt in prompts]
+    most = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+    hidden, tokens = decoder.start(prompts, most - max(map(len, prompts))), torch.empty(0, dtype=torch.int64)
+    for count in range(1, max(rooms) + 1):
+        if count > 1:
             hidden = decoder.step(tokens)
         tokens = choose(base.logits_of(hidden)[:, :vocab_size])
-        for row, token in enumerate(tokens.tolist()):
-            if active[row] is not None and token not in stops:
-                answers[active[row]].append(token)
-            else:
-                active[row] = None
-        running = [row for row, index in enumerate(active) if index is not None]
+        for index, token in zip(batch, tokens.tolist(), strict=True):
+            if token in stops:
+                ended.add(index)
+            elif index not in ended:
+                answers[index].append(token)
+        full = [index for index in batch if rooms[index] == count]
+        ended.update(full)
+        running = [row for row, index in enumerate(batch) if index not in ended]
         if not running:
             break
-        if len(running) <= len(active) // 2:  # the others leave the batch; not one by one, the cache is copied
+        # those that have ended leave the batch, not one by one, the cache is copied; but no row outgrows its positions
+        if full or len(running) <= len(batch) // 2:
             decoder.keep(running)
-            active, tokens = [active[row] for row in running], tokens[running]
+            batch, tokens = [batch[row] for row in running], tokens[running]
     return answers

@@ -4,7 +4,6 @@ Nothing in it is fetched: style and drawings are inside, there is no script, and
 dark. Texts of the data and the model are escaped. A run that is not finished has a page too, with what there is so far.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.data.records import as_specs
-from smidgen.errors import RunError
-from smidgen.export.files import replace_file
+from smidgen.export.files import read_object, replace_file
 from smidgen.measures.answers import ANSWER_MEASURES
 from smidgen.measures.titles import TITLES
 from smidgen.report.chart import Series, bars, line_chart, smoothed, thinned
@@ -72,11 +70,9 @@ def run_page(run: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file, cure="copy the run again")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error})") from error
 
 
 def _state(summary: Mapping[str, Any], lines: Lines) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from smidgen.data.batch import make_batch
 from smidgen.data.records import Row
 from smidgen.data.render import Example, Renderer
 from smidgen.errors import DataError
-from smidgen.events import Answer, Answers, Progress, Report, silent
+from smidgen.events import Answer, Answers, Progress, Report, Warned, silent
 from smidgen.measures.answers import measure_answers
 from smidgen.measures.measure import Measure, cross_entropy, perplexity
 from smidgen.model.build import Base
 from smidgen.model.device import free_bytes
-from smidgen.model.generate import Sampling, generate_batch
+from smidgen.model.generate import Sampling, generate_batch, room_after
 from smidgen.train.loss import row_losses, token_losses
 
 __all__ = ["PROTOCOLS", "HeldOut", "answer_prompts", "answer_rows", "held_out_loss", "text_perplexity"]
@@ -111,12 +112,24 @@ def answer_rows(
     room: int | None = None,
     report: Report = silent,
 ) -> Answers:
-    """Greedy answers to the last turn of each row, compared with the data's answers (measures.answers).
+    """Greedy answers to the last turn of each row, compared with the data's answers (measures.answers). Rows whose
+    prompt leaves no position for an answer are left out, and named.
 
     max_new_tokens: default is what the longest expected answer of the rows needs and a little more. room: as
     for answer_prompts.
     """
     rows = [row for row in rows if row.messages]
+    prompts = [renderer.prompt_ids(row) for row in rows]
+    fits = [len(prompt) < base.max_positions for prompt in prompts]
+    if not all(fits):
+        first = fits.index(False)
+        report(
+            Warned(
+                f"{fits.count(False):,} of {len(rows):,} rows are not answered: their prompts leave none of the model's"
+                f" {base.max_positions:,} positions free (first: {rows[first].where}, {len(prompts[first]):,} tokens)"
+            )
+        )
+        rows, prompts = list(compress(rows, fits)), list(compress(prompts, fits))
     expected = [renderer.answer_text(row).strip() for row in rows]
     if max_new_tokens is None:
         lengths = [len(renderer.tokenizer(text, add_special_tokens=False).input_ids) for text in expected]
@@ -124,7 +137,7 @@ def answer_rows(
     answers = answer_prompts(
         base,
         renderer,
-        [renderer.prompt_ids(row) for row in rows],
+        prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         room=room,
@@ -133,7 +146,8 @@ def answer_rows(
     )
     asked = zip(rows, expected, answers, strict=True)
     pairs = tuple(Answer(_question(row), want, text) for row, want, (text, _) in asked)
-    return Answers(when, pairs, {name: measure.value for name, measure in measure_answers(pairs).items()})
+    measures = {name: measure.value for name, measure in measure_answers(pairs).items()} if pairs else {}
+    return Answers(when, pairs, measures, sum(was_cut for _, was_cut in answers), max_new_tokens)
 
 
 def answer_prompts(
@@ -168,8 +182,8 @@ def answer_prompts(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             new = generate_batch(base, [prompts[i] for i in chosen], renderer.end_ids, sampling, len(tokenizer))
-            most = min(max_new_tokens, base.max_positions - max(len(prompts[index]) for index in chosen) + 1)
             for index, ids in zip(chosen, new, strict=True):
+                most = room_after(base, len(prompts[index]), sampling)
                 answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) == most
             report(Progress(what, start + len(chosen), len(order)))
     finally:

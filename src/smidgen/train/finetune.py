@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
         check_vacant(gptq_folder(out), f"train on it: smidgen finetune {gptq_folder(out)}, or remove it first")
     if settings.init_adapter is not None:
         settings = replace(settings, init_adapter=_absolute(settings.init_adapter))
-    prepared = prepare(source, data, settings, report, out, initial_adapter(settings, source, report))
+    today = date.today()
+    prepared = prepare(source, data, settings, report, out, initial_adapter(settings, source, report), today)
     record = Record(
         model=prepared.source.name,
         model_path=str(prepared.source.checkpoint.path),
@@ -74,6 +76,7 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
         kernels=describe_library(),
         processor=processor_name(),
         device=device_name(prepared.base.device),
+        started=str(today),
     )
     places = [_absolute(spec) for spec in as_specs(data)]
     folder = RunFolder.create(
@@ -127,7 +130,7 @@ def _resume(
     storage = folder.record.storage if folder.record.storage in QUANTIZE else "keep"
     settings = replace(settings, quantize=storage, compute_dtype=folder.record.compute_dtype)
     initial = None if checkpoint else initial_adapter(settings, source, report)
-    prepared = prepare(source, data, settings, report, run, initial)
+    prepared = prepare(source, data, settings, report, run, initial, folder.record.day)
     if prepared.data_sha256 != folder.record.data_sha256:
         names = ", ".join(as_specs(data))
         raise RunError(f"{names} is not the data that {run} was started with", cure="put it back, or start a new run")
@@ -203,6 +206,8 @@ def _train(
             if not prepared.compared:
                 return None
             answers = answer(when, prepared.compared)
+            if not answers.rows:
+                return None
             log({"step": step, **answers.measures})
             report(answers)
             return answers

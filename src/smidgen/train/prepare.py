@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,13 @@ def prepare(
     report: Report,
     out: Path,
     initial: StoredAdapter | None,
+    today: date | None,
 ) -> Prepared:
-    """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start."""
+    """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start. today: as
+    for read_rows.
+    """
     give_memory_back()
-    rows = read_rows(source, data, settings, report)
+    rows = read_rows(source, data, settings, report, today=today)
     examples, held_out, layout = rows.train, rows.held_out, rows.data.layout
     vocab_size = max(source.vocab_size, *(index + 1 for index in ids_of_tokens(source.tokenizer, settings.tokens)), 0)
     for part in (examples, held_out) if held_out else (examples,):

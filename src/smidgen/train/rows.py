@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from smidgen.checkpoint.hub import cache_folder
@@ -53,8 +54,12 @@ def edits_of(settings: Settings) -> Edits:
     return Edits(settings.system, settings.fill or {})
 
 
-def renderer_of(settings: Settings, tokenizer: Any, max_positions: int, report: Report = silent) -> Renderer:
-    """How the settings make tokens of rows, for a model with so many positions: the same in a run and after it."""
+def renderer_of(
+    settings: Settings, tokenizer: Any, max_positions: int, report: Report = silent, today: date | None = None
+) -> Renderer:
+    """How the settings make tokens of rows, for a model with so many positions: the same in a run and after it. today:
+    as Renderer takes it.
+    """
     seq_len = min(settings.seq_len, max_positions)
     if seq_len < settings.seq_len:
         report(Note(f"seq_len {seq_len}: the model has no more positions"))
@@ -63,19 +68,28 @@ def renderer_of(settings: Settings, tokenizer: Any, max_positions: int, report: 
         train_on_prompt=settings.train_on_prompt,
         seq_len=seq_len,
         too_long=settings.too_long,
+        today=today,
         report=report,
     )
 
 
 def read_rows(
-    source: Source, data: str | Sequence[str], settings: Settings, report: Report, *, test: bool = False
+    source: Source,
+    data: str | Sequence[str],
+    settings: Settings,
+    report: Report,
+    *,
+    test: bool = False,
+    today: date | None = None,
 ) -> RunRows:
-    """Read and tokenise a run's rows. test: the test rows too. Raises DataError for rows that cannot be used."""
+    """Read and tokenise a run's rows. test: the test rows too. today: when the run was started; None: now. Raises
+    DataError for rows that cannot be used.
+    """
     check_mix(data, settings)
     edits = edits_of(settings)
     rows = read_data(data, limit=settings.limit, edits=edits, report=report)
     edits.check_fill(rows.placeholders)
-    renderer = renderer_of(settings, source.tokenizer, source.max_positions, report)
+    renderer = renderer_of(settings, source.tokenizer, source.max_positions, report, today or date.today())
     cache = cache_folder() / "tokens" if settings.token_cache else None
     odd = find_odd(source.tokenizer)
 

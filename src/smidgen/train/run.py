@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -36,12 +37,13 @@ from smidgen.train.config import Settings
 from smidgen.train.lock import LOCK
 from smidgen.train.state import Cursor, is_whole, latest_checkpoint, prune_checkpoints, save_state, write_manifest
 
-__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "adapter_folder", "read_record", "stored_settings"]
+__all__ = ["RECORD", "STATISTICS", "SUMMARY", "Record", "RunFolder", "adapter_folder", "open_run_of", "read_record"]
 
 RECORD = "smidgen.json"
 STATISTICS = "data.json"
 SUMMARY = "summary.json"
 _ANSWERS = "answers.jsonl"
+_ANSWERED = {"prompt", "expected", "before", "after"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class Record:
     kernels: str = ""  # the native kernels' instruction set, as `smidgen doctor` names it
     processor: str = ""
     device: str = ""  # 'cpu', or the GPU's name
+    started: str = ""  # the day, 2030-12-31: some chat templates write it
+
+    @property
+    def day(self) -> date | None:
+        """When the run was started; None of a run that does not know it."""
+        return date.fromisoformat(self.started) if self.started else None
 
     @property
     def peft_base(self) -> str:
@@ -94,6 +102,10 @@ def read_record(folder: Path) -> Record | None:
         if not isinstance(value, kind):
             found = type(value).__name__
             raise RunError(f"{file}: wrong {name}", expected=f"{kind.__name__}", found=found, cure="copy the run again")
+    try:
+        _ = record.day
+    except ValueError as error:
+        raise RunError(f"{file}: wrong started ({error})", cure="copy the run again") from error
     return record
 
 
@@ -110,12 +122,12 @@ def adapter_folder(path: Path, report: Report) -> Path | None:
     return checkpoint
 
 
-def stored_settings(path: Path) -> Settings | None:
-    """What a run, or the run of a checkpoint, was started with; None for anything else. Raises RunError if that cannot
-    be read.
+def open_run_of(path: Path) -> "tuple[RunFolder, Settings, str, str | list[str]] | None":
+    """RunFolder.open of a run, or of the run of a checkpoint; None for anything else. Raises RunError if that cannot be
+    read.
     """
     run = path.parent.parent if path.parent.name == "checkpoints" else path
-    return RunFolder.open(run)[1] if (run / RECORD).is_file() else None
+    return RunFolder.open(run) if (run / RECORD).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -229,9 +241,12 @@ class RunFolder:
         replace_file(self.path / _ANSWERS, "".join(lines))
 
     def answers(self) -> list[dict[str, Any]]:
-        """What save_answers wrote; nothing where it has not."""
+        """What save_answers wrote; nothing where it has not. Raises RunError as logged."""
         file = self.path / _ANSWERS
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        answers = _read_lines(file)
+        if not all(line.keys() >= _ANSWERED for line in answers):
+            raise RunError(f"{file}: a line is no answer", cure="copy the run again")
+        return answers
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -240,15 +255,9 @@ class RunFolder:
             stream.write(json.dumps(line) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a crash cut off is passed over."""
+        """The lines of metrics.jsonl. Raises RunError where one cannot be read."""
         file = self.path / "metrics.jsonl"
-        try:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            logged = [json.loads(line) for line in lines if line.endswith("}")]
-        except FileNotFoundError:
-            return []
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{file} cannot be read ({error})") from error
+        logged = _read_lines(file)
         if not all(type(line.get("step")) is int for line in logged):
             raise RunError(f"{file}: a line has no step", cure="copy the run again")
         return logged
@@ -265,3 +274,15 @@ class RunFolder:
         """Drop what was logged after `step`: those steps will be done again."""
         kept = [line for line in self.logged() if line["step"] <= step]
         replace_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """A JSON object a line; nothing where there is no file. A last line that a crash cut off is passed over."""
+    try:
+        # not splitlines: a text may hold one of the other signs that end a line
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read ({error})", cure="copy the run again") from error
