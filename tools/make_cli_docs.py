@@ -15,7 +15,7 @@ Made from the code by `make docs`; do not edit by hand.
 
 All verbs take `--json` (one JSON object as the last line of standard output, everything else on standard error) and
 `--config FILE.yaml` (keys are the flags' names; the command line wins). Exit codes: 0 done, 2 a mistake that you can
-mend (said in one line each), 130 stopped with Ctrl-C.
+mend (said in one line each), 130 stopped with Ctrl-C, 143 by SIGTERM.
 """
 
 

@@ -110,6 +110,13 @@ def test_people_get_tables(what: str, shown: list[str], asked: list[Any], capfd:
         (("memory", "--memory", "much"), "--memory: not a size: 'much' (write 6GiB, 1.5GB or 900MB)."),
         (("step", "--against", "unsloth"), "--against: expected names out of peft-bnb,"),
         (("step", "--repeats", "0"), "--repeats: expected 1 or more, found 0."),
+        (
+            ("memory", "--mode", "generate", "--recompute", "full"),
+            "--recompute: belongs to --mode train, leave it out.",
+        ),
+        (("memory", "--mode", "generate", "--micro-batch", "2"), "--micro-batch: belongs to --mode train, leave it"),
+        (("memory", "--new-tokens", "9"), "--new-tokens: belongs to --mode generate, leave it out."),
+        (("memory", "--shape", "llama-7b", "--layers", "33"), "--layers: expected at most the shape's 32, found 33."),
         (("memory", "--repeats", "-1"), "--repeats: expected 0 or more, found '-1'."),
         (
             ("step", "--activation-dtype", "auto"),

@@ -1,5 +1,6 @@
 """Requests, answers, errors and deaths of workers."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from smidgen.bench.controller import WORKERS, Worker, start_worker
 from smidgen.bench.workers.serving import current_rss_bytes, peak_rss_bytes, reset_peak_rss
 from smidgen.errors import RunError
+from smidgen.model.cgroups import MemoryGroup, memory_group
 
 PROGRAM = f"""
 import os, sys
@@ -20,16 +22,21 @@ def talk():
     print("what a library prints")
     os.system("echo and its children")
     return {{"threads": os.environ["OMP_NUM_THREADS"]}}
+def eat(): return {{"bytes": len(b"x" * (1 << 30))}}
 
-serve({{"add": lambda a, b: {{"sum": a + b}}, "fail": fail, "die": die, "talk": talk}})
+serve({{"add": lambda a, b: {{"sum": a + b}}, "fail": fail, "die": die, "talk": talk, "eat": eat}})
 """
+
+
+def _start(folder: Path, group: MemoryGroup | None = None) -> Worker:
+    program = folder / "worker.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    return Worker("tester", [sys.executable, str(program)], {"OMP_NUM_THREADS": "1"}, group)
 
 
 @pytest.fixture
 def worker(tmp_path: Path):
-    program = tmp_path / "worker.py"
-    program.write_text(PROGRAM, encoding="utf-8")
-    worker = Worker("tester", [sys.executable, str(program)], {"OMP_NUM_THREADS": "1"})
+    worker = _start(tmp_path)
     yield worker
     worker.close()
 
@@ -49,6 +56,18 @@ def test_an_error_is_one_line_and_the_worker_goes_on(worker: Worker) -> None:
 def test_a_dead_worker_is_said_with_its_last_words(worker: Worker) -> None:
     with pytest.raises(RunError, match=r"its process ended during 'die' \(exit code 7: last words\)"):
         worker.ask("die")
+
+
+def test_a_worker_that_its_limit_ended_is_said_with_the_limit(tmp_path: Path) -> None:
+    try:
+        with memory_group(f"smidgen-test-{os.getpid()}", 100_000_000) as group:
+            worker = _start(tmp_path, group)
+            said = r"ended during 'eat' \(killed by SIGKILL; its memory is limited to 100.0 MB\)"
+            with pytest.raises(RunError, match=said):
+                worker.ask("eat")
+            worker.close()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
 
 
 def test_closing_twice_is_no_error(worker: Worker) -> None:

@@ -1,5 +1,11 @@
 """`smidgen bench memory` on a tiny model: real workers, a real limit where one can be made, real figures."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,10 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import smidgen.model.stream as stream_module
+import smidgen.train.memory as memory_module
 from smidgen.bench.memory import MemorySettings, bench_memory
 from smidgen.bench.packed_model import write_packed_model
+from smidgen.bench.places import passing_folder
+from smidgen.bench.workers import memory_smidgen
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import RunError, SettingsError
+from smidgen.events import Event
 from smidgen.model.build import build_base
 from smidgen.planning.shapes import SHAPES
 
@@ -30,7 +41,33 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
         assert 0 < result["cgroup_peak_bytes"] <= LIMIT
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-512-nf4-dq"]
     if mode == "train":
+        assert 0 < result["resident_peak_rss_bytes"] < 2 * LIMIT
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
+
+
+def test_what_an_answer_read_and_waited_is_of_each_token_as_its_time_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside PyTorch the model is nothing; PyTorch is counted as nothing here, so that layers are streamed."""
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory_smidgen, "_Anonymous", lambda: SimpleNamespace(peak=0))  # it watches for ever
+    monkeypatch.setattr(memory_module, "resident_bytes", lambda: (0, 0))
+    monkeypatch.setattr(stream_module, "_SMALL", 64)
+    folder = write_packed_model(SHAPES["tiny"] | {"num_hidden_layers": 40}, tmp_path / "tiny", "nf4-dq")
+    worker, how = memory_smidgen.MemoryWorker(), {"recompute": "auto", "rank": 8, "targets": "q,v", "new_tokens": 6}
+
+    def load(budget: int) -> dict:
+        ids = [[1, 2, 3, 4]]
+        return worker.load(str(folder), storage="nf4-dq", input_ids=ids, budget=budget, train=False, **how)
+
+    loaded = load(load(1 << 40)["forecast_rss_bytes"] - 200_000)
+    stream = worker.base.stream
+    assert loaded["streamed_layers"] > 2 and stream is not None
+    before, waited = stream.read_bytes, stream.wait_s
+    found = worker.generate(6)
+    assert found["new_tokens"] > 1 and found["swapped_bytes"] >= 0
+    assert found["read_bytes"] == pytest.approx((stream.read_bytes - before) / found["new_tokens"], rel=0.2)
+    assert found["wait_s"] == pytest.approx((stream.wait_s - waited) / found["new_tokens"])
 
 
 def test_of_no_further_rounds_the_first_counts(tmp_path: Path) -> None:
@@ -54,6 +91,48 @@ def test_a_disk_without_room_is_said_and_what_was_written_goes(tmp_path: Path, m
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(RunError, match=r"too little room for the model, expected .* kB, found 1.0 kB"):
         bench_memory(MemorySettings("tiny", seq_len=64))
+    assert not any((tmp_path / "bench").iterdir())
+
+
+def test_a_disk_that_fills_meanwhile_is_said(tmp_path: Path) -> None:
+    """Another program's file comes after the check, on a disk of 4 MB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+
+    def fill(_: Event) -> None:
+        with suppress(OSError):
+            (tmp_path / "other").write_bytes(bytes(4 << 20))
+
+    try:
+        with pytest.raises(RunError, match=r"model: the disk is full, found 0 bytes free"):
+            write_packed_model(SHAPES["tiny"], tmp_path / "model", "nf4-dq", fill)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_what_a_killed_process_left_goes_when_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path))
+    program = "import os\nfrom smidgen.bench.places import passing_folder\n"
+    program += "with passing_folder('packed') as place: (place / 'weights').touch(), os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", program])
+    (left,) = (tmp_path / "bench").iterdir()
+    assert (left / "weights").exists()
+    with passing_folder("packed") as one, passing_folder("packed") as other:
+        assert {*(tmp_path / "bench").iterdir()} == {one, other}  # a process that lives keeps its own
+    assert not any((tmp_path / "bench").iterdir())
+
+
+def test_sigterm_is_a_clean_end(tmp_path: Path) -> None:
+    words = ["-m", "smidgen", "bench", "memory", "--shape", "tiny", "--seq-len", "64", "--repeats", "100000"]
+    process = subprocess.Popen([sys.executable, *words], env=os.environ | {"SMIDGEN_CACHE": str(tmp_path)})
+    end = time.monotonic() + 100
+    while not [*tmp_path.glob("bench/packed-*/*/config.json")]:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert not any((tmp_path / "bench").iterdir())
 
 

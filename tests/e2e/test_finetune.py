@@ -40,7 +40,7 @@ def test_a_run_leaves_what_it_promises(model: Path, rows: Path, tmp_path: Path) 
         "exact_match_before", "exact_match_after",
         "valid_json_before", "valid_json_after", "json_f1_before", "json_f1_after",
         "steps", "tokens", "tokens_per_s", "wall_s", "peak_rss_bytes", "forecast_peak_bytes", "forecast_terms",
-        "trainable_parameters", "stopped",
+        "trainable_parameters", "stopped", "recompute", "streamed_layers", "read_bytes", "wait_s",
     }  # fmt: skip
     assert summary["base_format"] == "nf4-dq"
     assert summary["loss_after"] < summary["loss_before"] - 0.3

@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import smidgen
 from packers import pack_folder, pack_with_bitsandbytes
+from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
+from smidgen.model.build import read_config, skeleton
 from smidgen.model.experts import PackedExperts
 from smidgen.model.inventory import inventory_of
+from smidgen.model.weights import Weights
 from smidgen.quant.matrix import DenseMatrix, FrozenMatrix
 from tiny import VOCAB_SIZE, tiny_folder, write_rows
 
@@ -150,3 +153,25 @@ def test_biases_that_autogptq_wrote_for_experts(value: float, opens: bool, mixtr
     else:
         with pytest.raises(ModelError, match=r"experts\.0\.w1\.bias.* left over"):
             smidgen.load(packed)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2-moe"])
+def test_experts_that_are_quantised_come_one_at_a_time(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a layer's at once were 3.8 GB of Mixtral 8x7B while they were put together."""
+    folder = tiny_folder(tmp_path / "tiny", architecture)
+    checkpoint = open_checkpoint(folder)
+    weights = Weights(skeleton(read_config(checkpoint.config, "config.json"), torch.float32), checkpoint)
+    names = [name for name, shape in weights.shapes.items() if len(shape) == 3]
+    assert len(names) == 4
+    whole = Weights.read
+    for name in names:
+        assert torch.equal(torch.stack([*weights.each_expert(name)]), whole(weights, name))
+
+    def read(self: Weights, name: str) -> torch.Tensor:
+        assert name not in names
+        return whole(self, name)
+
+    monkeypatch.setattr(Weights, "read", read)
+    assert _experts(smidgen.load(folder, quantize="nf4", compute_dtype="float32").base)

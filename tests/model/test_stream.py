@@ -1,8 +1,11 @@
 """Streamed layers compute what resident ones compute, bit for bit, and a file that changes is an error."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,11 @@ from packers import pack_folder
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
 from smidgen.errors import RunError
+from smidgen.events import Event, Progress
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base, build_base
-from smidgen.model.load import choose_storage
+from smidgen.model.load import choose_storage, load_base, open_source
 from smidgen.model.recompute import set_recompute
 from smidgen.model.stream import LayerStream, layer_of
 from smidgen.train.loss import batch_loss
@@ -162,6 +166,33 @@ def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RunError, match=r"cannot be put down there \(No space left on device\)"):
         _build(path, storage, (1,), tmp_path / "spill")
     shutil.rmtree(tmp_path / "spill")
+
+
+def test_a_disk_with_too_little_room_is_said_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file's blocks are read where they are, so that nothing has to be put down."""
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    told: list[Event] = []
+    how: dict[str, Any] = {"compute_dtype": "float32", "device": "cpu", "streamed": range(LAYERS)}
+    with pytest.raises(RunError, match=r"streamed: too little room for the 5 layers .* expected .* kB, found 1.0 kB"):
+        load_base(open_source(str(_model(tmp_path, "nf4-dq")[0])), **how, report=told.append)
+    assert not [event for event in told if isinstance(event, Progress)] and not (tmp_path / "cache").exists()
+    load_base(open_source(str(_model(tmp_path, "gguf")[0])), **how)
+
+
+def test_a_model_that_is_dropped_gives_back_its_files_and_the_disks_room(tmp_path: Path) -> None:
+    """Without `close`, as in a notebook; matrices and stream refer to each other."""
+    before = set(os.listdir("/proc/self/fd"))
+    base = _build(*_model(tmp_path, "nf4-dq"), tuple(range(LAYERS)), tmp_path / "spill")
+    _results(base, "none")
+    opened = {os.readlink(f"/proc/self/fd/{fd}") for fd in set(os.listdir("/proc/self/fd")) - before}
+    assert any(str(tmp_path / "spill") in link for link in opened)
+    del base
+    gc.collect()
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    assert not [link for link in links if os.path.lexists(link) and str(tmp_path / "spill") in os.readlink(link)]
 
 
 def test_layer_of() -> None:

@@ -1,6 +1,7 @@
 """A budget of memory in a whole run: refused early, or kept with the same adapter."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import smidgen
 import smidgen.model.stream as stream_module
 import smidgen.train.memory as memory_module
+from smidgen.cli.views import run_figures
 from smidgen.data.records import read_data
 from smidgen.errors import SettingsError
 from smidgen.events import Event, Note
+from smidgen.model.cgroups import memory_group
 from tiny import tiny_folder, write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "micro_batch": 1, "accumulation": 4, "max_steps": 3, "compute_dtype": "float32"}
@@ -36,6 +39,7 @@ def test_the_smallest_budget_gives_the_same_adapter(
 ) -> None:
     """Beside PyTorch a tiny model is nothing; PyTorch is counted as nothing here, so that the budget has to choose."""
     rows = write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(memory_module, "resident_bytes", lambda: (0, 0))
     monkeypatch.setattr(stream_module, "_SMALL", 64)
     settings = {key: value for key, value in QUICK.items() if key != "max_steps"}
@@ -51,6 +55,21 @@ def test_the_smallest_budget_gives_the_same_adapter(
     one, other = ((run.path / "adapter_model.safetensors").read_bytes() for run in (free, kept))
     assert one == other
     assert kept.summary["forecast_peak_bytes"] <= smallest < free.summary["forecast_peak_bytes"]
+    assert kept.summary["streamed_layers"] > 2 and kept.summary["recompute"] == "full"
+    logged = [json.loads(line) for line in (kept.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if "loss" in line]
+    assert kept.summary["read_bytes"] == sum(line["read_bytes"] for line in steps) > 0
+    assert kept.summary["wait_s"] == pytest.approx(sum(line["wait_s"] for line in steps), abs=1e-3)
+    assert f"{kept.summary['streamed_layers']} layers streamed: " in run_figures(kept.summary)
+    assert free.summary["streamed_layers"] == free.summary["read_bytes"] == 0
+    assert "streamed" not in run_figures(free.summary)
+    # what was written for them is gone: not after the process, whose notebook may go on for days
+    assert not [file for file in _open_files() if str(tmp_path / "cache") in file]
+
+
+def _open_files() -> list[str]:
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.lexists(link)]
 
 
 def test_rounded_activations_are_of_layers_that_round_them(tmp_path: Path) -> None:
@@ -73,13 +92,40 @@ def test_a_training_that_cannot_fit_is_refused_before_gptq_begins(tmp_path: Path
 @pytest.mark.slow
 def test_the_forecast_holds_for_answers_too(tmp_path: Path) -> None:
     """Rows one by one leave little room: answering all at once took more than the forecast."""
-    (tmp_path / "rows").mkdir()
-    for part, count in (("train", 8), ("valid", 32)):
-        lines = [json.dumps({"messages": row.messages}) for row in read_data("toolcalls").train[:count]]
-        (tmp_path / "rows" / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _write_toolcalls(tmp_path / "rows", 32)
     words = ["finetune", "smollm2-135m", str(tmp_path / "rows"), "--out", str(tmp_path / "run"), "--compare", "32"]
     words += ["--micro-batch", "1", "--max-steps", "1", "--compute-dtype", "float32", "--json"]
     done = subprocess.run([sys.executable, "-m", "smidgen", *words], stdout=subprocess.PIPE, text=True, check=True)
     summary = json.loads(done.stdout.splitlines()[-1])
     print(f"{summary['peak_rss_bytes'] / 1e6:.0f} MB, forecast {summary['forecast_peak_bytes'] / 1e6:.0f} MB")
     assert summary["peak_rss_bytes"] <= summary["forecast_peak_bytes"]
+
+
+def _write_toolcalls(folder: Path, held_out: int) -> None:
+    folder.mkdir()
+    for part, count in (("train", 8), ("valid", held_out)):
+        lines = [json.dumps({"messages": row.messages}) for row in read_data("toolcalls").train[:count]]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_lives_in_a_memory_cgroup_of_its_budget(tmp_path: Path) -> None:
+    """Of hardly more than the smallest that would do, page cache included: steps, and answers before and after."""
+    _write_toolcalls(tmp_path / "rows", 4)
+    words = ["smollm2-135m", str(tmp_path / "rows"), "--compare", "4", "--micro-batch", "1", "--max-steps", "2"]
+    words += ["--compute-dtype", "float32", "--json"]
+    program = [sys.executable, "-m", "smidgen"]
+    planned = subprocess.run([*program, "plan", *words], stdout=subprocess.PIPE, text=True, check=True)
+    budget = int(1.02 * json.loads(planned.stdout.splitlines()[-1])["smallest_bytes"])
+    try:
+        with memory_group(f"smidgen-test-{os.getpid()}", budget) as group:
+            enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.path / "cgroup.procs")]
+            run = [*program, "finetune", *words, "--out", str(tmp_path / "run"), "--memory", str(budget)]
+            done = subprocess.run([*enter, *run], stdout=subprocess.PIPE, text=True, check=True)
+            peak = group.peak_bytes
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    print(f"budget {budget / 1e6:.0f} MB, resident {summary['peak_rss_bytes'] / 1e6:.0f} MB, cgroup {peak}")
+    assert summary["streamed_layers"] > 0 and summary["exact_match_after"] is not None
+    assert summary["peak_rss_bytes"] <= summary["forecast_peak_bytes"] <= budget

@@ -6,6 +6,7 @@ within minutes, and the ratio of two neighbours says more than the ratio of two 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.errors import RunError
+from smidgen.model.cgroups import MemoryGroup
+from smidgen.units import format_bytes
 
 __all__ = ["ISA_ENVIRONMENT", "WORKERS", "Worker", "start_worker"]
 
@@ -43,9 +46,9 @@ class Worker:
     """One process that answers requests, one at a time."""
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], group: Path | None = None
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], group: MemoryGroup | None = None
     ) -> None:
-        self.name = name
+        self.name, self._group = name, group
         self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (close)
         self._process = subprocess.Popen(
             list(command),
@@ -57,7 +60,7 @@ class Worker:
             encoding="utf-8",
         )
         if group is not None:  # before it has loaded anything: it waits for its first request
-            (group / "cgroup.procs").write_text(str(self._process.pid))
+            (group.path / "cgroup.procs").write_text(str(self._process.pid))
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises RunError with what the worker says, or said last."""
@@ -100,7 +103,11 @@ class Worker:
             self._process.wait()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return f"exit code {self._process.returncode}: {lines[-1][:300]}" if lines else "it said nothing"
+        code = self._process.returncode
+        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL and self._group is not None:
+            how += f"; its memory is limited to {format_bytes(self._group.limit_bytes)}"
+        return f"{how}: {lines[-1][:300]}" if lines else how
 
 
 @contextmanager
@@ -111,12 +118,12 @@ def start_worker(
     interpreter: Path | None = None,
     threads: int,
     isa: str = "",
-    group: Path | None = None,
+    group: MemoryGroup | None = None,
 ) -> Iterator[Worker]:
     """A worker that ends with the block.
 
     program: the name of a module of `workers`. interpreter: runs it by its path, for peers; None: as a module of ours.
-    group: the folder of a memory cgroup that it is to live in.
+    group: that it is to live in.
     """
     if interpreter is None:
         command = [sys.executable, "-m", f"smidgen.bench.workers.{program}"]

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from smidgen.bench.controller import start_worker
 from smidgen.bench.machine import describe
 from smidgen.bench.packed_model import write_packed_model
-from smidgen.checkpoint.hub import cache_folder
+from smidgen.bench.places import passing_folder
 from smidgen.events import Note, Progress, Report, Warned, silent
 from smidgen.model.cgroups import MemoryGroup, memory_group
 from smidgen.planning.shapes import SHAPES
@@ -89,7 +88,9 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
         "measured_peak_bytes": max(step["measured_peak_bytes"] for step in steps),
         "forecast_rss_bytes": loaded["forecast_rss_bytes"],
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
+        "resident_peak_rss_bytes": max(step["peak_rss_bytes"] for step in resident["steps"]) if resident else None,
         "cgroup_peak_bytes": measured["cgroup_peak_bytes"],
+        "swapped_bytes": max(step["swapped_bytes"] for step in steps),
         "forecast_step_s": loaded["forecast_step_s"],
         "step_s": median(step["step_s"] for step in steps),
         "resident_step_s": median(step["step_s"] for step in resident["steps"]) if resident else None,
@@ -112,11 +113,7 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
 
 def _folder(stack: ExitStack, settings: MemorySettings, config: dict[str, Any], report: Report) -> Path:
     """The model: below `keep`, used again if it is there, or one that is removed at the end."""
-    keep = settings.keep
-    if keep is None:
-        parent = cache_folder() / "bench"
-        parent.mkdir(parents=True, exist_ok=True)
-        keep = Path(stack.enter_context(TemporaryDirectory(prefix="packed-", dir=parent)))
+    keep = settings.keep or stack.enter_context(passing_folder("packed"))
     folder = keep / f"{settings.shape}-{config['num_hidden_layers']}-{config['vocab_size']}-{settings.quantize}"
     if (folder / "config.json").is_file():
         return folder
@@ -130,9 +127,8 @@ def _run(
     rows = torch.randint(config["vocab_size"], (settings.micro_batch, settings.seq_len), generator=generator)
     with ExitStack() as stack:
         group = _limited(stack, limit, report)
-        path = group.path if group else None
         worker = stack.enter_context(
-            start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=path)
+            start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=group)
         )
         loaded = worker.ask(
             "load",

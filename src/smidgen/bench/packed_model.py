@@ -19,6 +19,7 @@ from torch import nn
 
 from smidgen.errors import RunError
 from smidgen.events import Progress, Report, silent
+from smidgen.export.files import disk_errors
 from smidgen.export.packed import bitsandbytes_tensors, quantisation_config
 from smidgen.model.build import read_config, skeleton
 from smidgen.model.inventory import inventory_of
@@ -38,8 +39,13 @@ _GROUP = 128
 def write_packed_model(config: dict[str, Any], folder: Path, storage: str, report: Report = silent) -> Path:
     """config: as config.json. storage: 'nf4-dq', 'nf4', 'int8', 'gptq' or 'none'. Returns the folder.
 
-    Raises RunError where the disk has no room for it.
+    Raises RunError where the disk has no room for it, or fails.
     """
+    with disk_errors(folder):
+        return _write(config, folder, storage, report)
+
+
+def _write(config: dict[str, Any], folder: Path, storage: str, report: Report) -> Path:
     size = inventory_of(None, config, storage, name=folder.name)
     needed = size.packed_bytes + size.embedding_bytes + size.head_bytes
     folder.mkdir(parents=True, exist_ok=True)

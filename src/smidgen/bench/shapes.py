@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from smidgen.events import Progress, Report, silent
+from smidgen.export.files import disk_errors
 from smidgen.planning.shapes import SHAPES as KNOWN
 
 __all__ = ["SHAPES", "Shape", "random_token_ids", "warm_page_cache", "write_model"]
@@ -98,7 +99,15 @@ SHAPES = {name: Shape.of(name) for name in ("smollm2-135m", "tinyllama-1.1b", "t
 
 
 def write_model(shape: Shape, folder: Path, report: Report = silent, *, seed: int = 0) -> Path:
-    """Write the model into `folder`; a folder that holds the same shape already is left as it is."""
+    """Write the model into `folder`; a folder that holds the same shape already is left as it is.
+
+    Raises RunError where the disk fails.
+    """
+    with disk_errors(folder):
+        return _write(shape, folder, report, seed)
+
+
+def _write(shape: Shape, folder: Path, report: Report, seed: int) -> Path:
     config = json.dumps(shape.config(), indent=2) + "\n"
     config_file = folder / "config.json"
     if config_file.is_file() and config_file.read_text(encoding="utf-8") == config:

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from smidgen.bench.controller import Worker, start_worker
 from smidgen.bench.figures import paired_ratio, roofline_fraction, shape_flops, spread
 from smidgen.bench.machine import describe
 from smidgen.bench.peers import STEP_PEERS, StepPeer, peer_interpreter
+from smidgen.bench.places import passing_folder
 from smidgen.bench.shapes import SHAPES, Shape, random_token_ids, warm_page_cache, write_model
-from smidgen.checkpoint.hub import cache_folder
 from smidgen.errors import RunError
 from smidgen.events import Note, Progress, Report, Warned, silent
 
@@ -102,10 +101,7 @@ def model_folder(shape: Shape, keep: Path | None, report: Report) -> Iterator[Pa
     Its files are in the page cache, so that whoever loads first has no harder start than who comes next.
     """
     with ExitStack() as stack:
-        if keep is None:
-            parent = cache_folder() / "bench"  # a disk; the usual place for temporary files may be memory
-            parent.mkdir(parents=True, exist_ok=True)
-            keep = Path(stack.enter_context(TemporaryDirectory(prefix="weights-", dir=parent)))
+        keep = keep or stack.enter_context(passing_folder("weights"))
         folder = write_model(shape, keep / shape.name, report).resolve()
         warm_page_cache(folder)
         yield folder

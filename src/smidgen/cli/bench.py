@@ -97,6 +97,18 @@ def _against(given: Given) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *(["peft-bnb-ckpt"] if given["against_checkpointing"] else [])]))
 
 
+_TRAINS, _GENERATES = ("recompute", "rank", "targets", "activation_dtype", "micro_batch"), ("new_tokens",)
+
+
+def _check_memory(given: Given) -> list[str]:
+    other, ignored = ("train", _TRAINS) if given["mode"] == "generate" else ("generate", _GENERATES)
+    problems = [f"{name}: belongs to --mode {other}, leave it out" for name in ignored if name in given.named]
+    shape = SHAPES.get(given["shape"])
+    if shape and given["layers"] and given["layers"] > shape["num_hidden_layers"]:
+        problems.append(f"layers: expected at most the shape's {shape['num_hidden_layers']}, found {given['layers']}")
+    return problems
+
+
 def _check(given: Given) -> list[str]:
     what = given["what"]
     problems = []
@@ -118,6 +130,8 @@ def _check(given: Given) -> list[str]:
                 for flag in _MEMORY
                 if flag.name in given.named
             ]
+    if what == "memory":
+        problems += _check_memory(given)
     if given["repeats"] == 0 and what != "memory":
         problems.append("repeats: expected 1 or more, found 0")
     if given["memory"] is not None:

@@ -87,10 +87,13 @@ def memory(result: Mapping[str, Any]) -> Parts:
     table.add_row("resident", format_bytes(result["forecast_rss_bytes"]), format_bytes(result["peak_rss_bytes"]))
     if result["cgroup_peak_bytes"] is not None:
         table.add_row("cgroup", format_bytes(result["limit_bytes"]), format_bytes(result["cgroup_peak_bytes"]))
+    if result["swapped_bytes"]:
+        table.add_row("swapped", "", format_bytes(result["swapped_bytes"]))
     step = _table("", "")
     step.add_row("step" if result["mode"] == "train" else "token", _seconds(result["step_s"]))
     if result["resident_step_s"]:
-        step.add_row("all layers in memory", _seconds(result["resident_step_s"]))
+        peak = format_bytes(result["resident_peak_rss_bytes"])
+        step.add_row("all layers in memory", f"{_seconds(result['resident_step_s'])}, peak {peak}")
     step.add_row("read from disk", format_bytes(result["read_bytes_per_step"]))
     step.add_row("waited for it", _seconds(result["wait_s_per_step"]))
     step.add_row("layers streamed", f"{result['streamed_layers']} of {result['layers']}")

@@ -1,7 +1,7 @@
 """The command line: verbs, loaded when they are called, and what becomes of errors.
 
 Exit codes: 0 done, 1 `doctor` found something wrong, 2 a mistake that the user can mend (one line for each on stderr),
-130 stopped with Ctrl-C; anything else is our own bug and comes with its traceback.
+130 stopped with Ctrl-C, 143 by SIGTERM; anything else is our own bug and comes with its traceback.
 """
 
 import errno
@@ -9,7 +9,9 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', and the work goes on
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
     sys.exit(_run(arguments))
+
+
+def _end(signum: int, frame: Any) -> None:
+    """What is open is closed, and what is temporary goes."""
+    raise SystemExit(128 + signum)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -126,9 +126,15 @@ def run_figures(summary: Mapping[str, Any]) -> str:
             f" tokens/s; {format_duration(summary.get('wall_s', 0))} in all."
         )
     if "peak_rss_bytes" in summary:
-        parts.append(f"Peak memory of the process: {format_bytes(summary['peak_rss_bytes'])}.")
+        forecast = summary.get("forecast_peak_bytes")
+        beside = f"; forecast {format_bytes(forecast)}" if forecast else ""
+        parts.append(f"Peak memory of the process: {format_bytes(summary['peak_rss_bytes'])}{beside}.")
     if summary.get("swapped_bytes"):
         parts.append(f"Up to {format_bytes(summary['swapped_bytes'])} of it lay in swap: --memory keeps it within RAM.")
+    if count := summary.get("streamed_layers"):
+        steps = max(1, summary["steps"])
+        read, waited = format_bytes(summary["read_bytes"] / steps), format_duration(summary["wait_s"] / steps)
+        parts.append(f"{count} layers streamed: {read} read from disk and {waited} waited for it in each step.")
     if "trainable_parameters" in summary:
         parts.append(f"{format_count(summary['trainable_parameters'])} parameters trained.")
     return " ".join(parts)

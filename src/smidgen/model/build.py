@@ -114,6 +114,11 @@ class Base:
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
 
     @property
+    def streamed(self) -> dict[str, float]:
+        """read_bytes and wait_s of streamed layers so far; nothing where there are none."""
+        return {"read_bytes": self.stream.read_bytes, "wait_s": self.stream.wait_s} if self.stream else {}
+
+    @property
     def key_bytes(self) -> int:
         """Of one token's keys and values in all layers, while text is generated."""
         config = self.model.config.get_text_config()
@@ -372,9 +377,10 @@ def _packed_experts(
         as_stored = is_kept or storage == "none"
         found = weights.stored_experts(f"{name}.{key}") if as_stored else None
         if found is None:
-            stacked = weights.read(f"{name}.{key}")
-            found = [[quantise(expert.to(device), "none" if as_stored else storage)] for expert in stacked]
-            del stacked
+            found = []
+            for expert in weights.each_expert(f"{name}.{key}"):
+                found.append([quantise(expert.to(device), "none" if as_stored else storage)])
+                weights.checkpoint.release()
         packed[key] = found
     down = [matrix for (matrix,) in packed["down_proj"]]
     return PackedExperts(packed["gate_up_proj"], down, module.act_fn)  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ class MemoryGroup:
 
     path: Path
     version: _Version
+    limit_bytes: int
 
     @property
     def peak_bytes(self) -> int | None:
@@ -64,7 +65,7 @@ def memory_group(name: str, limit_bytes: int, root: Path = _ROOT) -> Iterator[Me
         file, content = version.swap
         if version is _V1 or (group / file).exists():  # not in a kernel that knows no swap
             (group / file).write_text(content)
-        yield MemoryGroup(group, version)
+        yield MemoryGroup(group, version, limit_bytes)
     finally:
         with suppress(OSError):
             group.rmdir()

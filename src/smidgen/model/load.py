@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.checkpoint.hub import BUILTIN_MODELS, cache_folder, resolve_model
 from smidgen.checkpoint.open import open_checkpoint
-from smidgen.errors import ModelError
+from smidgen.errors import ModelError, RunError
 from smidgen.events import Note, Report, Warned, silent
 from smidgen.kernels.library import MISSING, native_library, watch_mapped
 from smidgen.model.build import Base, build_base
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, calibration_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.gptq import quantise_base
+from smidgen.model.inventory import inventory_of
 from smidgen.model.stored import stored_weights
 from smidgen.model.stream import LayerStream
 from smidgen.model.tokenizer import load_tokenizer
+from smidgen.units import format_bytes
 
 __all__ = ["Decided", "Source", "choose_storage", "decide", "load_base", "needs_gptq", "open_source"]
 
@@ -136,15 +139,16 @@ def load_base(
     """Build and fill the model; each automatic choice is reported with its reason.
 
     decided: the choice, where it has been made already. streamed: decoder layers that are read from disk for each use
-    instead of kept in memory (model/stream.py).
+    instead of kept in memory (model/stream.py). Raises RunError where the disk has no room for them.
     """
     chosen = decided or decide(source, quantize, compute_dtype, device, report)
     watch_mapped(source.checkpoint.files)
     is_new = needs_gptq(chosen.storage, source.checkpoint)
-    stream = LayerStream(streamed, source.checkpoint, cache_folder() / "streamed") if streamed else None
+    storage = _stored_as(source.checkpoint) if is_new else chosen.storage
+    stream = _stream(source.checkpoint, storage, streamed, trust_remote_code=trust_remote_code) if streamed else None
     base = build_base(
         source.checkpoint,
-        storage=_stored_as(source.checkpoint) if is_new else chosen.storage,
+        storage=storage,
         compute_dtype=chosen.dtype,
         device=chosen.device,
         stream=stream,
@@ -155,6 +159,22 @@ def load_base(
         text = calibration_on_the_way([], "", source.tokenizer, source.max_positions, report)
         quantise_base(base, text.rows, GPTQ_ON_THE_WAY, report)
     return base
+
+
+def _stream(checkpoint: Checkpoint, storage: str, streamed: Collection[int], *, trust_remote_code: bool) -> LayerStream:
+    """Raises RunError where the disk has no room for what the model file does not hold as it is used."""
+    folder = cache_folder() / "streamed"
+    model = inventory_of(checkpoint, checkpoint.config, storage, trust_remote_code=trust_remote_code)
+    needed = 0 if model.mapped else sum(model.layer_bytes[layer] for layer in streamed)
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: too little room for the {len(streamed)} layers that do not stay in memory",
+            expected=format_bytes(needed),
+            found=format_bytes(free),
+            cure="make room there, set SMIDGEN_CACHE to a folder on another disk, or allow more memory",
+        )
+    return LayerStream(streamed, checkpoint, folder)
 
 
 def needs_gptq(quantize: str, checkpoint: Checkpoint) -> bool:

@@ -2,10 +2,10 @@
 
 A base is read-only, so it need not be in memory. The large buffers of a streamed layer lie in a file: where the model
 file holds them as they are used (GGUF blocks, bitsandbytes' folders), in that file; otherwise in an unnamed temporary
-file, which is written while the model is loaded and is gone when the process ends. Two slots of memory, each as large
-as the largest layer, take turns: while the computation uses one, a thread reads the layer that comes next into the
-other, forwards and then backwards, so that the turn at either end costs no read. Pages are dropped from the page cache
-behind the reader: memory is what was planned, and a truncated file is an error rather than a SIGBUS.
+file, which is written while the model is loaded and is gone when the stream is closed or dropped. Two slots of memory,
+each as large as the largest layer, take turns: while the computation uses one, a thread reads the layer that comes next
+into the other, forwards and then backwards, so that the turn at either end costs no read. Pages are dropped from the
+page cache behind the reader: memory is what was planned, and a truncated file is an error rather than a SIGBUS.
 
 A matrix asks for its layer when it is used (FrozenMatrix.streamed), so nothing above it knows of streaming. No buffer
 of a streamed layer may be kept beyond the operation that uses it; a layer that has gone is on the meta device, where
@@ -16,7 +16,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
@@ -119,7 +120,8 @@ class LayerStream:
     """Streams the decoder layers `layers` (indices) of one model: `take` each matrix while loading, then `start`.
 
     folder: for the temporary file; a disk with room for what the model file does not hold as it is used. read_bytes and
-    wait_s count up: bytes read from disk, and the seconds that the computation waited for them.
+    wait_s count up: bytes read from disk, and the seconds that the computation waited for them. Its files are closed
+    with it, or when nothing refers to it any more.
     """
 
     def __init__(self, layers: Collection[int], checkpoint: Checkpoint, folder: Path) -> None:
@@ -130,6 +132,8 @@ class LayerStream:
         self._files: dict[Path, _File] = {}
         self._spill: _File | None = None
         self._spilled = 0
+        self._descriptors: list[int] = []
+        self._close_files = weakref.finalize(self, _close, self._descriptors)
         self._slots: list[_Slot] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="smidgen-layers")
         self._order: list[_Layer] = []
@@ -154,6 +158,7 @@ class LayerStream:
     def _open(self, path: Path) -> _File:
         if path not in self._files:
             self._files[path] = _File.open(path)
+            self._descriptors.append(self._files[path].descriptor)
         return self._files[path]
 
     def _write(self, buffer: torch.Tensor) -> tuple[_File, int]:
@@ -161,6 +166,7 @@ class LayerStream:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 self._spill = _File(self._folder / "temporary file", os.dup(file.fileno()), 0, 0)
+                self._descriptors.append(self._spill.descriptor)
         raw = buffer.contiguous().view(-1).view(torch.uint8).numpy().data
         start = self._spilled
         try:
@@ -238,9 +244,11 @@ class LayerStream:
             self.read_bytes += piece.nbytes
 
     def close(self) -> None:
-        """End the reader and close the files; the layers cannot be used any more."""
+        """End the reader and close the files; the layers cannot be used any more. Safe to call twice."""
         self._reader.shutdown(wait=True, cancel_futures=True)
-        for file in [*self._files.values(), *([self._spill] if self._spill else [])]:
-            os.close(file.descriptor)
-        self._files.clear()
-        self._spill = None
+        self._close_files()
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

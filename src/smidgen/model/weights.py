@@ -194,6 +194,19 @@ class Weights:
         shape = (rows // len(experts[0]), inputs)
         return [[self._stored_matrix(source, shape) for source in expert] for expert in experts]
 
+    def each_expert(self, name: str) -> Iterator[torch.Tensor]:
+        """Of a parameter [E, N, K]: each expert [N, K] in its stored type. Of `experts` one is in memory at a time."""
+        experts = self.experts(name)
+        if experts is None:
+            yield from self.read(name)
+            return
+        _, rows, inputs = self.shapes[name]
+        for sources in experts:
+            self._check_numbers(sources)
+            shape = (rows // len(sources), inputs)
+            parts = [self._checked(source, self.checkpoint.read(source), shape) for source in sources]
+            yield torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def _stored_matrix(self, source: str, shape: tuple[int, int]) -> FrozenMatrix:
         packed = None if self._stored is None else self._stored.matrix(source, shape)
         return packed or DenseMatrix(self._checked(source, self.checkpoint.read(source), shape))
@@ -201,12 +214,7 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """The parameter in its stored type: a view of the mapped file where no conversion is needed."""
         recipe = self._recipes[name]
-        packed = [source for source in recipe.names() if source not in self.checkpoint.tensors]
-        if packed:
-            raise ModelError(
-                f"{self.checkpoint.path}: {packed[0]} is packed, where only numbers can be read",
-                cure="take the 16-bit model it was made from; smidgen quantises it while loading",
-            )
+        self._check_numbers(recipe.names())
         if recipe.converter is None:
             tensor = self.checkpoint.read(recipe.names()[0])
         else:
@@ -219,6 +227,14 @@ class Weights:
             tensor = converted[name]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
         return self._checked(name, tensor, self.shapes.get(name, tuple(tensor.shape)))
+
+    def _check_numbers(self, sources: list[str]) -> None:
+        packed = [source for source in sources if source not in self.checkpoint.tensors]
+        if packed:
+            raise ModelError(
+                f"{self.checkpoint.path}: {packed[0]} is packed, where only numbers can be read",
+                cure="take the 16-bit model it was made from; smidgen quantises it while loading",
+            )
 
     def _checked(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, if it is numbers of this shape."""

@@ -164,6 +164,8 @@ def _train(
     base, adapters = prepared.base, prepared.adapters
     optimizer = make_optimizer(adapters, settings)
     with torch.random.fork_rng(devices=[]), ExitStack() as closing:
+        if base.stream is not None:
+            closing.callback(base.stream.close)
         torch.manual_seed(settings.seed)
         cursor = _restore(checkpoint, adapters, optimizer) if checkpoint else Cursor()
         folder.rewind_log(cursor.step if checkpoint else -1)
@@ -248,10 +250,10 @@ def _train(
         earlier = [line["before"] for line in folder.answers()] or [None] * len(rows)
         pairs = zip(rows, earlier, strict=True)
         answers = [_answered(row) | {"before": before, "after": row.answer} for row, before in pairs]
-    wall_s = round(time.perf_counter() - started, 1)
-    summary = _summary(prepared, folder, cursor, result_step)
-    summary |= {"stopped": outcome.stopped or None, "wall_s": wall_s}
-    folder.save_result(base, adapters, summary, answers, report)
+        wall_s = round(time.perf_counter() - started, 1)
+        summary = _summary(prepared, folder, cursor, result_step)
+        summary |= {"stopped": outcome.stopped or None, "wall_s": wall_s}
+        folder.save_result(base, adapters, summary, answers, report)
     return Run(folder.path, summary)
 
 
@@ -260,6 +262,8 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
     resumed run finds them too.
     """
     before, after = folder.logged_at(0), folder.logged_at(result_step)
+    steps = [line for line in folder.logged() if "loss" in line]
+    choice = prepared.plan.choice
     summary: dict[str, Any] = {
         "run": str(folder.path),
         "base_format": prepared.base.storage,
@@ -273,11 +277,15 @@ def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step:
         "peak_rss_bytes": peak_rss_bytes(),
         "forecast_peak_bytes": prepared.plan.peak_bytes,
         "forecast_terms": prepared.plan.terms,
+        "recompute": choice.recompute_name,
+        "streamed_layers": len(choice.streamed),
+        "read_bytes": sum(line.get("read_bytes", 0) for line in steps),
+        "wait_s": round(sum(line.get("wait_s", 0) for line in steps), 3),
         "trainable_parameters": sum(
             p.numel() for layer in prepared.adapters.values() for p in layer.trainable.values()
         ),
     }
-    if swapped := max((line.get("swapped_bytes", 0) for line in folder.logged()), default=0):
+    if swapped := max((line.get("swapped_bytes", 0) for line in steps), default=0):
         summary["swapped_bytes"] = swapped
     if result_step != cursor.step:
         summary["result_step"] = result_step

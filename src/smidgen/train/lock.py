@@ -14,7 +14,7 @@ from pathlib import Path
 from smidgen.errors import RunError
 from smidgen.events import Report, Warned, silent
 
-__all__ = ["LOCK", "check_unlocked", "locked"]
+__all__ = ["LOCK", "check_unlocked", "is_abandoned", "locked"]
 
 LOCK = "lock"
 
@@ -56,6 +56,21 @@ def check_unlocked(folder: Path) -> None:
         return  # no locks here
     finally:
         os.close(descriptor)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the folder was locked by a process that is gone. False where that cannot be told."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        _take(descriptor, folder)
+    except (OSError, RunError):
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _take(descriptor: int, folder: Path) -> None:

@@ -121,7 +121,7 @@ def train(
             if _due(cursor.step, settings.eval_interval) and evaluate(cursor):
                 return Outcome(cursor, "early_stopping")
             base.checkpoint.check_unchanged()  # a file that was shortened would end the process (SIGBUS)
-            begun = time.perf_counter()
+            begun, streamed = time.perf_counter(), base.streamed
             rows = [examples[row] for row in schedule.rows_of(cursor.step)]
             batches = batching.batches(rows)
             rate = learning_rate_at(cursor.step, total, settings.learning_rate, settings.warmup, settings.schedule)
@@ -159,6 +159,7 @@ def train(
                     "train_s": round(cursor.train_s, 3),
                     "rss_bytes": step.rss_bytes,
                     **({"swapped_bytes": swapped} if (swapped := swapped_bytes()) else {}),
+                    **{key: round(now - streamed[key], 3) for key, now in base.streamed.items()},
                 }
             )
             report(step)

@@ -11,7 +11,7 @@ from smidgen.bench.workers.serving import current_rss_bytes, peak_rss_bytes, res
 from smidgen.bench.workers.stepper import Stepper
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
-from smidgen.model.device import choose_device
+from smidgen.model.device import choose_device, swapped_bytes
 from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
@@ -111,30 +111,31 @@ class MemoryWorker:
         """One optimizer step over all rows."""
         before, started = self._streamed(), time.perf_counter()
         loss = self.stepper.step()
-        return self._measured(time.perf_counter() - started, before) | {"loss": loss}
+        return self._measured(time.perf_counter() - started, before, 1) | {"loss": loss}
 
     def generate(self, tokens: int) -> dict[str, Any]:
-        """So many new tokens after the first row."""
+        """So many new tokens after the first row; each of them is a step."""
         before, started = self._streamed(), time.perf_counter()
         sampling = Sampling(max_new_tokens=tokens)
         vocab = self.base.model.config.get_text_config().vocab_size
         new = list(stream_tokens(self.base, self.rows[0].tolist(), [], sampling, vocab))
-        seconds = time.perf_counter() - started
-        return self._measured(seconds / max(1, len(new)), before) | {"new_tokens": len(new)}
+        return self._measured(time.perf_counter() - started, before, max(1, len(new))) | {"new_tokens": len(new)}
 
     def _streamed(self) -> tuple[int, float]:
         """(bytes read, seconds waited) so far."""
         stream = self.base.stream
         return (stream.read_bytes, stream.wait_s) if stream else (0, 0.0)
 
-    def _measured(self, step_s: float, before: tuple[int, float]) -> dict[str, Any]:
+    def _measured(self, seconds: float, before: tuple[int, float], steps: int) -> dict[str, Any]:
+        """Time, bytes read and time waited for them of each of the steps that took so long; memory so far."""
         read, waited = self._streamed()
         return {
-            "step_s": step_s,
+            "step_s": seconds / steps,
             "measured_peak_bytes": self.anonymous.peak,
             "peak_rss_bytes": peak_rss_bytes(),
-            "read_bytes": read - before[0],
-            "wait_s": waited - before[1],
+            "swapped_bytes": swapped_bytes(),
+            "read_bytes": round((read - before[0]) / steps),
+            "wait_s": (waited - before[1]) / steps,
         }
 
 
