@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from smidgen.bench.doctor import check_disk, check_learning, check_step
 from smidgen.checkpoint.hub import download as _download
 from smidgen.data.records import as_specs, read_data
-from smidgen.data.render import Example
+from smidgen.data.render import IGNORED, Example
 from smidgen.data.report import DataReport, build_report
 from smidgen.errors import RunError, SettingsError, SmidgenError
 from smidgen.evaluation.evaluate import Evaluation
@@ -310,16 +311,23 @@ def export_run(
 
 
 def _held_out(run: Path, trained: LoadedModel, report: Report) -> list[Example]:
-    """Rows that the run did not train on, or a plain text where they cannot be had."""
+    """Rows with labels that the run did not train on, or a plain text where they cannot be had."""
+    plain = "the export is compared on a plain text"
     try:
         _, settings, _, data = RunFolder.open(run)
         rows = read_data(data, limit=settings.limit, edits=edits_of(settings))
     except SmidgenError:
-        report(Note("the run's data is not there: the export is compared on a plain text"))
+        report(Note(f"the run's data is not there: {plain}"))
         return [plain_example(trained.tokenizer)]
-    cut = replace(settings, too_long="right")  # for what is compared here a row's beginning is as good as all of it
-    renderer = renderer_of(cut, trained.tokenizer, trained.base.max_positions)
-    return renderer.render_all((rows.test or rows.validation or rows.train)[:_COMPARED_ROWS])
+    if settings.too_long != "left":  # for what is compared here a row's beginning is as good as all of it
+        settings = replace(settings, too_long="right")
+    renderer = renderer_of(settings, trained.tokenizer, trained.base.max_positions)
+    rows = rows.test or rows.validation or rows.train
+    labelled = (row for row in renderer.render_each(rows, len(rows)) if row.labels.count(IGNORED) < len(row.labels))
+    if examples := list(islice(labelled, _COMPARED_ROWS)):
+        return examples
+    report(Note(f"no held-out row has a label within seq_len {renderer.seq_len}: {plain}"))
+    return [plain_example(trained.tokenizer)]
 
 
 def quantize(

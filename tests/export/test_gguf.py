@@ -1,5 +1,6 @@
 """Runs as GGUF files, read back with the gguf package and with transformers' numbers beside them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_adapter(from_gguf: bool, tmp_path: Path) -> None:
         assert np.array_equal(tensors[f"blk.1.{theirs}.weight.lora_b"], _in_pairs(layer.lora_B.numpy(), heads))
     layer = layers["model.layers.0.mlp.down_proj"]
     assert np.array_equal(tensors["blk.0.ffn_down.weight.lora_b"], layer.lora_B.numpy())
+
+
+@pytest.mark.parametrize("too_long", ["left", "right"])
+def test_what_is_compared_has_labels(too_long: str, tmp_path: Path) -> None:
+    """Rows longer than seq_len used to be cut at the right, whatever the run did, which left no label of them."""
+    run = _run(tmp_path, tiny_folder(tmp_path / "tiny"), seq_len=64, too_long=too_long, max_steps=4)
+    turns = [{"role": "user", "content": 20 * "long "}, {"role": "assistant", "content": "grey"}]
+    rows = "".join(json.dumps({"messages": turns, "id": number}) + "\n" for number in range(8))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    said: list[Any] = []
+    result = smidgen.export_run(run, tmp_path / "lora.gguf", to="gguf-lora", report=said.append)
+    plain = [event for event in said if "no held-out row has a label within seq_len 64" in str(event)]
+    assert result["compared_tokens"] > 0 and bool(plain) == (too_long == "right")
 
 
 def test_an_alpha_of_a_layers_own_goes_into_lora_b(tmp_path: Path) -> None:
