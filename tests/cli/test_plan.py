@@ -1,6 +1,7 @@
 """`smidgen plan` on the command line: what scripts rely on, a shape, a config.json, a model with data, mistakes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def test_too_little_is_said_with_what_would_do(capfd: pytest.CaptureFixture[str]
     code, out, err = run(capfd, *words, "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and not found["fits"] and found["smallest_bytes"] > 500_000_000
-    assert "is too little: at least" in err
+    assert "500.0 MB (--memory 500MB) is too little for llama-7b: at least" in err
+    asked = re.search(r"at least (\d+) MB", err)
+    assert asked and int(asked[1]) * 10**6 >= found["smallest_bytes"] > (int(asked[1]) - 1) * 10**6, "it will do"
 
 
 def test_a_file_for_finetune_is_taken_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

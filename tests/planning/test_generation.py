@@ -42,7 +42,9 @@ def test_the_cache_is_rounded_before_layers_are_streamed_and_as_few_as_the_budge
     assert count == 3, "two slots take as much as two layers"
     assert less.cache_dtype == "bfloat16" and less.forecast.peak_bytes <= budget
     assert less.forecast.terms["packed weights"] == seven.packed_bytes - count * seven.layer_bytes[0]
-    with pytest.raises(SettingsError, match=r"900.0 MB is too little for llama-7b: at least .* a prompt of 512 tok"):
+    with pytest.raises(
+        SettingsError, match=r"900.0 MB \(--memory\) is too little for llama-7b: at least .* prompt of 512"
+    ):
         _plan(seven, 900_000_000)
 
 

@@ -4,13 +4,15 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smidgen.model.inventory import inventory_of
 from smidgen.planning import estimate
 from smidgen.planning.inventory import Inventory, packed_bytes
-from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, smallest
+from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, smallest
 from smidgen.planning.shapes import SHAPES
+from smidgen.planning.work import Load, Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.memory import work_of
 from smidgen.units import parse_bytes
@@ -28,7 +30,7 @@ def seven() -> Inventory:
 
 
 def work(tokens: int = 512, rows: int = 4, **more: int) -> Work:
-    return Work(lengths=(tokens,) * rows, rows_per_step=rows, parameters=more.get("parameters", 4_194_304), ranks=16)
+    return Work(Rows(np.full(rows, tokens)), rows, parameters=more.get("parameters", 4_194_304), ranks=16)
 
 
 def test_the_inventory_of_known_models(seven: Inventory) -> None:
@@ -123,22 +125,68 @@ def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
 def test_what_is_shared_and_what_has_no_label_take_no_time(seven: Inventory) -> None:
     choice = Choice(4, 1, ("none",) * 32)
     plain = forecast(seven, work(), MACHINE, choice)
-    shared = forecast(seven, replace(work(), computed=0.5), MACHINE, choice)
-    unlabelled = forecast(seven, replace(work(), labelled=0.0), MACHINE, choice)
-    assert plain.terms == shared.terms == unlabelled.terms, "the largest micro-batch may share nothing"
+    shared = forecast(seven, replace(work(), rows=Rows(np.full(4, 512), computed=0.5)), MACHINE, choice)
+    unlabelled = forecast(seven, replace(work(), rows=Rows(np.full(4, 512), labelled=0.0)), MACHINE, choice)
+    assert plain.terms == shared.terms == unlabelled.terms, "a share of all tokens says nothing of the largest"
     head = seven.vocab_size * seven.hidden_size
     assert shared.step_s / plain.step_s == pytest.approx((seven.weights / 2 + head) / (seven.weights + head))
     assert unlabelled.step_s / plain.step_s == pytest.approx(seven.weights / (seven.weights + head))
 
 
+def rows_of(*lengths: int, **more: Any) -> Rows:
+    return Rows(np.array(lengths), **{name: np.array(counts) for name, counts in more.items()})
+
+
+def test_micro_batches_are_those_that_come() -> None:
+    """The longest rows, of 100 and 90 tokens, do not meet; the second step has one row, and nothing else."""
+    rows = rows_of(100, 10, 90, 20, 30, 0, 0, 0, labels=[5, 5, 9, 9, 3, 0, 0, 0])
+    assert rows.load(4) == Load(220, 28, 30)
+    assert rows.load(2) == Load(110, 18, 30)
+    assert rows.load(1) == Load(100, 9, 10)
+    assert replace(work(), rows=rows).mean_tokens == 125
+
+
 def test_packed_rows_are_counted_by_their_tokens() -> None:
     """Rows of 100 and 10 tokens: 120 at once take 2 batches for 4 rows of 55 on average, 60 at once still hold 100."""
-    rows = replace(work(), lengths=(100, 100, 10, 10))
-    assert (rows.tokens(4), rows.tokens(2), rows.batches(2), rows.least_tokens(2)) == (220, 200, 2, 20)
-    packed = replace(rows, pack=120)
-    assert (packed.tokens(4), packed.batches(4)) == (120, 2)
-    assert replace(rows, pack=60).tokens(4) == 100
-    assert replace(packed, computed=0.5).batches(4) == 1
+    job = replace(work(), rows=rows_of(100, 100, 10, 10))
+    assert (job.load(4, 120, True), job.batches(4, 120, True)) == (Load(120, 124, 10), 2)
+    assert job.load(4, 60, True).tokens == 100
+    assert replace(job, rows=replace(job.rows, computed=0.5)).batches(4, 120, True) == 1
+
+
+def test_layers_that_may_pad_count_both_ways_and_every_label() -> None:
+    rows = replace(rows_of(100, 10, 90, 20, labels=[1, 1, 1, 1]), shared=lambda micro_batch: Load(115, 2, 60))
+    job = replace(work(), rows=rows)
+    assert job.load(2, None, True) == Load(115, 2, 60), "fused layers share what begins alike"
+    assert job.load(2, None, False) == Load(115, 115, 60)
+    assert replace(job, rows=replace(rows, shared=lambda micro_batch: None)).load(2, None, False) == Load(110, 110, 110)
+
+
+def test_labels_shrink_the_loss_and_long_held_out_rows_count(seven: Inventory) -> None:
+    choice = Choice(2, 1, ("full",) * 32)
+    rows = rows_of(600, 600, 500, 500)
+    plain = forecast(seven, replace(work(), rows=rows), MACHINE, choice).terms
+    few = replace(rows, labels=np.array([6, 6, 5, 5]))
+    assert forecast(seven, replace(work(), rows=few), MACHINE, choice).terms["loss chunk"] < plain["loss chunk"] / 2
+    assert "held-out rows" not in plain
+
+    def held_out(tokens: int) -> dict[str, int]:
+        more = replace(rows, held_out=np.array([tokens, 10]))
+        return forecast(seven, replace(work(), rows=more), MACHINE, choice).terms
+
+    assert held_out(500)["held-out rows"] == 0
+    assert held_out(9000)["held-out rows"] > held_out(6000)["held-out rows"] > 9000 * 4 * 4096
+
+
+def test_packed_rows_shrink_to_a_budget(seven: Inventory) -> None:
+    """2,048 tokens at once, then half, then half of that; the longest row has 500."""
+    job = replace(work(), rows=rows_of(*[500, 100, 400, 200] * 4), rows_per_step=8)
+    found = {each.choice.pack: each.choice for each in forecasts(seven, job, MACHINE, micro_batch=8, pack=2048)}
+    assert list(found) == [2048, 1024, 512, 500]
+    assert {choice.micro_batch * choice.accumulation for choice in found.values()} == {8}
+    whole = forecast(seven, job, MACHINE, Choice(8, 1, ("cheap",) * 32, pack=2048)).peak_bytes
+    less = solve(seven, job, MACHINE, whole - 1, micro_batch=8, pack=2048, recompute="cheap", can_stream=False)
+    assert less is not None and less.choice.pack == 1024
 
 
 def test_the_heads_adapter_follows_its_settings(seven: Inventory) -> None:

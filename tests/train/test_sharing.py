@@ -1,18 +1,22 @@
 """The forecast of shared prefixes, and what `auto` makes of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import smidgen
+from smidgen.data.batch import Batching
 from smidgen.data.render import Example
 from smidgen.errors import SettingsError
-from smidgen.events import Event, Note
+from smidgen.events import Event, Note, silent
+from smidgen.model.load import open_source
 from smidgen.train.config import Settings
 from smidgen.train.evaluate import held_out_loss
 from smidgen.train.loop import Schedule
-from smidgen.train.sharing import choose_batching, estimate_sharing
+from smidgen.train.rows import read_rows
+from smidgen.train.sharing import choose_batching, estimate_sharing, planned_rows
 from tiny import build, tiny_folder, write_rows
 
 SYSTEM = list(range(100, 140))
@@ -41,6 +45,42 @@ def test_the_forecast_is_what_a_run_computes(settings: Settings, computed: int) 
 
 def test_the_forecast_looks_at_a_hundred_steps() -> None:
     assert estimate_sharing(_examples(300), Schedule([50] * 300, Settings(micro_batch=2))).tokens == 200 * 50
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {}, {"group_by_length": True, "epochs": 2.5}, {"max_steps": 3}, {"mix": "3,1", "share_prefix": "off"},
+        {"accumulation": 2, "train_on_prompt": True}, {"share_prefix": "off", "accumulation": 3},
+    ],
+)  # fmt: skip
+def test_a_plan_knows_the_largest_micro_batch_that_comes(how: dict[str, Any], tmp_path: Path) -> None:
+    """Counted from the batches themselves, with what rows begin with alike computed once where a run does that."""
+    words = ["red", "green", "blue", "grey", "white", "black", "pink"]
+    for number in range(2):
+        pairs = [("Say a colour: " * (n % 3) + str(n % 5), " ".join(words[: n * n % 7 + 1])) for n in range(40)]
+        rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row | {"n": number}) + "\n" for row in rows))
+    settings = Settings(**{"micro_batch": 4, "accumulation": 2} | how)
+    data = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
+    found = read_rows(open_source(str(tiny_folder(tmp_path / "model"))), data, settings, silent)
+    schedule = Schedule(found.train.lengths, settings, found.mixture)
+    plan = planned_rows(found.train, found.held_out, schedule)
+    assert plan.longest == max(found.train.lengths.max(), found.held_out.lengths.max())
+    for size in (4, 2, 1):
+        shared = plan.shared(size)
+        assert (shared is None) == (size == 1 or settings.share_prefix == "off")
+        batching = Batching(size, share_prefix=shared is not None)
+        tokens, labels = [], []
+        for step in range(schedule.total_steps):
+            taken = [found.train[row] for row in schedule.rows_of(step)]
+            for part in batching.split(taken):
+                tokens.append(batching.tokens_of([taken[index].input_ids for index in part]))
+                labels.append(sum(label != -100 for index in part for label in taken[index].labels))
+        load = shared or plan.load(size)
+        assert load.tokens == max(tokens) and load.least_tokens <= min(tokens)
+        assert load.labels >= max(labels) or load.labels == load.tokens + size
+        assert shared or load.labels == max(labels)
 
 
 def test_data_forecasts_the_saving_of_a_file(tmp_path: Path) -> None:

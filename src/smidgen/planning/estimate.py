@@ -23,6 +23,7 @@ __all__ = [
     "RECOMPUTE",
     "adapter_bytes",
     "chunk_positions",
+    "evaluation_bytes",
     "kept_bytes",
     "layer_work_bytes",
     "loss_bytes",
@@ -197,28 +198,54 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
 
 def loss_bytes(
-    model: Inventory, tokens: int, itemsize: int = _FLOAT32, head_parameters: int = 0, *, is_cpu: bool = True
+    model: Inventory,
+    tokens: int,
+    labels: int,
+    itemsize: int = _FLOAT32,
+    head_parameters: int = 0,
+    *,
+    is_cpu: bool = True,
 ) -> int:
     """With the last norm's input, of all tokens: the hidden states of the labelled positions, their gradient and a
-    chunk of logits with its own; or then what the norm's gradient needs.
+    chunk of logits with its own; or then what the norm's gradient needs, of all tokens.
 
     For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
-    type. Elsewhere than on a CPU some of a chunk is there twice more, in float32. Counts every token as labelled.
+    type. Elsewhere than on a CPU some of a chunk is there twice more, in float32.
     """
-    positions = chunk_positions(tokens, model.vocab_size)
+    positions = chunk_positions(labels, model.vocab_size)
     chunk = positions * (model.vocab_size + 2 * model.hidden_size)
     wide = 0 if is_cpu else 2 * _FLOAT32 * min(positions * model.vocab_size, max(TWIN_LOGITS, model.vocab_size))
-    of_norm = 0 if model.kept else 1  # kept has its input
-    if model.fused:  # the norm's gradient takes no more
-        numbers = (2 + of_norm) * tokens * model.hidden_size + chunk
+    of_norm = 0 if model.kept else tokens * model.hidden_size  # kept has its input
+    selected, states = 2 * labels * model.hidden_size, tokens * model.hidden_size
+    if model.fused:  # the gradient before the norm and behind it
+        numbers = of_norm + max(selected + chunk, 2 * states)
     elif itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
-        numbers = (5 + of_norm) * tokens * model.hidden_size + chunk
+        numbers = of_norm + 3 * states + selected + chunk
     else:
-        numbers = tokens * model.hidden_size * of_norm + max(
-            2 * tokens * model.hidden_size + chunk, 5 * tokens * model.hidden_size
-        )
+        numbers = of_norm + max(selected + chunk, 5 * states)
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
     return itemsize * numbers + learnt + wide
+
+
+def evaluation_bytes(
+    model: Inventory,
+    tokens: int,
+    labels: int,
+    recompute: str,
+    ranks: int,
+    longest: int,
+    itemsize: int = _FLOAT32,
+    *,
+    is_cpu: bool = True,
+) -> int:
+    """Held-out rows without a gradient: a layer's pass, which makes all that one would need and gathers what waits for
+    one, tile after tile; or the loss, counted as in training. Left out: scratch_bytes.
+    """
+    kept = {"ranks": ranks, "itemsize": itemsize, "longest": longest}
+    tile = tile_tokens(model, tokens, longest)
+    whole = kept_bytes(model, tokens, (recompute,), **kept) + itemsize * tokens * model.hidden_size
+    layer = whole + kept_bytes(model, tile, ("none",), **kept) + itemsize * tile * _widest(model)
+    return max(layer, loss_bytes(model, tokens, labels, itemsize, is_cpu=is_cpu))
 
 
 def adapter_bytes(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from smidgen.errors import SettingsError
 from smidgen.kernels.sizes import cache_capacity
 from smidgen.planning import estimate
+from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, spread, with_base
 from smidgen.units import format_bytes
@@ -53,20 +54,21 @@ class GenerationPlan:
         return lines
 
 
-def plan_generation(model: Inventory, ways: Iterable[GenerationPlan], budget: int) -> GenerationPlan:
+def plan_generation(
+    model: Inventory, ways: Iterable[GenerationPlan], budget: int, where: str = "--memory"
+) -> GenerationPlan:
     """The first of `ways` (see generation_plans) within the budget (bytes). Raises SettingsError where none is."""
     for plan in ways:
         if plan.forecast.peak_bytes <= budget:
             return plan
     prompt_tokens = plan.forecast.tokens
     last = ", with every layer read from disk for each token" if plan.streamed else ""
-    raise SettingsError(
-        [
-            f"memory: {format_bytes(budget)} is too little for {model.name or 'this model'}: at least"
-            f" {format_bytes(plan.forecast.peak_bytes)} is needed for a prompt of {prompt_tokens} tokens and an answer"
-            f" of {plan.tokens - prompt_tokens}{last}; a shorter prompt or answer needs less"
-        ]
+    more = (
+        f" for a prompt of {prompt_tokens} tokens and an answer of {plan.tokens - prompt_tokens}{last}; a shorter"
+        " prompt or answer needs less"
     )
+    name, least = model.name or "this model", plan.forecast.peak_bytes
+    raise SettingsError([too_little(budget, where, f"for {name}", least, more)])
 
 
 def generation_plans(

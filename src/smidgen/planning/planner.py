@@ -7,19 +7,17 @@ equally fast ones, the one that reads least from disk.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil
 
 from smidgen.planning import estimate
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.inventory import Inventory
+from smidgen.planning.work import Load, Work
 from smidgen.units import format_bytes
 
 __all__ = [
     "Choice",
     "Forecast",
     "Machine",
-    "Work",
     "fastest",
     "forecast",
     "forecasts",
@@ -52,65 +50,16 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is trained on. lengths: tokens of the rows, longest first; parameters: trainable; ranks: of all adapters of
-    one layer together. rows_per_step: micro-batch times accumulation. pack: tokens that are computed at once,
-    in place of so many rows. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters`
-    that the head computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone.
-    kept_item: bytes of a number that waits for the backward pass; None: itemsize.
-    computed, labelled: shares of the tokens that the layers compute (a prefix that rows share comes once) and that the
-    head does. Both count for the time alone: the largest micro-batch may have nothing to share, and only labels.
-
-    Rows are counted without padding. Where layers turn out to need it, no more tokens are computed at once, padding
-    included (train/sharing.py).
-    """
-
-    lengths: Sequence[int]
-    rows_per_step: int
-    parameters: int
-    ranks: int
-    itemsize: int = 4
-    pack: int | None = None
-    state_bytes: float = 8
-    head_parameters: int = 0
-    inputs: int = 0
-    kept_item: int | None = None
-    computed: float = 1.0
-    labelled: float = 1.0
-
-    def tokens(self, rows: int) -> int:
-        """Of the largest micro-batch that can come."""
-        if self.pack is not None:
-            return max(self.lengths[0], min(self.pack, sum(self.lengths[: self.rows_per_step])))
-        return sum(self.lengths[:rows])
-
-    def least_tokens(self, rows: int) -> int:
-        """Of the smallest micro-batch that can come."""
-        return sum(self.lengths[-min(rows, len(self.lengths)) :])
-
-    def batches(self, rows: int) -> int:
-        """That an optimizer step is computed in, on average rounded up."""
-        if self.pack is not None:
-            return ceil(self.mean_tokens() * self.computed / self.tokens(rows))
-        return ceil(self.rows_per_step / rows)
-
-    def mean_tokens(self) -> float:
-        """Of one optimizer step."""
-        return self.rows_per_step * self._all_tokens / max(1, len(self.lengths))
-
-    @cached_property
-    def _all_tokens(self) -> int:
-        return sum(self.lengths)  # of millions of rows perhaps, and asked for with each choice
-
-
-@dataclass(frozen=True)
 class Choice:
-    """recompute: of each layer. streamed: indices of the layers that are not kept in memory."""
+    """recompute: of each layer. streamed: indices of the layers that are not kept in memory. pack: tokens that are
+    computed at once, in place of so many rows.
+    """
 
     micro_batch: int
     accumulation: int
     recompute: tuple[str, ...]
     streamed: tuple[int, ...] = ()
+    pack: int | None = None
 
     @property
     def recompute_name(self) -> str:
@@ -148,31 +97,43 @@ class Forecast:
 
 def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> Forecast:
     """Memory and time of one choice."""
-    tokens, longest = work.tokens(choice.micro_batch), work.lengths[0]
+    load, longest = work.load(choice.micro_batch, choice.pack, model.fused), work.rows.longest
     item, threads = work.itemsize, machine.threads
-    may_pad = not model.fused and choice.micro_batch > 1 and longest > work.lengths[-1]  # in more, smaller batches
+    in_64s = machine.is_cpu and item == 2  # see program_bytes
+    load = load.padded(64) if in_64s else load
+    tokens = load.tokens
+    may_pad = not model.fused and choice.micro_batch > 1 and longest > work.rows.shortest  # in more, smaller batches
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
     kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
     backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item)
-    loss = estimate.loss_bytes(model, tokens, item, work.head_parameters, is_cpu=machine.is_cpu)
+    loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, is_cpu=machine.is_cpu)
+    scratch = estimate.scratch_bytes(model, tokens, longest, threads, item, is_cpu=machine.is_cpu)
     small = {
         **estimate.adapter_bytes(
             work.parameters,
             work.state_bytes,
             kept,
             model.num_layers,
-            accumulates=choice.accumulation > 1 or work.pack is not None or may_pad,
+            accumulates=choice.accumulation > 1 or choice.pack is not None or may_pad,
             head_parameters=work.head_parameters,
         ),
         "kept activations": kept,
         "one layer's working set": max(0, backward - loss),  # the two are never at once; together they are the larger
         "loss chunk": loss,
-        "scratch": estimate.scratch_bytes(model, tokens, longest, threads, item, is_cpu=machine.is_cpu),
+        "scratch": scratch,
     }
-    if machine.is_cpu and item == 2:
-        least = work.least_tokens(choice.micro_batch)
-        small["programs"] = estimate.program_bytes(tokens, min(tokens, least))
+    if evaluated := work.rows.evaluated(choice.micro_batch):
+        evaluated = evaluated.padded(64) if in_64s else evaluated
+        count = evaluated.tokens if model.fused else choice.micro_batch * longest  # padding included
+        held_out = estimate.evaluation_bytes(
+            model, count, evaluated.labels, choice.recompute[0], work.ranks, longest, item, is_cpu=machine.is_cpu
+        )
+        held_out += estimate.scratch_bytes(model, count, longest, threads, item, is_cpu=machine.is_cpu)
+        small["held-out rows"] = max(0, held_out - kept - max(backward, loss) - scratch)  # there are no gradients then
+        load |= Load(count, evaluated.labels, evaluated.least_tokens)
+    if in_64s:
+        small["programs"] = estimate.program_bytes(load.tokens, load.least_tokens)
     terms, mapped = with_base(model, machine, choice.streamed, small)
     step_s, read_bytes = _time(model, work, machine, choice)
     return Forecast(choice, terms, mapped, step_s, read_bytes, tokens)
@@ -207,11 +168,11 @@ def with_base(
 
 def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tuple[float, int]:
     """(seconds of one optimizer step, bytes that it reads from disk). Left out: norms, attention, the optimizer."""
-    batches = work.batches(choice.micro_batch)
+    batches = work.batches(choice.micro_batch, choice.pack, model.fused)
     share = choice.recompute.count("full") / len(choice.recompute)
     head = model.vocab_size * model.hidden_size
-    of_layers = work.computed * model.weights * (1 + _FORWARD_SHARE * share)
-    flops = work.mean_tokens() * 4 * (of_layers + work.labelled * head)
+    of_layers = work.rows.computed * model.weights * (1 + _FORWARD_SHARE * share)
+    flops = work.mean_tokens * 4 * (of_layers + work.rows.labelled * head)
     sizes = [model.layer_bytes[layer] for layer in sorted(choice.streamed)]
     # forwards and backwards, but at either end two layers are there already
     read = batches * max(0, 2 * sum(sizes) - sum(sizes[:2]) - sum(sizes[-2:]))
@@ -223,21 +184,32 @@ def spread(count: int, layers: int) -> tuple[int, ...]:
     return tuple(sorted({round((i + 0.5) * layers / count - 0.5) for i in range(count)})) if count else ()
 
 
-def _choices(model: Inventory, work: Work, micro_batch: int, *, can_stream: bool, recompute: str) -> Iterator[Choice]:
+def _at_once(work: Work, micro_batch: int, pack: int | None) -> list[tuple[int, int | None]]:
+    """(micro-batch, pack), smaller and smaller, that leave the optimizer steps as they are."""
+    sizes = [m for m in range(micro_batch, 0, -1) if work.rows_per_step % m == 0]
+    if pack is None:
+        return [(m, None) for m in sizes]
+    halvings = (max(1, pack // work.rows.longest)).bit_length()  # down to the longest row; rows held out follow
+    found = [(pack >> n, next(m for m in sizes if m <= max(1, micro_batch >> n))) for n in range(halvings)]
+    return [(m, tokens) for tokens, m in [*found, (min(pack, work.rows.longest), 1)]]
+
+
+def _choices(
+    model: Inventory, work: Work, micro_batch: int, pack: int | None, *, can_stream: bool, recompute: str
+) -> Iterator[Choice]:
     layers = model.num_layers
-    rows = [m for m in range(micro_batch, 0, -1) if work.rows_per_step % m == 0]
     if recompute != "auto":
         mixtures = [(recompute,) * layers]
     else:
         least = "cheap" if model.fused else "none"
         counts = sorted({layers * part // 8 for part in range(9)})
         mixtures = [("none",) * layers, *(("full",) * n + (least,) * (layers - n) for n in counts)]
-    for m in rows:
+    for m, tokens in dict.fromkeys(_at_once(work, micro_batch, pack)):
         for mixture in dict.fromkeys(mixtures):
             for count in range(layers + 1) if can_stream else (0,):
                 streamed = spread(count, layers)
                 if len(streamed) == count:
-                    yield Choice(m, work.rows_per_step // m, mixture, streamed)
+                    yield Choice(m, work.rows_per_step // m, mixture, streamed, tokens)
 
 
 def forecasts(
@@ -246,11 +218,12 @@ def forecasts(
     machine: Machine,
     *,
     micro_batch: int,
+    pack: int | None = None,
     recompute: str = "auto",
     can_stream: bool = True,
 ) -> list[Forecast]:
     """Of every choice that there is: what `fastest` and `smallest` choose from."""
-    choices = _choices(model, work, micro_batch, can_stream=can_stream, recompute=recompute)
+    choices = _choices(model, work, micro_batch, pack, can_stream=can_stream, recompute=recompute)
     return [forecast(model, work, machine, choice) for choice in choices]
 
 
@@ -264,10 +237,11 @@ def smallest(found: Iterable[Forecast]) -> Forecast:
     return min(found, key=lambda each: each.peak_bytes)
 
 
-def _rank(found: Forecast) -> tuple[float, int, int, int]:
+def _rank(found: Forecast) -> tuple[float, int, int, int, int]:
     """Faster first (to three digits), then fewer bytes read, larger micro-batches, less memory."""
     choice = found.choice
-    return float(f"{found.step_s:.3g}"), found.read_bytes, -choice.micro_batch, RECOMPUTE.index(choice.recompute[0])
+    at_once = (-(choice.pack or 0), -choice.micro_batch)
+    return float(f"{found.step_s:.3g}"), found.read_bytes, *at_once, RECOMPUTE.index(choice.recompute[0])
 
 
 def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[str]:
@@ -281,6 +255,8 @@ def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[
             f" stay in memory, {format_bytes(found.read_bytes)} are read for each step"
         )
     lines.append(f"recompute {choice.recompute_name}: kept activations {format_bytes(found.terms['kept activations'])}")
-    if choice.accumulation * choice.micro_batch == work.rows_per_step and choice.accumulation > 1:
+    if choice.pack is not None:
+        lines.append(f"rows are packed into at most {choice.pack} tokens: the same optimizer steps")
+    elif choice.accumulation * choice.micro_batch == work.rows_per_step and choice.accumulation > 1:
         lines.append(f"micro-batch {choice.micro_batch}, accumulation {choice.accumulation}: the same optimizer steps")
     return lines

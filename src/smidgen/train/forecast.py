@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from smidgen.checkpoint.base import Checkpoint
@@ -18,35 +19,32 @@ from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
 from smidgen.model.tokenizer import add_tokens
+from smidgen.planning.budget import too_little
 from smidgen.planning.generation import GenerationPlan, generation_plans
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
+from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, reasons, smallest
 from smidgen.planning.shapes import SHAPES
+from smidgen.planning.work import Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, with_trained_norms, work_of
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
-from smidgen.train.sharing import estimate_sharing
-from smidgen.units import format_bytes, parse_duration
+from smidgen.train.sharing import planned_rows
+from smidgen.units import parse_duration
 
 __all__ = ["plan_answers", "plan_model"]
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is to be planned for. rows: lengths in tokens; computed, labelled: shares of them, see planner.Work."""
+    """What is to be planned for."""
 
     name: str
     checkpoint: Checkpoint | None
     config: dict[str, Any]
-    rows: list[int]
+    rows: Rows
     steps: int
-    computed: float = 1.0
-    labelled: float = 1.0
-
-    def work(self, shape: Inventory, settings: Settings, itemsize: int) -> Work:
-        return work_of(shape, settings, self.rows, itemsize, computed=self.computed, labelled=self.labelled)
 
 
 def plan_model(
@@ -65,10 +63,10 @@ def plan_model(
         return with_trained_norms(found, settings)
 
     shape = inventory(storage)
-    work = subject.work(shape, settings, dtype.itemsize)
+    work = work_of(shape, settings, subject.rows, dtype.itemsize)
     machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
-    given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
+    given = {"micro_batch": settings.micro_batch, "pack": settings.pack, "recompute": settings.recompute}
     can_stream = device == "cpu"
     every = forecasts(shape, work, machine, **given, can_stream=can_stream)
     found, least = fastest(every, budget), smallest(every)
@@ -78,16 +76,16 @@ def plan_model(
         for line in reasons(shape, found, work, budget or found.peak_bytes):
             report(Note(line))
     else:
-        report(Warned(f"{format_bytes(budget)} ({where}) is too little: at least {format_bytes(least.peak_bytes)}"))
+        report(Warned(too_little(budget, where, f"for {subject.name}", least.peak_bytes)))
     result = _figures(found, work, runs_here=runs_here)
     return {
         "model": subject.name,
         "device": device,
         **result,
         "run_s": _run_s(result["step_s"], subject.steps, settings),
-        "tokens_per_step": round(work.mean_tokens()),
-        "computed_tokens_per_step": round(work.mean_tokens() * work.computed),
-        "labels_per_step": round(work.mean_tokens() * work.labelled),
+        "tokens_per_step": round(work.mean_tokens),
+        "computed_tokens_per_step": round(work.mean_tokens * work.rows.computed),
+        "labels_per_step": round(work.mean_tokens * work.rows.labelled),
         "steps": subject.steps,
         "budget_bytes": budget or None,
         "fits": fits,
@@ -98,7 +96,7 @@ def plan_model(
             "quantize": storage, "compute_dtype": str(dtype).removeprefix("torch."), "rank": settings.rank,
             "targets": settings.targets, "micro_batch": found.choice.micro_batch,
             "accumulation": found.choice.accumulation, "recompute": found.choice.recompute_name,
-            "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.lengths[0],
+            "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.rows.longest,
         },
         "what_if": _what_if(
             shape, inventory, found, work, machine, settings, subject, can_stream=can_stream, runs_here=runs_here
@@ -125,7 +123,7 @@ def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report
         for line in found.reasons(shape, budget or found.forecast.peak_bytes):
             report(Note(line))
     else:
-        report(Warned(f"{format_bytes(budget)} ({where}) is too little: at least {format_bytes(least.peak_bytes)}"))
+        report(Warned(too_little(budget, where, f"for {subject.name}", least.peak_bytes)))
 
     def step_s(plan: GenerationPlan) -> float | None:
         return plan.forecast.step_s if runs_here else None
@@ -174,15 +172,12 @@ def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, r
         name, checkpoint, config = path.name or model, source.checkpoint, source.checkpoint.config
         if data is not None:
             found = read_rows(source, data, settings, report)
-            rows = found.train.lengths.tolist()
-            if not rows:
+            if not found.train:
                 raise DataError(f"{', '.join(found.data.names)}: no row is left to train on", cure="raise --seq-len")
-            schedule = Schedule(rows, settings, found.mixture)
-            sharing = estimate_sharing(found.train, schedule)
-            labelled = int(found.train.trained_tokens.sum()) / sum(rows)
-            computed = sharing.computed_tokens / sharing.tokens
-            return _Subject(name, checkpoint, config, rows, schedule.total_steps, computed, labelled)
-    rows = [settings.seq_len] * settings.micro_batch * settings.accumulation
+            schedule = Schedule(found.train.lengths, settings, found.mixture)
+            rows = planned_rows(found.train, found.held_out, schedule)
+            return _Subject(name, checkpoint, config, rows, schedule.total_steps)
+    rows = Rows(np.full(settings.micro_batch * settings.accumulation, settings.seq_len, np.int32))
     report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
     return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
 
@@ -226,7 +221,8 @@ def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, s
 def _plain(shape: Inventory, work: Work, machine: Machine, settings: Settings) -> Forecast:
     """The settings as a run takes them where there is memory enough."""
     recompute = "none" if settings.recompute == "auto" else settings.recompute
-    choice = Choice(settings.micro_batch, settings.accumulation, (recompute,) * shape.num_layers)
+    layers = (recompute,) * shape.num_layers
+    choice = Choice(settings.micro_batch, settings.accumulation, layers, pack=settings.pack)
     return forecast(shape, work, machine, choice)
 
 
@@ -242,7 +238,7 @@ def _figures(found: Forecast, work: Work, *, runs_here: bool) -> dict[str, Any]:
         "anonymous_bytes": found.anonymous_bytes,
         "terms": found.terms,
         "step_s": found.step_s if runs_here else None,
-        "tokens_per_s": work.mean_tokens() / found.step_s if runs_here else None,
+        "tokens_per_s": work.mean_tokens / found.step_s if runs_here else None,
         "read_bytes_per_step": found.read_bytes,
     }
 
@@ -262,7 +258,9 @@ def _what_if(
     """What other settings would need, one change at a time."""
     choice, layers = found.choice, shape.num_layers
     rows: list[tuple[str, Inventory, Work, Choice]] = []
-    if choice.micro_batch > 1:
+    if choice.pack is not None:
+        rows.append((f"pack {choice.pack // 2}", shape, work, replace(choice, pack=choice.pack // 2)))
+    elif choice.micro_batch > 1:
         half = math.ceil(choice.micro_batch / 2)
         changed = replace(choice, micro_batch=half, accumulation=math.ceil(work.rows_per_step / half))
         rows.append((f"micro-batch {half}", shape, work, changed))
@@ -275,10 +273,10 @@ def _what_if(
                 name = f"{len(streamed)} of {layers} layers streamed"
                 rows.append((name, shape, work, replace(choice, streamed=streamed)))
     if settings.rank != 8:
-        lower = subject.work(shape, replace(settings, rank=8), work.itemsize)
+        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize)
         rows.append(("rank 8", shape, lower, choice))
-    halved = replace(work, lengths=tuple(-(-length // 2) for length in work.lengths))
-    rows.append((f"rows of {halved.lengths[0]} tokens", shape, halved, choice))
+    halved = replace(work, rows=work.rows.halved())
+    rows.append((f"rows of {halved.rows.longest} tokens", shape, halved, choice))
     forms: Sequence[str] = ("nf4-dq", "int8", "none") if subject.checkpoint is None else ("none",)
     for form in forms:
         if form != shape.storage and not shape.mapped:

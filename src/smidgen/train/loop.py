@@ -60,6 +60,13 @@ class Schedule:
         first = position * self.step_rows
         return self._order_of(epoch)[first : first + self.step_rows]
 
+    def orders(self) -> Iterator[NDArray[np.int32]]:
+        """The rows of all steps, an epoch at a time, as indices; -1 fills a step that has fewer."""
+        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+            steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+            order = np.asarray(self._order_of(epoch), np.int32)[: steps * self.step_rows]
+            yield np.pad(order, (0, steps * self.step_rows - len(order)), constant_values=-1)
+
     @cached_property
     def _order_of(self) -> Callable[[int], Sequence[int]]:
         """Epoch -> the order of its rows; the last one is kept, since every step of an epoch asks for it."""

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
 from smidgen.model.device import current_rss_bytes, free_bytes, free_memory_bytes, measure_gflops, resident_bytes
 from smidgen.model.stream import layer_of
+from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Choice, Forecast, Machine, Work, fastest, forecast, forecasts, reasons, smallest
+from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, reasons, smallest
+from smidgen.planning.work import Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.optimizers import STATE_BYTES
-from smidgen.units import format_bytes, parse_bytes
+from smidgen.units import parse_bytes
 
 __all__ = [
     "CUDA_CONTEXT_BYTES",
@@ -44,16 +44,8 @@ _PROBE_BYTES = 1 << 28
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
 
 
-def work_of(
-    model: Inventory,
-    settings: Settings,
-    lengths: Sequence[int] | NDArray[np.integer],
-    itemsize: int,
-    *,
-    computed: float = 1.0,
-    labelled: float = 1.0,
-) -> Work:
-    """lengths: tokens of each training row. itemsize: of the compute type. computed, labelled: see Work.
+def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], itemsize: int) -> Work:
+    """rows: or the tokens of each, in the steps' order. itemsize: of the compute type.
 
     Raises SettingsError for wrong targets and patterns.
     """
@@ -75,18 +67,15 @@ def work_of(
         else:
             head_parameters += numbers
     return Work(
-        lengths=array("i", np.sort(np.asarray(lengths, np.int32))[::-1].tobytes()),  # a tuple takes 8 to 36 bytes each
+        rows=rows if isinstance(rows, Rows) else Rows(np.asarray(rows, np.int32)),
         rows_per_step=settings.micro_batch * settings.accumulation,
         parameters=parameters,
         ranks=max(of_layer),
         itemsize=itemsize,
-        pack=settings.pack,
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
         inputs=_adapter_inputs(model, names),
         kept_item=_kept_item(model, settings),
-        computed=computed,
-        labelled=labelled,
     )
 
 
@@ -188,23 +177,21 @@ def plan_run(
     probe: measures the machine, where its speed decides; without it `machine` has been measured.
     """
     plain = "none" if settings.recompute == "auto" else settings.recompute
-    whole = Choice(settings.micro_batch, settings.accumulation, (plain,) * model.num_layers)
+    given = {"micro_batch": settings.micro_batch, "pack": settings.pack}
+    whole = Choice(accumulation=settings.accumulation, recompute=(plain,) * model.num_layers, **given)
     found: Forecast | None = forecast(model, work, machine, whole)
     if found.peak_bytes > budget[0]:
         machine = probe() if probe else machine
-        given = {"micro_batch": settings.micro_batch, "recompute": settings.recompute}
-        every = forecasts(model, work, machine, **given, can_stream=can_stream)
+        every = forecasts(model, work, machine, **given, recompute=settings.recompute, can_stream=can_stream)
         least, found = smallest(every), fastest(every, budget[0])
     if found is None:
-        longest = work.lengths[0]
-        raise SettingsError(
-            [
-                f"memory: {format_bytes(budget[0])} ({budget[1]}) is too little for {model.name or 'this model'}:"
-                f" at least {format_bytes(least.peak_bytes)} is needed with micro-batch {least.choice.micro_batch},"
-                f" rows of {longest} tokens and recompute {least.choice.recompute_name};"
-                f" a shorter --seq-len or a lower --rank needs less"
-            ]
+        choice = least.choice
+        pack = "" if choice.pack is None else f" --pack {choice.pack},"
+        more = (
+            f" with micro-batch {choice.micro_batch},{pack} rows of {work.rows.longest} tokens and recompute"
+            f" {choice.recompute_name}; a shorter --seq-len or a lower --rank needs less"
         )
+        raise SettingsError([too_little(*budget, f"for {model.name or 'this model'}", least.peak_bytes, more)])
     for line in reasons(model, found, work, budget[0]):
         report(Note(line))
     return found
@@ -212,7 +199,8 @@ def plan_run(
 
 def settings_for(settings: Settings, found: Forecast) -> Settings:
     """The settings with the micro-batch that fits; the optimizer steps stay the same."""
-    return replace(settings, micro_batch=found.choice.micro_batch, accumulation=found.choice.accumulation)
+    choice = found.choice
+    return replace(settings, micro_batch=choice.micro_batch, accumulation=choice.accumulation, pack=choice.pack)
 
 
 def give_memory_back() -> None:

@@ -40,6 +40,7 @@ from smidgen.model.trained import (
 )
 from smidgen.planning.conversion import LEFT_BY_GPTQ
 from smidgen.planning.planner import Forecast, Machine
+from smidgen.planning.work import Rows
 from smidgen.quant.linear import FrozenEmbedding
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
@@ -56,7 +57,7 @@ from smidgen.train.memory import (
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
 from smidgen.train.run import adapter_folder, read_record
-from smidgen.train.sharing import choose_batching, estimate_sharing
+from smidgen.train.sharing import choose_batching, estimate_sharing, planned_rows
 from smidgen.units import format_bytes, format_count, parse_bytes
 
 __all__ = ["Prepared", "gptq_folder", "initial_adapter", "prepare"]
@@ -141,10 +142,11 @@ def prepare(
     check_optimizer(settings, choose_device(settings.device))
     statistics = build_report(rows.rendered[:1], source.tokenizer, layout=layout, mix=rows.mix)
     decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
+    planned = planned_rows(examples, held_out, Schedule(examples.lengths, settings, rows.mixture))
     if needs_gptq(settings.quantize, source.checkpoint):
-        _plan(source, decided, settings, examples, silent, before_gptq=True)  # or minutes would be lost
+        _plan(source, decided, settings, planned, silent, before_gptq=True)  # or minutes would be lost
         source = _quantised(source, examples, gptq_folder(out), settings, report)
-    plan = _plan(source, decided, settings, examples, report)
+    plan = _plan(source, decided, settings, planned, report)
     base = load_base(
         source,
         decided=decided,
@@ -270,7 +272,7 @@ def _plan(
     source: Source,
     decided: Decided,
     settings: Settings,
-    examples: Examples,
+    rows: Rows,
     report: Report,
     *,
     before_gptq: bool = False,
@@ -290,7 +292,7 @@ def _plan(
         trust_remote_code=settings.trust_remote_code,
     )
     model = with_trained_norms(model, settings)
-    work = work_of(model, settings, examples.lengths, item)
+    work = work_of(model, settings, rows, item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     left = LEFT_BY_GPTQ if before_gptq and decided.device.type == "cpu" else 0
 

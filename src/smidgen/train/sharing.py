@@ -1,22 +1,30 @@
 """How the rows of a step are computed: how many at once, packed or padded, and whether sharing a beginning pays."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from smidgen.data.batch import Batching
 from smidgen.data.render import Example
 from smidgen.data.report import Sharing
+from smidgen.data.tokens import Examples
 from smidgen.events import Note, Report
 from smidgen.model.build import Base
 from smidgen.model.fused import is_fused, learns_norms
+from smidgen.planning.work import Load, Rows
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
 
-__all__ = ["choose_batching", "estimate_sharing", "refuse_packing"]
+__all__ = ["choose_batching", "estimate_sharing", "planned_rows", "refuse_packing"]
 
 _STEPS = 100  # of the first epoch are looked at; they are in random order
 _LEAST_SAVED = 0.05  # of the tokens
+_MOST_ROWS = 1 << 21  # are put in order for a plan, in about a second; more count as if the longest came together
+_MOST_SHARED = 1 << 14  # rows of the largest steps have their beginnings compared, in about a second
 _MOST_DISTANT = 0.2  # of a token's hidden states in norm; a first token that sees another row is farther off
 
 
@@ -38,6 +46,58 @@ def estimate_sharing(examples: Sequence[Example], schedule: Schedule) -> Sharing
         off = f"rows computed at once begin alike in {1 - computed / tokens:.0%} of their tokens"
     computed = tokens if off else computed
     return Sharing(settings.micro_batch, settings.accumulation, settings.pack, tokens, computed, off)
+
+
+def planned_rows(examples: Examples, held_out: Examples, schedule: Schedule) -> Rows:
+    """What a plan has to know of a run's rows: those of its steps, in their order, and those that are evaluated."""
+    settings, counts = schedule.settings, (examples.lengths, examples.trained_tokens)
+    sharing = estimate_sharing(examples, schedule)
+    held = [np.sort(count)[::-1] for count in (held_out.lengths, held_out.trained_tokens)] if held_out else (None, None)
+    found = Rows(
+        np.sort(counts[0])[::-1],
+        np.sort(counts[1])[::-1],
+        held_out=held[0],
+        held_out_labels=held[1],
+        computed=sharing.computed_tokens / max(1, sharing.tokens),
+        labelled=int(counts[1].sum()) / max(1, int(counts[0].sum())),
+    )
+    if schedule.total_steps * schedule.step_rows > _MOST_ROWS:
+        return found
+    order = np.concatenate(list(schedule.orders()))
+
+    @cache
+    def shared(micro_batch: int) -> Load | None:
+        smaller = replace(settings, micro_batch=micro_batch, accumulation=max(1, schedule.step_rows // micro_batch))
+        if estimate_sharing(examples, Schedule(schedule.lengths, smaller, schedule.mixture)).off:
+            return None
+        return _largest_shared(examples, order.reshape(-1, schedule.step_rows), micro_batch)
+
+    lengths, labels = (np.append(count, np.int32(0))[order] for count in counts)
+    return replace(found, lengths=lengths, labels=labels, shared=shared)
+
+
+def _largest_shared(examples: Examples, steps: NDArray[np.int32], micro_batch: int) -> Load:
+    """Of micro-batches where what rows begin with alike is computed once. steps [S, R]: their rows, see orders().
+
+    The steps that may be largest are looked at first; what is not looked at counts as if its longest rows came
+    together and shared nothing.
+    """
+
+    def most(count: NDArray[np.int32]) -> NDArray[np.int64]:
+        """int64 [S]: of any micro-batch of a step."""
+        return np.sort(np.append(count, np.int32(0))[steps], axis=1)[:, -micro_batch:].sum(axis=1, dtype=np.int64)
+
+    bounds, batching, tokens = most(examples.lengths), Batching(micro_batch, share_prefix=True), 0
+    for looked, step in enumerate(np.argsort(-bounds, kind="stable")):
+        if bounds[step] <= tokens or looked * steps.shape[1] >= _MOST_SHARED:
+            tokens = max(tokens, int(bounds[step]))
+            break
+        rows = [examples[row] for row in steps[step] if row >= 0]
+        computed = (batching.tokens_of([rows[index].input_ids for index in part]) for part in batching.split(rows))
+        tokens = max(tokens, *computed)
+    # a label behind a prefix that rows share is each row's own
+    labels = min(int(most(examples.trained_tokens).max()), tokens + micro_batch)
+    return Load(tokens, labels, int(examples.lengths.min()))
 
 
 def _off_by_settings(settings: Settings) -> str:
