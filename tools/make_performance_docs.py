@@ -205,6 +205,9 @@ def limits_table(result: Result) -> str:
     rows = []
     for run in result["runs"].values():
         trains = run["mode"] == "train"
+        times = [run["step_s"], run["wait_s_per_step"], *([run["resident_step_s"]] if run["resident_step_s"] else [])]
+        took, waited, *resident = (f"{value:,.0f} s" if trains else f"{_three(value)} s" for value in times)
+        threads = run["machine"]["threads"]
         rows.append(
             [
                 f"{run['shape']}, " + ("a step" if trains else f"{run['seq_len']} tokens, then each new one"),
@@ -212,9 +215,9 @@ def limits_table(result: Result) -> str:
                 *(_gigabytes(run[key]) for key in ("peak_rss_bytes", "forecast_rss_bytes", "measured_peak_bytes")),
                 f"{run['streamed_layers']} of {run['layers']}",
                 _gigabytes(run["read_bytes_per_step"]),
-                f"{_three(run['step_s'])} s",
-                f"{_three(run['wait_s_per_step'])} s",
-                f"{_three(run['resident_step_s'])} s" if run["resident_step_s"] else "-",
+                f"{took} on {threads} thread{'s' * (threads > 1)}",
+                waited,
+                *(resident or ["-"]),
             ]
         )
     titles = ["model", "limit", "resident", "its forecast", "of it anonymous", "layers streamed", "read", "time"]
