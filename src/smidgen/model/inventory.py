@@ -1,4 +1,6 @@
-"""A checkpoint, or a configuration alone -> the numbers that planning/ computes with. No weights are read."""
+"""A checkpoint, or a configuration alone -> the numbers that planning/ computes with. No weights are read, but
+for a head in the file that config.json ties to the embedding.
+"""
 
 from collections import Counter
 from dataclasses import replace
