@@ -80,7 +80,7 @@ def export_verified(
                 opened = staging if is_file else staging / _MODEL_FILE
                 save_gguf(base, tokenizer, opened, kind, report)
             if to == "ollama":
-                text = modelfile(_MODEL_FILE, tokenizer, system, min(base.max_positions, _CONTEXT))
+                text = modelfile(_MODEL_FILE, tokenizer, system, min(base.max_positions, _CONTEXT), report)
                 (staging / "Modelfile").write_text(text, encoding="utf-8")
             theirs = _reopened(opened, examples)
         found = Distance.between(reference, theirs)
