@@ -30,8 +30,9 @@ from smidgen.evaluation.evaluate import evaluate as _evaluate
 from smidgen.events import Note, Report, Saved, silent
 from smidgen.export.compare import plain_example
 from smidgen.export.files import check_new, check_vacant, check_writable
-from smidgen.export.quantise import PACKED_FORMS, calibration_of, check_quantisable, plain_dtype, quantise_model
-from smidgen.export.verified import EXPORT_TYPES, EXPORTS, export_verified
+from smidgen.export.forms import EXPORT_TYPES, EXPORTS, PACKED_FORMS
+from smidgen.export.quantise import calibration_of, check_quantisable, plain_dtype, quantise_model
+from smidgen.export.verified import export_verified
 from smidgen.kernels.library import describe_library
 from smidgen.kernels.selfcheck import check_kernels
 from smidgen.loading import Generation, LoadedModel, load
@@ -385,7 +386,7 @@ def quantize(
     check_vacant(out)
     check_writable(out)
     source = open_source(str(model), report)
-    check_quantisable(source)
+    check_quantisable(source, to)
     give_memory_back()
     if to != "gptq":
         return quantise_model(source, out, to, memory=limit, trust_remote_code=trust_remote_code, report=report)

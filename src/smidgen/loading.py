@@ -275,8 +275,7 @@ def _add_untrained_tokens(base: Base, folder: Path, tokenizer: Any, *, are_new: 
 def _base_of(folder: Path) -> tuple[str, Record | None]:
     record = read_record(folder)
     if record:
-        moved = not Path(record.model).exists() and Path(record.model_path).exists()
-        return (record.model_path if moved else record.model), record
+        return record.find_base(folder), record
     name = read_adapter(folder).config.get("base_model_name_or_path")
     if not name:
         raise RunError(f"{folder}/adapter_config.json names no base", expected="base_model_name_or_path")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from checkpoint.gguf_files import LLAMA, TENSORS, TOKENIZER, gguf_bytes, tensor_row, write_small_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES, tensor_name
@@ -17,6 +19,14 @@ from smidgen.checkpoint.gguf_header import BLOCK_TYPES
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.model.tokenizer import load_tokenizer
+from smidgen.model.tokenizer_gguf import PRE_TOKENIZERS
+
+TEXTS = (
+    "Hello world! I'll say it's 12345 o'clock, isn't it? WE'RE 3.14159, and 1,000,000 late²½.",
+    "  two  spaces\ttabs\t\t and\n\nnew lines \r\n  \n end   ",
+    'def f(x_1):\n    return {"a": [1, 22, 333]}  # ok?!\n\nCamelCaseWord HTTPServer iPhone a/b//c\n//\n ... $100 #1',
+    "naïve cafe\u0301 Ünïcode, 你好世界 2024年, Привет мир 42, हिन्दी, مرحبا, ひらがな123, ǅ, 🙂🙃",
+)
 
 
 def _refused(folder: Path, raw: bytes, says: str) -> None:
@@ -121,6 +131,32 @@ def test_bos_is_added_as_the_file_says(tmp_path: Path) -> None:
     assert first({"tokenizer.ggml.add_bos_token": True}) == "<s>"
     assert first({"tokenizer.ggml.pre": "llama-bpe"}) == "<s>"
     assert first({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}) == "hel"
+
+
+@pytest.mark.parametrize("name", [name for name in PRE_TOKENIZERS if name != "default"])
+def test_words_are_cut_as_by_the_pipelines_of_the_models(name: str, tmp_path: Path) -> None:
+    """transformers' table of expressions; what is not in it is GPT-2's, digits apart or not."""
+    split = (GGUF_PRE_TOKENIZER_SPLITS | {"stablelm2": GGUF_PRE_TOKENIZER_SPLITS["qwen2"]}).get(name)
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+    if split:
+        steps.insert(0, pre_tokenizers.Split(Regex(split), "isolated"))
+    elif name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"):
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    theirs = pre_tokenizers.Sequence(steps)
+    ours: Any = load_tokenizer(write_small_gguf(tmp_path, _with({"tokenizer.ggml.pre": name}))).backend_tokenizer
+    for text in TEXTS:
+        assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_a_file_is_known_by_what_it_begins_with(tmp_path: Path) -> None:
+    """Ollama's own files have no ending: blobs/sha256-..."""
+    write_small_gguf(tmp_path).rename(tmp_path / "sha256-2bada8a7")
+    checkpoint = open_checkpoint(tmp_path / "sha256-2bada8a7")
+    assert checkpoint.format == "gguf" and len(load_tokenizer(checkpoint.path)) == 261
+    (tmp_path / "sha256-0").write_bytes(b"GGU")
+    with pytest.raises(ModelError, match="is no model, expected a folder or a GGUF file"):
+        open_checkpoint(tmp_path / "sha256-0")
+    _refused(tmp_path, b"PK  ", "is not a GGUF file.*found b'PK  '")
 
 
 def test_padding_is_not_the_end_token_where_another_will_do(tmp_path: Path) -> None:

@@ -114,6 +114,27 @@ def test_paths_come_first_and_a_single_gguf_is_found_in_its_folder(tmp_path: Pat
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
+def test_one_file_of_a_repository_and_a_repository_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's own cache, in which there are two repositories."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("files", "weights"):
+        snapshot = tmp_path / f"models--owner--{name}" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--owner--files/snapshots" / ("0" * 40) / "m-Q4_K.gguf").write_bytes(gguf_bytes())
+    (tmp_path / "models--owner--weights/snapshots" / ("0" * 40) / "model.safetensors").touch()
+    assert resolve_model("owner/files/m-Q4_K.gguf").read_bytes() == gguf_bytes()
+    assert resolve_model("owner/weights").name == "0" * 40
+    with pytest.raises(ModelError, match=r"no weights.*expected .safetensors.*name one: owner/files/FILE.gguf"):
+        resolve_model("owner/files")
+    with pytest.raises(ModelError, match=r"smidgen download owner/files/other.gguf"):
+        resolve_model("owner/files/other.gguf")
+
+
 @pytest.mark.parametrize("spec", ["no-such-model", "./a/b", "a/b/c", "/nothing/here", "a/b.gguf/..", " ", "../x"])
 def test_what_is_nothing_gets_the_list_of_what_it_may_be(spec: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
@@ -156,6 +177,7 @@ def test_pickles_and_code_are_never_asked_for(monkeypatch: pytest.MonkeyPatch, t
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda spec, **kw: asked.update(kw) or str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
     assert download("owner/name") == tmp_path
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
     wanted += ["tokenizer.json", "tokenizer.model", "merges.txt"]

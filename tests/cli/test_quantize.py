@@ -81,6 +81,7 @@ def test_json_has_every_layer(smidgen: Callable[..., Any], seen: dict[str, Any])
             ("m", "--to", "nf4", "--out", "x", "--bits", "4", "--asym"),
             ["--bits: only --to gptq has this, found --to nf4", "--sym: only --to gptq has this, found --to nf4"],
         ),
+        (("m", "--to", "nf4", "--out", ""), ["--out: missing"]),
         (("m", "--to", "gptq", "--out", "x", "--calibration-rows", "0"), ["--calibration-rows: expected 1 or more"]),
     ],
 )

@@ -167,6 +167,34 @@ def test_a_run_starts_from_an_existing_adapter(model: Path, rows: Path, tmp_path
     assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
 
 
+def test_a_run_and_its_base_may_be_moved_together(rows: Path, tmp_path: Path) -> None:
+    """Paths in a run are absolute; the base is looked for beside it too, and has to be the same."""
+    base = tiny_folder(tmp_path / "here" / "base")
+    how = QUICK | {"compare": 0, "max_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.finetune(str(base), str(rows), base.parent / "run", report=stop_after(2), **how)
+    there = base.parent.rename(tmp_path / "there")
+    (checkpoint,) = (there / "run" / "checkpoints").iterdir()
+    assert smidgen.load(checkpoint).base.checkpoint.path == there / "base"
+    run = smidgen.resume(there / "run").path
+    assert smidgen.load(run).generate("say red 0", max_new_tokens=1).new_tokens <= 1
+    assert smidgen.merge(run, tmp_path / "merged")["max_logit_difference"] < 1
+    (there / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"is not there, expected .*/here/base or .*/there/base. Put it back"):
+        smidgen.load(run)
+    tiny_folder(there / "base", seed=1)
+    with pytest.raises(RunError, match="its weights differ"):
+        smidgen.load(run)
+
+
+def test_it_is_said_who_ignores_the_patterns(model: Path, rows: Path, tmp_path: Path) -> None:
+    for name, settings in (("plain", {}), ("patterns", {"alpha_pattern": {"down_proj": 2.0}})):
+        said: list[Event] = []
+        how = QUICK | {"compare": 0, "max_steps": 1} | settings
+        smidgen.finetune(str(model), str(rows), tmp_path / name, report=said.append, **how)
+        assert any("vLLM ignores" in str(event) for event in said) == (name == "patterns")
+
+
 def test_an_adapter_that_does_not_fit_is_no_start(model: Path, rows: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -591,7 +591,7 @@ GGUF = [
 ]  # fmt: skip
 
 GGUF_TOKENIZER = [
-    (_GGUF + "a rule that is known", _keys(tokenizer__ggml__pre="tekken"), "unknown tokenizer.ggml.pre.*found tekken"),
+    (_GGUF + "a rule that is known", _keys(tokenizer__ggml__pre="viking"), "unknown tokenizer.ggml.pre.*found viking"),
     (_GGUF + "a tokenizer that is known", _keys(tokenizer__ggml__model="bert"), "expected gpt2 or llama.*found bert"),
     (_GGUF + "a tokenizer", _keys(tokenizer__ggml__model=None), "no tokenizer.ggml.model"),
     (_GGUF + "tokens", _keys(tokenizer__ggml__tokens=None), "no tokenizer.ggml.tokens"),

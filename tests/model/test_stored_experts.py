@@ -65,10 +65,17 @@ def test_logits_are_those_of_transformers_over_the_same_numbers(architecture: st
     ("architecture", "form"), [("mixtral", "gptq"), ("qwen2-moe", "awq"), ("mixtral", "nf4-dq"), ("qwen2-moe", "int8")]
 )
 def test_it_trains_merges_and_is_exported(architecture: str, form: str, tmp_path: Path) -> None:
-    packed, _ = _packed(tmp_path, architecture, form)
+    packed, dense = _packed(tmp_path, architecture, form)
     how: dict[str, Any] = {"learning_rate": 5e-3, "compute_dtype": "float32", "compare": 0}
-    run = smidgen.finetune(str(packed), str(write_rows(tmp_path / "rows.jsonl")), tmp_path / "run", **how)
+    said: list[Any] = []
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    run = smidgen.finetune(str(packed), rows, tmp_path / "run", **how, report=said.append)
     assert run.summary["base_format"] == form
+    sizes = {name: t.numel() for name, t in load_file(dense / "model.safetensors").items() if t.dim() > 1}
+    sizes = {name: size for name, size in sizes.items() if ".layers." in name and not name.endswith(".gate.weight")}
+    share = sum(size for name, size in sizes.items() if ".experts." in name) / sum(sizes.values())
+    (note,) = [event.text for event in said if "get no adapter" in str(event)]
+    assert f"experts, {share:.0%} of the decoder's weights" in note
     assert run.summary["loss_after"] < run.summary["loss_before"] - 0.3
     assert smidgen.merge(run.path, tmp_path / "merged", dtype="float32")["max_logit_difference"] < 1e-3
     trained = smidgen.load(run.path, compute_dtype="float32").base

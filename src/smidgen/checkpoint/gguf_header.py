@@ -19,7 +19,7 @@ from typing import Any
 
 from smidgen.errors import ModelError
 
-__all__ = ["BLOCK_TYPES", "GgufHeader", "GgufTensor", "Metadata", "read_header"]
+__all__ = ["BLOCK_TYPES", "GgufHeader", "GgufTensor", "Metadata", "is_gguf", "read_header"]
 
 # ggml type id -> (name, elements of a block, bytes of a block); these can be decoded.
 BLOCK_TYPES: dict[int, tuple[str, int, int]] = {
@@ -43,6 +43,7 @@ _OTHER_TYPES = {
     34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
+_MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_TENSORS = 1_000_000
@@ -205,10 +206,19 @@ class _Cursor:
         return result
 
 
+def is_gguf(path: Path) -> bool:
+    """By what it begins with, whatever its name: Ollama's files have none that tells."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 def read_header(path: Path, data: Any) -> GgufHeader:
     """Metadata and tensors of a GGUF file whose bytes are `data`. Raises ModelError for anything that is not right."""
     cursor = _Cursor(path, data)
-    if bytes(cursor.data[:4]) != b"GGUF":
+    if bytes(cursor.data[:4]) != _MAGIC:
         found = repr(bytes(cursor.data[:4]))
         raise ModelError(f"{path} is not a GGUF file", expected="'GGUF' at its start", found=found)
     cursor.at = 4

@@ -1,4 +1,4 @@
-"""Where models come from: a folder, a .gguf file, a built-in name, or a hub id; and the cache folder of the project.
+"""Where models come from: a folder, a GGUF file, a built-in name, or a hub id; and the cache folder of the project.
 
 Only files that cannot run code are ever fetched: safetensors, JSON, tokenizers, templates; no pickles, no .py.
 """
@@ -48,6 +48,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-]+\.gguf)")
 _ALLOWED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt"]
 _IGNORED = ["*/*", "consolidated*"]  # copies of the same weights in other layouts, often as large again
 _CHUNK_BYTES = 1 << 20
@@ -73,12 +74,10 @@ def resolve_model(spec: str, report: Report = silent) -> Path:
         return _single_gguf(path) or path
     if path.exists():
         return path
-    if spec in BUILTIN_MODELS or _HUB_ID.fullmatch(spec):
+    if spec in BUILTIN_MODELS or _HUB_ID.fullmatch(spec) or _HUB_FILE.fullmatch(spec):
         return download(spec, report)
-    names = ", ".join(BUILTIN_MODELS)
     raise ModelError(
-        f"no model {spec!r}: there is no such folder or file",
-        expected=f"a model folder, a .gguf file, a built-in name ({names}) or a hub id like owner/name",
+        f"no model {spec!r}: there is no such folder or file", expected=f"a model folder, a .gguf file, {_names()}"
     )
 
 
@@ -86,10 +85,14 @@ def download(spec: str, report: Report = silent) -> Path:
     """Fetches a built-in model or a hub id, or finds it in the cache without asking the network. Raises ModelError."""
     if spec in BUILTIN_MODELS:
         return _builtin(spec, BUILTIN_MODELS[spec], report)
-    if not _HUB_ID.fullmatch(spec):
-        expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}) or a hub id like owner/name"
-        raise ModelError(f"{spec!r} cannot be downloaded", expected=expected)
+    if not _HUB_ID.fullmatch(spec) and not _HUB_FILE.fullmatch(spec):
+        raise ModelError(f"{spec!r} cannot be downloaded", expected=_names())
     return _from_hub(spec, report)
+
+
+def _names() -> str:
+    names = ", ".join(BUILTIN_MODELS)
+    return f"a built-in name ({names}) or a hub id like owner/name, of a GGUF repository owner/name/FILE.gguf"
 
 
 def _single_gguf(folder: Path) -> Path | None:
@@ -179,8 +182,9 @@ def _sha256(read: Callable[[int], bytes]) -> str:
 
 def _from_hub(spec: str, report: Report) -> Path:
     # Its own cache comes first: what is there whole needs no network and no token.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -190,9 +194,13 @@ def _from_hub(spec: str, report: Report) -> Path:
     )
 
     offline = f"fetch it once with a network: `smidgen download {spec}`; afterwards HF_HUB_OFFLINE=1 works"
-    report(Note(f"{spec}: looking on the hub (safetensors, JSON and tokenizer files only)"))
+    one = _HUB_FILE.fullmatch(spec)
+    kinds = "that file only" if one else "safetensors, JSON and tokenizer files only"
+    report(Note(f"{spec}: looking on the hub ({kinds})"))
     try:
-        return Path(snapshot_download(spec, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
+        if one:
+            return Path(hf_hub_download(one[1], one[2]))
+        folder = Path(snapshot_download(spec, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
     except GatedRepoError as error:
         cure = "accept its terms on its page, then set HF_TOKEN to a token of your account"
         raise ModelError(f"{spec} is a gated model", cure=cure) from error
@@ -202,8 +210,14 @@ def _from_hub(spec: str, report: Report) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         what = f"{spec} is no folder here, not in the hub's cache, and the hub cannot be reached"
         raise ModelError(what, cure=offline) from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"there is no file {spec} on the hub", cure="check the spelling") from error
     except HFValidationError as error:
         raise ModelError(f"{spec!r} is no folder here and no hub id", expected="owner/name") from error
     except (HfHubHTTPError, OSError) as error:
         reason = first_line(error)[:150]
         raise ModelError(f"{spec} could not be fetched from the hub ({reason.rstrip('.')})", cure=offline) from error
+    if not list(folder.glob("*.safetensors")):
+        cure = f"where it has .gguf files, name one: {spec}/FILE.gguf"
+        raise ModelError(f"{spec} has no weights on the hub that are read here", expected=".safetensors", cure=cure)
+    return folder

@@ -8,6 +8,7 @@ from smidgen.cli import views
 from smidgen.cli.console import Console, command
 from smidgen.cli.options import Flag, base_flags, verb
 from smidgen.cli.values import Given
+from smidgen.export.forms import EXPORTS
 
 __all__ = ["export"]
 
@@ -19,7 +20,7 @@ _FLAGS = (
         "gguf-lora: an adapter for llama.cpp. gguf: the merged model in one file. ollama: the same with a Modelfile."
         " hf: a 16-bit folder. bnb-4bit: a folder in bitsandbytes' 4-bit blocks.",
         "Export",
-        choices=("gguf-lora", "gguf", "ollama", "hf", "bnb-4bit"),
+        choices=EXPORTS,
     ),
     Flag("out", str, None, "File (.gguf) or folder to write: a new one.", "Export", metavar="PATH"),
     Flag(
@@ -35,7 +36,7 @@ _FLAGS = (
 
 
 def _check(given: Given) -> list[str]:
-    return [f"--{name}: missing" for name in ("to", "out") if not given[name]]
+    return given.missing("to", "out")
 
 
 @verb("export", arguments=("run",), flags=_FLAGS, check=_check)

@@ -42,7 +42,7 @@ _FLAGS = (
 
 
 def _check(given: Given) -> list[str]:
-    return [] if given["out"] else ["--out: missing"]
+    return given.missing("out")
 
 
 @verb("merge", arguments=("run",), flags=_FLAGS, check=_check)

@@ -7,6 +7,7 @@ from typing import Any
 from smidgen.cli.console import Console, command
 from smidgen.cli.options import Flag, base_flags, verb
 from smidgen.cli.values import Given
+from smidgen.export.forms import PACKED_FORMS
 
 __all__ = ["quantize"]
 
@@ -18,7 +19,7 @@ _FLAGS = (
         "nf4-dq, nf4, fp4: bitsandbytes' 4-bit blocks (-dq: with 8-bit scales). int8: LLM.int8()'s rows. gptq:"
         " integers in groups, chosen on a calibration text.",
         "Quantise",
-        choices=("nf4-dq", "nf4", "fp4", "int8", "gptq"),
+        choices=PACKED_FORMS,
     ),
     Flag("out", str, None, "Folder for the model: a new or empty one.", "Quantise", metavar="DIR"),
     Flag(
@@ -98,7 +99,7 @@ _GPTQ_FLAGS = (
 
 
 def _check(given: Given) -> list[str]:
-    problems = [f"--{name}: missing" for name in ("to", "out") if not given[name] and name not in given.named]
+    problems = given.missing("to", "out")
     if given["to"] and given["to"] != "gptq":
         unused = [flag.name for flag in _GPTQ_FLAGS if flag.name in given.named]
         problems += [f"{name}: only --to gptq has this, found --to {given['to']}" for name in unused]

@@ -25,6 +25,10 @@ class Given:
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
+    def missing(self, *names: str) -> list[str]:
+        """Problems with flags that have to be given: those that were not, or are empty."""
+        return [f"--{name}: missing" for name in names if name not in self.named or self[name] == ""]
+
     def pick(self, flags: "Sequence[Flag]") -> dict[str, Any]:
         """The values of some flags, as keyword arguments."""
         return {flag.name: self.values[flag.name] for flag in flags}

@@ -66,7 +66,8 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         rules = [None]
     else:
         values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges}
-        rules = [name for name in PRE_TOKENIZERS if name != "default"]
+        alike = {rule: name for name, rule in reversed(PRE_TOKENIZERS.items())}  # the first name of each
+        rules = [name for name, rule in PRE_TOKENIZERS.items() if name == alike[rule] != "default"]
     expected = [tokenizer(text).input_ids for text in _PROBES]
     for rule in rules:
         tried = values if rule is None else values | {"tokenizer.ggml.pre": rule}

@@ -18,7 +18,7 @@ from smidgen.export.packed import BNB_STORAGES, save_gptq, save_packed
 from smidgen.model.build import Base
 from smidgen.model.calibration import Calibration, builtin_text, cut_rows, tokens_of
 from smidgen.model.device import peak_rss_bytes, resident_bytes
-from smidgen.model.gptq import GptqPass
+from smidgen.model.gptq import GptqPass, no_place
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
@@ -27,9 +27,7 @@ from smidgen.planning.conversion import Conversion, fitting, gptq_pieces, hidden
 from smidgen.quant.gptq import GptqSettings
 from smidgen.units import format_bytes
 
-__all__ = ["PACKED_FORMS", "calibration_of", "check_quantisable", "plain_dtype", "quantise_model"]
-
-PACKED_FORMS = ("nf4-dq", "nf4", "fp4", "int8", "gptq")
+__all__ = ["calibration_of", "check_quantisable", "plain_dtype", "quantise_model"]
 
 
 def calibration_of(
@@ -77,14 +75,14 @@ def quantise_model(
 ) -> dict[str, Any]:
     """Write `source` as a folder of packed weights, whole or not at all, and say what it has become.
 
-    to: one of PACKED_FORMS; 'gptq' needs settings and calibration. The weights stay in their mapped file; in memory are
+    to: of forms.PACKED_FORMS; 'gptq' needs settings and calibration. Weights stay in their mapped file; in memory are
     those of one decoder layer, a shard of the result (2 GB), and for GPTQ the hidden states of the calibration text.
     memory: bytes that this process may have in all; shards are smaller where that helps. Raises RunError if `out` holds
     something, ModelError for a base that is quantised already, SettingsError where `memory` is too little.
     """
     started = time.perf_counter()
     check_vacant(out)
-    check_quantisable(source, report)
+    check_quantisable(source, to, report)
     in_blocks = stored_weights(source.checkpoint) is not None
     plan = _plan(source, to, settings, calibration, memory, trust_remote_code=trust_remote_code, report=report)
     base = load_base(
@@ -99,7 +97,7 @@ def quantise_model(
     figures: dict[str, Any] = {}
     if to == "gptq":
         assert settings is not None and calibration is not None
-        figures = _gptq(base, source, out, settings, calibration, dtype, plan.shard_bytes, report)
+        figures = _gptq(base, source, out, settings, calibration, dtype, plan, report)
     else:
         assert to in BNB_STORAGES
         with new_folder(out) as folder:
@@ -167,15 +165,14 @@ def _plan(
     return plan
 
 
-def check_quantisable(source: Source, report: Report = silent) -> None:
-    """Raise ModelError for a base that bitsandbytes, GPTQ or AWQ have quantised; note that GGUF blocks are decoded."""
+def check_quantisable(source: Source, to: str, report: Report = silent) -> None:
+    """Raise ModelError for a mixture of experts and for a base that bitsandbytes, GPTQ or AWQ have quantised; note that
+    GGUF blocks are decoded.
+    """
     stored = stored_weights(source.checkpoint)
     config = source.checkpoint.config
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise ModelError(
-            f"{source.checkpoint.path} is a mixture of experts, which these layouts have no place for",
-            expected="a model of plain linear layers",
-        )
+        raise no_place(f"{source.checkpoint.path}: experts of a mixture", to)
     if stored is None or stored.storage == "none":
         return
     if stored.storage != "gguf":
@@ -193,18 +190,15 @@ def _gptq(
     settings: GptqSettings,
     calibration: Calibration,
     dtype: torch.dtype,
-    shard_bytes: int,
+    plan: Conversion,
     report: Report,
 ) -> dict[str, Any]:
-    hidden_size = base.model.config.get_text_config().hidden_size
     rows = calibration.rows
-    held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
-    needed = 4 * hidden_size * (rows.numel() + 4 * held_out)
-    report(Note(f"hidden states of the calibration text take {format_bytes(needed)} of memory"))
+    report(Note(f"hidden states of the calibration text take {format_bytes(plan.terms['hidden states'])} of memory"))
     walk = GptqPass(base, rows, settings, calibration.held_out, report)
     with new_folder(out) as folder:
         errors = save_gptq(
-            base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer, shard_bytes
+            base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer, plan.shard_bytes
         )
     figures: dict[str, Any] = {
         "bits": settings.bits,
@@ -215,8 +209,8 @@ def _gptq(
         "mean_error": {"gptq": _mean(errors, "gptq"), "rtn": _mean(errors, "rtn")},
         "errors": errors,
     }
-    if walk.perplexity:
-        figures["perplexity"] = {"tokens": held_out, **walk.perplexity}
+    if calibration.held_out is not None and walk.perplexity:
+        figures["perplexity"] = {"tokens": calibration.held_out.numel(), **walk.perplexity}
     return figures
 
 

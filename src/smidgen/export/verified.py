@@ -28,17 +28,8 @@ from smidgen.lora.attach import adapters
 from smidgen.model.build import Base
 from smidgen.model.load import load_base, open_source
 
-__all__ = ["EXPORTS", "EXPORT_TYPES", "export_verified", "reopened"]
+__all__ = ["export_verified", "reopened"]
 
-# What can be written -> the types of its numbers, the first where nothing is asked for.
-EXPORT_TYPES: dict[str, tuple[str, ...]] = {
-    "gguf-lora": ("F32",),
-    "gguf": ("Q8_0", "F16", "BF16", "Q4_0"),
-    "ollama": ("Q8_0", "F16", "BF16", "Q4_0"),
-    "hf": ("float16", "bfloat16", "float32"),
-    "bnb-4bit": ("nf4-dq", "nf4", "fp4"),
-}
-EXPORTS = tuple(EXPORT_TYPES)
 # Mean KL divergence in nats that rounding to a type explains, with room: measured 4e-7 for float16 on SmolLM2-135M. Of
 # blocks it depends on the model; a layout written wrongly shows in the finer types.
 _MOST_KL = {"F32": 1e-6, "float32": 1e-6, "F16": 1e-4, "float16": 1e-4, "BF16": 1e-2, "bfloat16": 1e-2}
@@ -58,7 +49,8 @@ def export_verified(
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Write base + adapters as one of EXPORTS, whole or not at all. kind: type of the numbers, where there is a choice.
+    """Write base + adapters as `to`, of forms.EXPORTS, whole or not at all. kind: type of the numbers, where there is
+    a choice.
 
     Returns bytes, compared_tokens, mean_kl, max_logit_difference, same_top_token, and base_kl, the bare base's mean_kl.
     Raises RunError if the fine-tune did not survive.
@@ -81,7 +73,7 @@ def export_verified(
                 opened = staging if is_file else staging / _MODEL_FILE
                 save_gguf(base, tokenizer, opened, kind, report)
             if to == "ollama":
-                text = modelfile(_MODEL_FILE, tokenizer, system, min(base.max_positions, _CONTEXT))
+                text = modelfile(_MODEL_FILE, tokenizer, system, min(base.max_positions, _CONTEXT), report)
                 (staging / "Modelfile").write_text(text, encoding="utf-8")
             written = reopened(opened, kind, "take a wider --type", trust_remote_code=trust_remote_code)
             theirs = label_logits(written, examples)

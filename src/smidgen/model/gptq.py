@@ -31,7 +31,7 @@ from smidgen.quant.grouped import GroupedMatrix
 from smidgen.quant.linear import FrozenLinear
 from smidgen.quant.matrix import dense, quantise
 
-__all__ = ["GptqPass", "QuantisedLinear", "check_plain_layers", "quantise_base"]
+__all__ = ["GptqPass", "QuantisedLinear", "check_plain_layers", "no_place", "quantise_base"]
 
 _LOSS_TOKENS = 128  # logits computed at once
 _FIRST_TOKEN_SHARE = 1 / 16
@@ -57,15 +57,18 @@ def check_plain_layers(base: Base, storage: str) -> None:
     """Raise ModelError for a model whose weights the standard packed folders cannot hold."""
     kind = type(base.model).__name__
     if any(isinstance(module, PackedExperts) for module in base.model.modules()):
-        raise ModelError(
-            f"{kind}: experts of a mixture cannot be written as {storage}",
-            expected="a model of plain linear layers", cure="fine-tune it with --quantize nf4-dq, which packs them",
-        )  # fmt: skip
+        raise no_place(f"{kind}: experts of a mixture", storage)
     if any(linear.transposed for linear in base.linears.values()):
-        raise ModelError(
-            f"{kind} stores its layers transposed (Conv1D), which cannot be written as {storage}",
-            expected="a model of plain linear layers", cure="fine-tune it with --quantize nf4-dq, which packs them",
-        )  # fmt: skip
+        raise no_place(f"{kind}: transposed layers (Conv1D)", storage)
+
+
+def no_place(what: str, storage: str) -> ModelError:
+    """What the standard packed folders cannot hold."""
+    return ModelError(
+        f"{what} cannot be written as {storage}",
+        expected="a model of plain linear layers",
+        cure="fine-tune it with --quantize nf4-dq, which packs them",
+    )
 
 
 class GptqPass:

@@ -1,4 +1,4 @@
-"""Tokenizers: from a Hugging Face folder by transformers, from a .gguf file by its metadata."""
+"""Tokenizers: from a Hugging Face folder by transformers, from a GGUF file by its metadata."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ _RUNS = "".join(f"{character * 100}\0" for character in "a Z0\n_-.é文")  # wha
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder, run folder or .gguf file, with its chat template and special tokens.
+    """The tokenizer of a model folder, run folder or GGUF file, with its chat template and special tokens.
 
     Nothing is fetched and no code of the folder is run. Raises ModelError if there is none or it cannot be read.
     """
     from .tokenizer_gguf import is_reading_error, tokenizer_from_metadata
 
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file():
         from smidgen.checkpoint.gguf import open_parts
 
         return tokenizer_from_metadata(open_parts(path)[0].metadata)

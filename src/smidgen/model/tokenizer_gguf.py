@@ -52,28 +52,51 @@ class WordRule:
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# Words end where a small letter is followed by a capital one.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = tuple(rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*"))
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = "|".join((*_CASED, r"\p{N}")) + _REST
+_GPT4O = "|".join((*(f"{word}{_CONTRACTIONS}?" for word in _CASED), r"\p{N}{1,3}")) + _REST
 
 _GPT2_RULE = WordRule(gpt2=True)
 _DIGITS_RULE = WordRule(gpt2=True, digits=True)
 _LLAMA3_RULE = WordRule(patterns=(_LLAMA3,), ignore_merges=True, add_bos=True)
+_DBRX_RULE = WordRule(patterns=(_LLAMA3,))
+_QWEN2_RULE = WordRule(patterns=(_QWEN2,))
 
-# tokenizer.ggml.pre -> rule
+# tokenizer.ggml.pre -> rule, as llama.cpp has them (src/llama-vocab.cpp); expressions as the models' tokenizer.json.
 PRE_TOKENIZERS: dict[str, WordRule] = {
     "gpt-2": _GPT2_RULE,
     "phi-2": _GPT2_RULE,
     "mpt": _GPT2_RULE,
     "olmo": _GPT2_RULE,
     "jais": _GPT2_RULE,
+    "gigachat": _GPT2_RULE,
+    "a.x-4.0": _GPT2_RULE,
+    "mellum": _GPT2_RULE,
+    "trillion": _GPT2_RULE,
     "smollm": _DIGITS_RULE,
     "starcoder": _DIGITS_RULE,
     "refact": _DIGITS_RULE,
     "command-r": _DIGITS_RULE,
     "codeshell": _DIGITS_RULE,
+    "minerva-7b": _DIGITS_RULE,
     "llama-bpe": _LLAMA3_RULE,
     "llama3": _LLAMA3_RULE,
     "llama-v3": _LLAMA3_RULE,
-    "qwen2": WordRule(patterns=(_QWEN2,)),
-    "stablelm2": WordRule(patterns=(_QWEN2,)),
+    "falcon3": _LLAMA3_RULE,
+    "pixtral": _LLAMA3_RULE,
+    "midm-2.0": _LLAMA3_RULE,
+    "dbrx": _DBRX_RULE,
+    "smaug-bpe": _DBRX_RULE,
+    "qwen2": _QWEN2_RULE,
+    "stablelm2": _QWEN2_RULE,
+    "deepseek-r1-qwen": _QWEN2_RULE,
+    "megrez": _QWEN2_RULE,
+    "kormo": _QWEN2_RULE,
+    "tekken": WordRule(patterns=(_TEKKEN,), ignore_merges=True, add_bos=True),
+    "gpt-4o": WordRule(patterns=(_GPT4O,)),
     # What llama.cpp does with a file that names no rule; nobody trained a tokenizer like that.
     "default": WordRule(
         patterns=(

@@ -87,6 +87,11 @@ class Inventory:
         """Numbers in the decoder's linear layers."""
         return sum(linear.weights for linear in self.linears)
 
+    @cached_property
+    def expert_share(self) -> float:
+        """Of these numbers, those of a mixture's experts."""
+        return sum(linear.weights for linear in self.linears if linear.is_expert) / self.weights
+
 
 def packed_bytes(out_features: int, in_features: int, storage: str, itemsize: int = 2) -> int:
     """Bytes of a matrix in the form that `--quantize` names (quant/fourbit.py, matrix.py, grouped.py).

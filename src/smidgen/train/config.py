@@ -96,7 +96,7 @@ class Settings:
         "all",
         "LoRA",
         "Layers that get an adapter: all (every linear layer of the decoder), or a comma list of"
-        " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default.",
+        " q, k, v, o, gate, up, down, head or module names. q,v is LitGPT's default. A mixture's experts get none.",
     )
     modules_to_save: str | None = _setting(
         None,

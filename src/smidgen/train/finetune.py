@@ -120,7 +120,8 @@ def _resume(
     checkpoint = latest_checkpoint(run)
     step = checkpoint.name.removeprefix("step-") if checkpoint else None
     report(Note(f"resuming {run} from step {step}" if step else f"{run} has no checkpoint yet: starting anew"))
-    source = open_source(model, report, tokenizer_from=run)
+    spec = folder.record.find_base(run) if model == folder.record.model else model
+    source = open_source(spec, report, tokenizer_from=run)
     if source.checkpoint.fingerprint() != folder.record.base_fingerprint:
         raise RunError(f"{source.checkpoint.path} is not the base that {run} was started with", cure="put it back")
     if differences := _differences(folder.record, settings):

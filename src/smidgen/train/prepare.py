@@ -171,6 +171,8 @@ def prepare(
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
+    if settings.rank_pattern or settings.alpha_pattern:
+        report(Note("vLLM ignores rank_pattern and alpha_pattern of an adapter: give it the merged model"))
     adapters: Adapters = {**loras, **_attach_others(base, source, settings, report)}
     if initial:
         initial.copy_into(adapters)
@@ -292,6 +294,9 @@ def _plan(
         trust_remote_code=settings.trust_remote_code,
     )
     model = with_trained_norms(model, settings)
+    if model.expert_share:
+        share = f"{model.expert_share:.0%} of the decoder's weights"
+        report(Note(f"the mixture's experts, {share}, get no adapter: they stay as they are"))
     work = work_of(model, settings, rows, item)
     largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     left = LEFT_BY_GPTQ if before_gptq and decided.device.type == "cpu" else 0

@@ -75,6 +75,20 @@ class Record:
         """What an adapter's base_model_name_or_path says: a name that other tools find the base by."""
         return BUILTIN_MODELS[self.model].hub_id if self.model in BUILTIN_MODELS else self.model
 
+    def find_base(self, folder: Path) -> str:
+        """What open_source finds the base by, of the run or checkpoint in `folder`: a local one lies where it was, or
+        beside the run, where both were moved together. Raises RunError if it is in neither place.
+        """
+        model, is_local = Path(self.model), Path(self.model).is_absolute()
+        beside = _run_of(folder.resolve()).parent / model.name
+        for place in (model, Path(self.model_path), *([beside] if is_local else [])):
+            if place.exists():
+                return str(place)
+        if is_local:
+            what, cure = f"the base that {folder} was trained on is not there", "put it back in one of these places"
+            raise RunError(what, expected=f"{model} or {beside}", cure=cure)
+        return self.model
+
     @staticmethod
     def versions_now() -> dict[str, str]:
         names = ("smidgen", "torch", "transformers", "tokenizers", "safetensors")
@@ -126,8 +140,13 @@ def open_run_of(path: Path) -> "tuple[RunFolder, Settings, str, str | list[str]]
     """RunFolder.open of a run, or of the run of a checkpoint; None for anything else. Raises RunError if that cannot be
     read.
     """
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    run = _run_of(path)
     return RunFolder.open(run) if (run / RECORD).is_file() else None
+
+
+def _run_of(path: Path) -> Path:
+    """The run that a checkpoint is of; any other folder itself."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 @dataclass(frozen=True)
