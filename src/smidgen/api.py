@@ -135,7 +135,8 @@ def plan(
 
     model: as in finetune, a config.json, or a name of planning.shapes.SHAPES. settings: as in finetune; with `memory`
     they are chosen to fit. Returns peak_bytes, anonymous_bytes (without what lies in files), terms (name -> bytes),
-    step_s (None for a device that is not here), settings, fits, smallest_bytes, what_if. Raises SmidgenError.
+    host_bytes (of RAM, whatever the device), step_s (None for a device that is not here), settings, fits,
+    smallest_bytes, what_if; during, 'GPTQ', where quantising the base takes more than training. Raises SmidgenError.
 
     generate: instead of a run, so many new tokens after a prompt of `seq_len`, as `load` and `generate` make them; a
     step is one token.
@@ -232,8 +233,8 @@ def merge(
     """Write base + adapter as a full Hugging Face folder, and measure how far its outputs are from base + adapter.
 
     base: add the adapter to this 16-bit model instead of the de-quantised one. dtype: 'bfloat16', 'float16', 'float32',
-    or 'auto': the base's own, float16 for a GGUF base. memory: what this process may have in all ('2GiB'): smaller
-    files are written, and layers of the base are read from disk for each use, where that helps.
+    or 'auto': the base's own, float16 for a GGUF base. memory: what this process may have in all ('2GiB'), by default
+    what is free: smaller files are written, and layers of the base are read from disk for each use, where that helps.
 
     Returns out, dtype, bytes, max_logit_difference, mean_kl, same_top_token, peak_rss_bytes, forecast_peak_bytes.
     Raises SettingsError, before weights are read, where `memory` is too little; RunError, and nothing is kept, where
@@ -353,7 +354,8 @@ def quantize(
 
     to: 'nf4-dq', 'nf4', 'fp4', 'int8' (bitsandbytes' layouts) or 'gptq', which the settings after it are for; see
     quant.gptq.GptqSettings and export.quantise.calibration_of. perplexity: measure it on held-out calibration text.
-    memory: what this process may have in all ('2GiB'): smaller files are written where that helps.
+    memory: what this process may have in all ('2GiB'), by default what is free: smaller files are written where that
+    helps.
 
     Returns out, to, bytes, wall_s, peak_rss_bytes, forecast_peak_bytes; for 'gptq' also errors ({layer, gptq, rtn} of
     each linear layer: relative errors of its outputs by GPTQ and by rounding to nearest), their means as mean_error,

@@ -1,6 +1,5 @@
 """A run -> a full model: the work behind `smidgen merge`, with the memory that it takes."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from smidgen.export.merge import write_merged
 from smidgen.export.quantise import plain_dtype
 from smidgen.export.verified import reopened
 from smidgen.loading import Found, find_model, load_found
-from smidgen.model.device import peak_rss_bytes, resident_bytes
+from smidgen.model.device import default_budget, peak_rss_bytes, resident_bytes
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, choose_storage, load_base, open_source
 from smidgen.model.stream import layer_of
 from smidgen.planning import estimate
+from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import Conversion, comparison_bytes, fitting, merged_pieces
 from smidgen.planning.inventory import Inventory
 from smidgen.units import format_bytes
@@ -39,7 +39,8 @@ def merge_run(
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """See api.merge. run: a folder with an adapter; out: free to become a folder. memory: bytes, for this process.
+    """See api.merge. run: a folder with an adapter; out: free to become a folder. memory: bytes, for this process;
+    by default what the machine has free.
 
     Layers of the base are read from disk for each use, and files are smaller, where that helps. Raises SettingsError
     where it does not suffice.
@@ -48,7 +49,8 @@ def merge_run(
     assert found.folder is not None
     source = None if base is None else open_source(base, report, tokenizer_from=found.folder)
     plan, streamed = _plan(found, source, dtype, memory, trust_remote_code, report)
-    how: Any = {"device": "auto" if memory is None else "cpu", "trust_remote_code": trust_remote_code}
+    device = "auto" if memory is None and not streamed else "cpu"
+    how: Any = {"device": device, "trust_remote_code": trust_remote_code}
     trained = load_found(found, streamed=streamed, **how)
     target = trained.base
     if source is not None:
@@ -77,7 +79,8 @@ def _plan(
 ) -> tuple[Conversion, tuple[int, ...]]:
     """(what it will need, the layers of the run's base to be streamed), before weights are read.
 
-    target: the 16-bit base that is merged into instead. Raises SettingsError where `memory` does not suffice.
+    target: the 16-bit base that is merged into instead. Raises SettingsError where `memory` bytes, by default what the
+    machine has free, do not suffice.
     """
     assert found.folder is not None
     adapter = read_adapter(found.folder)
@@ -101,26 +104,20 @@ def _plan(
         "norms and biases": (2 if target is None else 3) * model.norm_bytes,
         "adapters": (1 if target is None else 2) * learnt,
     }
+    budget, where = default_budget(torch.device("cpu")) if memory is None else (memory, "--memory")
     every = () if model.mapped else tuple(range(model.num_layers))
     for streamed in dict.fromkeys(((), every)):
         resident = 0 if model.mapped or streamed else model.packed_bytes
         base = {"packed weights": resident, "stream buffers": estimate.stream_bytes(model, streamed)}
-        plan = fitting(pieces, {**always, **base}, memory, at_least=compared)
-        if memory is None or plan.peak_bytes <= memory:
+        plan = fitting(pieces, {**always, **base}, budget, at_least=compared)
+        if plan.peak_bytes <= budget:
             break
-    if memory is None:
-        return plan, streamed
-    if plan.peak_bytes > memory:
-        raise SettingsError(
-            [
-                f"memory: {format_bytes(memory)} is too little to merge {found.folder}: at least"
-                f" {math.ceil(plan.peak_bytes / 1e6)} MB is needed"
-            ]
-        )
+    if plan.peak_bytes > budget:
+        raise SettingsError([too_little(budget, where, f"to merge {found.folder}", plan.peak_bytes)])
     moved = f", {len(streamed)} layers of the base are read from disk for each use" if streamed else ""
     report(
         Note(
-            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(memory)}, files of"
+            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(budget)}, files of"
             f" {format_bytes(plan.shard_bytes)}{moved}"
         )
     )

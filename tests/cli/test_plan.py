@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import smidgen
+from packers import pack_folder
 from smidgen.cli.main import main
 from tiny import tiny_folder, write_rows
 
@@ -74,6 +75,7 @@ def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
     assert found["settings"]["recompute"] == "none" and found["settings"]["streamed_layers"] == 0
     full = next(row["peak_bytes"] for row in found["what_if"] if row["change"] == "recompute full")
     assert 4e9 < full < 8e9 and found["peak_bytes"] > full + 1e9
+    assert 1.5e9 < found["host_bytes"] < found["peak_bytes"]
     code, out, _ = run(capfd, "llama-7b", "--device", "cuda", "--seq-len", "512", "--micro-batch", "1", "--recompute",
                        "full", "--json")  # fmt: skip
     assert json.loads(out.splitlines()[-1])["peak_bytes"] == full
@@ -103,6 +105,46 @@ def test_too_little_is_said_with_what_would_do(capfd: pytest.CaptureFixture[str]
     assert "500.0 MB (--memory 500MB) is too little for llama-7b: at least" in err
     asked = re.search(r"at least (\d+) MB", err)
     assert asked and int(asked[1]) * 10**6 >= found["smallest_bytes"] > (int(asked[1]) - 1) * 10**6, "it will do"
+
+
+def test_other_ways_to_store_the_base_are_those_that_there_are(tmp_path: Path) -> None:
+    """A packed base stays as it is; one of plain numbers can be packed, also where it is used as it is."""
+    forms = {"base in nf4-dq": "nf4-dq", "base in int8": "int8", "16-bit base": "none"}
+
+    def others(model: Path, quantize: str) -> set[str]:
+        found = smidgen.plan(str(model), quantize=quantize, compute_dtype="float32", seq_len=64)
+        return {forms[row["change"]] for row in found["what_if"] if row["change"] in forms}
+
+    plain = tiny_folder(tmp_path / "plain")
+    assert others(plain, "none") == {"nf4-dq", "int8"} and others(plain, "auto") == {"int8", "none"}
+    pack_folder(plain, tmp_path / "packed")
+    assert not others(tmp_path / "packed", "auto")
+
+
+def test_gptq_on_the_way_counts_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a small model and short rows it is what needs most, and finetune would refuse to begin it."""
+    model = tiny_folder(tmp_path / "model", hidden_size=128, intermediate_size=4096)
+    words = [str(model), "--quantize", "gptq", "--seq-len", "8", "--micro-batch", "1", "--compute-dtype", "float32"]
+    code, out, err = run(capfd, *words, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["during"] == "GPTQ" and "quantised by GPTQ first: forecast" in err
+    assert found["peak_bytes"] == sum(found["terms"].values()) == found["host_bytes"] <= found["smallest_bytes"]
+    less = str(found["smallest_bytes"] - 200_000_000)
+    code, out, err = run(capfd, *words, "--memory", less)
+    assert code == 0 and "is too little for model: at least" in err and "while it is quantised by GPTQ" in out
+
+
+def test_the_disk_of_a_shape_is_that_of_the_cache(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tiny", "--seq-len", "64", "--compute-dtype", "float32", "--json"]
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
+    _, _, err = run(capfd, *words)
+    assert (tmp_path / "cache").is_dir() and not [*(tmp_path / "cache").iterdir()] and "its disk is taken" not in err
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "file" / "cache"))
+    code, _, err = run(capfd, *words)
+    assert code == 0 and "cannot be measured (Not a directory): its disk is taken to give 1.0 GB/s" in err
 
 
 def test_a_file_for_finetune_is_taken_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

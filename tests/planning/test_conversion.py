@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import smidgen
 import smidgen.export.quantise as quantise_module
+import smidgen.merging as merging_module
 import smidgen.planning.conversion as conversion_module
 from smidgen.errors import SettingsError
 from smidgen.export.adapter import save_adapter
@@ -103,12 +104,25 @@ def test_too_little_is_refused_with_what_would_do(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     byte_tokenizer().save_pretrained(folder)
     with pytest.raises(
-        SettingsError, match=r"50.0 MB is too little to make gptq of model: at least \d+ MB is needed; f"
+        SettingsError, match=r"50.0 MB \(--memory\) is too little to make gptq of model: at least \d+ MB is needed; f"
     ):
         smidgen.quantize(str(folder), tmp_path / "out", to="gptq", memory="50MB")
     assert not (tmp_path / "out").exists()
     with pytest.raises(SettingsError, match="memory: not a size: 'much'"):
         smidgen.quantize(str(folder), tmp_path / "out", to="nf4", memory="much")
+
+
+def test_what_the_machine_has_free_is_the_budget_of_those_who_give_none(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (quantise_module, merging_module):
+        monkeypatch.setattr(module, "default_budget", lambda device: (60_000_000, "what this machine has free"))
+    said = r"60.0 MB \(what this machine has free\) is too little to {}: at least \d+ MB is needed"
+    with pytest.raises(SettingsError, match=said.format("make nf4 of model")):
+        smidgen.quantize(str(adapter.parent / "model"), tmp_path / "out", to="nf4")
+    with pytest.raises(SettingsError, match=said.format("merge .*adapter")):
+        smidgen.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 MERGE = """

@@ -41,6 +41,14 @@ def test_the_inventory_of_known_models(seven: Inventory) -> None:
     assert inventory_of(None, SHAPES["qwen2.5-1.5b"], "none").head_bytes == 0  # tied
 
 
+def test_a_configuration_names_its_type_in_either_way() -> None:
+    """transformers 5 writes dtype, versions before it torch_dtype."""
+    config = {key: value for key, value in SHAPES["smollm2-135m"].items() if not key.endswith("dtype")}
+    ways = ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"torch_dtype": "float32"}, {"dtype": "float32"})
+    sizes = [inventory_of(None, config | how, "none").embedding_bytes for how in ways]
+    assert sizes[0] == sizes[1] == sizes[2] // 2 == sizes[3] // 2
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_a_model(name: str) -> None:
     model = inventory_of(None, SHAPES[name], "nf4-dq", name=name)

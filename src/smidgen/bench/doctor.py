@@ -1,6 +1,5 @@
 """What `smidgen doctor` measures: the disk, a training step against its forecast, and learning on a card."""
 
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.bench.packed_model import drop_page_cache, write_packed_model
+from smidgen.bench.packed_model import write_packed_model
 from smidgen.bench.workers.stepper import Stepper, forecast_on_card
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.checkpoint.open import open_checkpoint
@@ -19,11 +18,10 @@ from smidgen.events import Report, silent
 from smidgen.model.load import Decided, Source, load_base
 from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
-from smidgen.train.memory import measure_disk
+from smidgen.train.memory import probe_disk
 
 __all__ = ["check_disk", "check_learning", "check_step"]
 
-_PROBE_BYTES = 1 << 26
 _SHAPE, _LAYERS, _TOKENS = "smollm2-135m", 4, 256
 _STORAGE, _STEPS = "nf4-dq", 5
 _CPU = torch.device("cpu")
@@ -38,14 +36,10 @@ def check_disk() -> dict[str, Any]:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"folder": str(folder), "free_bytes": shutil.disk_usage(folder).free}
-    with TemporaryDirectory(dir=folder, prefix="doctor-") as place:
-        file = Path(place) / "probe"
-        try:
-            file.write_bytes(os.urandom(_PROBE_BYTES))
-            drop_page_cache(file)
-            return found | {"read_bytes_per_s": round(measure_disk(file))}
-        except OSError as error:
-            return found | {"read_bytes_per_s": f"fails: {error.strerror}"}
+    try:
+        return found | {"read_bytes_per_s": round(probe_disk(folder))}
+    except OSError as error:
+        return found | {"read_bytes_per_s": f"fails: {error.strerror}"}
 
 
 def check_step(report: Report = silent) -> dict[str, Any]:

@@ -32,8 +32,9 @@ _FLAGS = (
         "memory",
         str,
         None,
-        "Memory that this may take in all, e.g. 2GiB: smaller files are written, and layers of the base are read from"
-        " disk for each use, where that helps; what cannot fit is refused before weights are read.",
+        "Memory that this may take in all, e.g. 2GiB; by default what is free. Smaller files are written, and layers of"
+        " the base are read from disk for each use, where that helps; what cannot fit is refused before weights are"
+        " read.",
         "Merge",
         metavar="SIZE",
     ),

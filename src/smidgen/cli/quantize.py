@@ -26,8 +26,8 @@ _FLAGS = (
         "memory",
         str,
         None,
-        "Memory that this may take in all, e.g. 2GiB: smaller files are written where that helps; what cannot fit is"
-        " refused before weights are read.",
+        "Memory that this may take in all, e.g. 2GiB; by default what is free. Smaller files are written where that"
+        " helps; what cannot fit is refused before weights are read.",
         "Quantise",
         metavar="SIZE",
     ),

@@ -235,7 +235,10 @@ def forecast(result: Mapping[str, Any], *, plain: bool) -> list[tuple[str, Any]]
     for name, size in sorted(terms.items(), key=lambda item: -item[1]):
         table.add_row(name, format_bytes(size), Text(mark * max(1, round(size * 36 / most)), "green"))
     table.add_row(Text("in all", "bold"), Text(format_bytes(result["peak_bytes"]), "bold"))
-    where = f"Memory of {result['model']} on {result['device']}"
+    if (host := result.get("host_bytes", result["peak_bytes"])) != result["peak_bytes"]:
+        table.add_row("RAM beside it", format_bytes(host), "an estimate; CUDA's own share is assumed")
+    while_it = f", while it is quantised by {result['during']}" if "during" in result else ""
+    where = f"Memory of {result['model']} on {result['device']}{while_it}"
     step_s = result["step_s"]
     counts = ("tokens_per_step", "computed_tokens_per_step", "labels_per_step")
     settings = dict(result["settings"]) | {name: result[name] for name in counts if name in result}

@@ -1,6 +1,5 @@
 """A 16-bit model or a GGUF file -> a packed folder: the work behind `smidgen quantize`."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from smidgen.checkpoint.base import Checkpoint
 from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
@@ -17,17 +17,18 @@ from smidgen.export.files import check_vacant, folder_bytes, new_folder
 from smidgen.export.packed import BNB_STORAGES, save_gptq, save_packed
 from smidgen.model.build import Base
 from smidgen.model.calibration import Calibration, builtin_text, cut_rows, tokens_of
-from smidgen.model.device import peak_rss_bytes, resident_bytes
+from smidgen.model.device import default_budget, peak_rss_bytes, resident_bytes
 from smidgen.model.gptq import GptqPass, no_place
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.trained import TokenRows, TrainedModule
+from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import Conversion, fitting, gptq_pieces, hidden_state_bytes, packed_pieces
 from smidgen.quant.gptq import GptqSettings
 from smidgen.units import format_bytes
 
-__all__ = ["calibration_of", "check_quantisable", "plain_dtype", "quantise_model"]
+__all__ = ["calibration_of", "check_quantisable", "plain_dtype", "plan_quantising", "quantise_model"]
 
 
 def calibration_of(
@@ -77,8 +78,9 @@ def quantise_model(
 
     to: of forms.PACKED_FORMS; 'gptq' needs settings and calibration. Weights stay in their mapped file; in memory are
     those of one decoder layer, a shard of the result (2 GB), and for GPTQ the hidden states of the calibration text.
-    memory: bytes that this process may have in all; shards are smaller where that helps. Raises RunError if `out` holds
-    something, ModelError for a base that is quantised already, SettingsError where `memory` is too little.
+    memory: bytes that this process may have in all, by default what the machine has free; shards are smaller where that
+    helps. Raises RunError if `out` holds something, ModelError for a base that is quantised already, SettingsError
+    where memory is too little.
     """
     started = time.perf_counter()
     check_vacant(out)
@@ -125,44 +127,59 @@ def _plan(
     trust_remote_code: bool,
     report: Report,
 ) -> Conversion:
-    """What it will need, before weights are read. Raises SettingsError where `memory` bytes do not suffice."""
-    checkpoint = source.checkpoint
+    """What it will need, before weights are read. Raises SettingsError where `memory` bytes, by default what the
+    machine has free, do not suffice.
+    """
+    tokens = 0
+    if calibration is not None:
+        held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
+        tokens = calibration.rows.numel() + 4 * held_out
+    budget, where = default_budget(torch.device("cpu")) if memory is None else (memory, "--memory")
+    plan = plan_quantising(source.checkpoint, to, settings, tokens, budget, trust_remote_code=trust_remote_code)
+    if plan.peak_bytes > budget:
+        cure = "; fewer --calibration-rows or a shorter --calibration-len need less" if tokens else ""
+        what = f"to make {to} of {source.checkpoint.path.name}"
+        raise SettingsError([too_little(budget, where, what, plan.peak_bytes, cure)])
+    report(
+        Note(
+            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(budget)}, files of"
+            f" {format_bytes(plan.shard_bytes)}"
+        )
+    )
+    return plan
+
+
+def plan_quantising(
+    checkpoint: Checkpoint,
+    to: str,
+    settings: GptqSettings | None,
+    tokens: int,
+    memory: int | None,
+    *,
+    trust_remote_code: bool = False,
+) -> Conversion:
+    """What making `to` of a checkpoint needs beside this process as it is now, within `memory` bytes if that can be.
+
+    settings: of GPTQ; tokens: of calibration text, held-out ones four times.
+    """
     stored = stored_weights(checkpoint)
     model = inventory_of(
         checkpoint, checkpoint.config, "none" if stored is None else stored.storage, name=checkpoint.path.name,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     copies = checkpoint.format == "gguf"
-    hidden = 0
-    if settings is not None and calibration is not None:
-        held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
-        hidden = hidden_state_bytes(model, calibration.rows.numel(), held_out)
+    if settings is not None:
         pieces = gptq_pieces(
             model, act_order=settings.act_order, copies=copies, bits=settings.bits, group_size=settings.group_size
         )
     else:
         pieces = packed_pieces(model, to, copies=copies)
     always = {
-        "framework": sum(resident_bytes()), "norms and biases": 2 * model.norm_bytes, "hidden states": hidden
-    }  # fmt: skip
-    plan = fitting(pieces, always, memory)
-    if memory is None:
-        return plan
-    if plan.peak_bytes > memory:
-        cure = "; fewer --calibration-rows or a shorter --calibration-len need less" if hidden else ""
-        raise SettingsError(
-            [
-                f"memory: {format_bytes(memory)} is too little to make {to} of {model.name}: at least"
-                f" {math.ceil(plan.peak_bytes / 1e6)} MB is needed{cure}"
-            ]
-        )
-    report(
-        Note(
-            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(memory)}, files of"
-            f" {format_bytes(plan.shard_bytes)}"
-        )
-    )
-    return plan
+        "framework": sum(resident_bytes()),
+        "norms and biases": 2 * model.norm_bytes,
+        "hidden states": hidden_state_bytes(model, tokens),
+    }
+    return fitting(pieces, always, memory)
 
 
 def check_quantisable(source: Source, to: str, report: Report = silent) -> None:

@@ -10,7 +10,15 @@ from smidgen.errors import DataError
 from smidgen.events import Note, Report, silent
 from smidgen.quant.gptq import GptqSettings
 
-__all__ = ["GPTQ_ON_THE_WAY", "Calibration", "builtin_text", "calibration_on_the_way", "cut_rows", "tokens_of"]
+__all__ = [
+    "GPTQ_ON_THE_WAY",
+    "Calibration",
+    "builtin_text",
+    "calibration_on_the_way",
+    "cut_rows",
+    "most_tokens_on_the_way",
+    "tokens_of",
+]
 
 _HELD_OUT_EVERY, _HELD_OUT_MOST = 8, 8
 _ROWS_OF_SMALL_TEXT = 8  # a text of less than two rows is cut into about so many shorter ones
@@ -62,6 +70,11 @@ def cut_rows(
 def tokens_of(text: str, tokenizer: Any, wanted: int) -> list[int]:
     """Token ids of a text, of its beginning where that is enough for `wanted` tokens."""
     return tokenizer(text[: 16 * wanted], verbose=False).input_ids
+
+
+def most_tokens_on_the_way() -> int:
+    """That calibration_on_the_way takes."""
+    return _ROWS * _TOKENS
 
 
 def calibration_on_the_way(

@@ -17,6 +17,7 @@ __all__ = [
     "choose_compute_dtype",
     "choose_device",
     "current_rss_bytes",
+    "default_budget",
     "device_name",
     "free_bytes",
     "free_memory_bytes",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _MUCH_FASTER = 1.5  # bfloat16 has to be this much faster on a CPU to be worth its rounding
+_MARGIN = 0.05  # of what is free is left to others where no budget was given
 _ROWS = 64  # of a product in 16 bits: see padded_rows
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -167,6 +169,13 @@ def memory_limit_bytes() -> int | None:
 def free_bytes(device: torch.device) -> int:
     """What is free where this device computes: a card's own memory, or this process's share of the machine's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+
+
+def default_budget(device: torch.device) -> tuple[int, str]:
+    """(bytes that this process may have in all where nothing was said, the words for where the number comes from)."""
+    if device.type == "cuda":
+        return int(free_bytes(device) * (1 - _MARGIN)), f"what {device} has free"
+    return current_rss_bytes() + int(free_memory_bytes() * (1 - _MARGIN)), "what this machine has free"
 
 
 def free_memory_bytes() -> int:

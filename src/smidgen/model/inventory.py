@@ -107,7 +107,7 @@ def inventory_of(
 def _itemsize(checkpoint: Checkpoint | None, config: dict[str, Any]) -> int:
     """Of the stored 16- or 32-bit type: that of most tensors."""
     if checkpoint is None:
-        return 4 if config.get("torch_dtype") == "float32" else 2
+        return 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2  # from transformers 5, before it
     types = Counter(info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2)
     return 4 if types and types.most_common(1)[0][0] == "F32" else 2
 

@@ -101,9 +101,9 @@ def packed_pieces(model: Inventory, storage: str, *, copies: bool, itemsize: int
     return [_look(model), embedding, *linears, head]
 
 
-def hidden_state_bytes(model: Inventory, calibration_tokens: int, held_out_tokens: int) -> int:
-    """Of calibration text once, of held-out text once for each of four ways to store a layer; float32."""
-    return _FLOAT32 * model.hidden_size * (calibration_tokens + 4 * held_out_tokens)
+def hidden_state_bytes(model: Inventory, tokens: int) -> int:
+    """tokens: of calibration text, and of held-out text once for each of four ways to store a layer; float32."""
+    return _FLOAT32 * model.hidden_size * tokens
 
 
 def gptq_group_bytes(inputs: int, outputs: int, *, act_order: bool) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from smidgen.planning import estimate
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.work import Load, Work
+from smidgen.planning.work import Work
 from smidgen.units import format_bytes
 
 __all__ = [
@@ -123,15 +123,15 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "loss chunk": loss,
         "scratch": scratch,
     }
-    if evaluated := work.rows.evaluated(choice.micro_batch):
+    if evaluated := work.rows.evaluated(choice.micro_batch, model.fused):
         evaluated = evaluated.padded(64) if in_64s else evaluated
-        count = evaluated.tokens if model.fused else choice.micro_batch * longest  # padding included
         held_out = estimate.evaluation_bytes(
-            model, count, evaluated.labels, choice.recompute[0], work.ranks, longest, item, is_cpu=machine.is_cpu
-        )
-        held_out += estimate.scratch_bytes(model, count, longest, threads, item, is_cpu=machine.is_cpu)
+            model, evaluated.tokens, evaluated.labels, choice.recompute[-1], work.ranks, longest, item,
+            is_cpu=machine.is_cpu,
+        )  # fmt: skip
+        held_out += estimate.scratch_bytes(model, evaluated.tokens, longest, threads, item, is_cpu=machine.is_cpu)
         small["held-out rows"] = max(0, held_out - kept - max(backward, loss) - scratch)  # there are no gradients then
-        load |= Load(count, evaluated.labels, evaluated.least_tokens)
+        load |= evaluated
     if in_64s:
         small["programs"] = estimate.program_bytes(load.tokens, load.least_tokens)
     terms, mapped = with_base(model, machine, choice.streamed, small)

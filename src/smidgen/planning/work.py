@@ -65,18 +65,26 @@ class Rows:
         labels = tokens if self.labels is None else np.add.reduceat(self.labels, starts, dtype=np.int64)
         return Load(int(tokens.max()), int(labels.max()), int(tokens[tokens > 0].min()))
 
-    def evaluated(self, micro_batch: int) -> Load | None:
-        """Of so many held-out rows, whichever they are."""
+    def evaluated(self, micro_batch: int, packs: bool) -> Load | None:
+        """Of so many held-out rows, whichever they are; not packed, with padding."""
         if self.held_out is None:
             return None
         labels = self.held_out if self.held_out_labels is None else self.held_out_labels
-        sums = [int(part[:micro_batch].sum()) for part in (self.held_out, labels)]
-        return Load(*sums, least_tokens=int(self.held_out[-1]))
+        longest, most_labels = self.held_out[:micro_batch], int(labels[:micro_batch].sum())
+        tokens = int(longest.sum()) if packs else len(longest) * int(longest[0])
+        return Load(tokens, most_labels, int(self.held_out[-1]))
 
     def halved(self) -> "Rows":
-        """Rows of half as many tokens, that share nothing."""
+        """Rows of half as many tokens."""
         parts = (self.lengths, self.labels, self.held_out, self.held_out_labels)
-        return Rows(*(None if part is None else -(-part // 2) for part in parts), labelled=self.labelled)  # type: ignore[arg-type]
+        lengths, labels, held_out, held_out_labels = (None if part is None else -(-part // 2) for part in parts)
+        assert lengths is not None
+
+        def shared(micro_batch: int) -> Load | None:
+            found = self.shared(micro_batch)
+            return found and Load(-(-found.tokens // 2), -(-found.labels // 2), -(-found.least_tokens // 2))
+
+        return Rows(lengths, labels, held_out, held_out_labels, shared, self.computed, self.labelled)
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,7 +154,8 @@ class Settings:
         None,
         "Training",
         "Memory that the run may take, e.g. 6GiB: the fastest settings that fit are chosen (layers streamed from disk,"
-        " recompute, a smaller micro-batch with more accumulation), or it is refused. By default what is free.",
+        " recompute, a smaller micro-batch with more accumulation, a smaller pack), or it is refused. By default what"
+        " is free.",
         metavar="SIZE",
     )
     pack: int | None = _setting(

@@ -10,16 +10,19 @@ import numpy as np
 import torch
 
 from smidgen.checkpoint.base import Checkpoint
-from smidgen.checkpoint.hub import BUILTIN_MODELS
+from smidgen.checkpoint.hub import BUILTIN_MODELS, cache_folder
 from smidgen.checkpoint.safetensors import read_config
 from smidgen.data.records import as_specs
 from smidgen.errors import DataError
 from smidgen.events import Note, Report, Warned, silent
+from smidgen.export.quantise import plan_quantising
+from smidgen.model.calibration import GPTQ_ON_THE_WAY, most_tokens_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
-from smidgen.model.load import DEFAULT_STORAGE, choose_storage, open_source
+from smidgen.model.load import DEFAULT_STORAGE, choose_storage, needs_gptq, open_source
 from smidgen.model.tokenizer import add_tokens
 from smidgen.planning.budget import too_little
+from smidgen.planning.conversion import LEFT_BY_GPTQ, Conversion
 from smidgen.planning.generation import GenerationPlan, generation_plans
 from smidgen.planning.inventory import Inventory
 from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, reasons, smallest
@@ -27,13 +30,24 @@ from smidgen.planning.shapes import SHAPES
 from smidgen.planning.work import Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.loop import Schedule
-from smidgen.train.memory import CUDA_CONTEXT_BYTES, budget_of, machine_now, with_trained_norms, work_of
+from smidgen.train.memory import (
+    CUDA_CONTEXT_BYTES,
+    budget_of,
+    estimate_host,
+    machine_now,
+    probe_disk,
+    with_trained_norms,
+    work_of,
+)
 from smidgen.train.optimizers import check_optimizer
 from smidgen.train.rows import read_rows
 from smidgen.train.sharing import planned_rows
-from smidgen.units import parse_duration
+from smidgen.train.what_if import what_if
+from smidgen.units import format_bytes, parse_duration
 
 __all__ = ["plan_answers", "plan_model"]
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,30 +68,44 @@ def plan_model(
     subject = _subject(model, data, settings, report)
     device, dtype, runs_here = _place(settings, report)
     storage = _storage(settings.quantize, subject.checkpoint, report)
+    on_cpu = device == "cpu"
 
     def inventory(form: str) -> Inventory:
         found = inventory_of(
             subject.checkpoint, subject.config, form, name=subject.name, itemsize=dtype.itemsize,
-            fuses=device == "cpu" and not settings.dropout, trust_remote_code=settings.trust_remote_code,
+            fuses=on_cpu and not settings.dropout, trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
         return with_trained_norms(found, settings)
 
     shape = inventory(storage)
     work = work_of(shape, settings, subject.rows, dtype.itemsize)
-    machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
+    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
+    of_host = budget if on_cpu else budget_of(settings, _CPU)[0]
+    gptq, gptq_least_bytes = _quantising(subject, settings, of_host)
+    if gptq and on_cpu:
+        machine = replace(machine, framework_bytes=machine.framework_bytes + LEFT_BY_GPTQ)
     given = {"micro_batch": settings.micro_batch, "pack": settings.pack, "recompute": settings.recompute}
-    can_stream = device == "cpu"
-    every = forecasts(shape, work, machine, **given, can_stream=can_stream)
-    found, least = fastest(every, budget), smallest(every)
+    every = forecasts(shape, work, machine, **given, can_stream=on_cpu)
+    found, least_bytes = fastest(every, budget), smallest(every).peak_bytes
     fits = found is not None or not budget
-    found = found or (least if budget else _plain(shape, work, machine, settings))
+    found = found or (smallest(every) if budget else _plain(shape, work, machine, settings))
+    result = _figures(found, work, runs_here=runs_here)
+    host_bytes = found.peak_bytes if on_cpu else estimate_host(shape)
+    if gptq:
+        sizes = [format_bytes(size) for size in (gptq.peak_bytes, found.peak_bytes)]
+        report(Note(f"the base is quantised by GPTQ first: forecast {sizes[0]} of RAM; of the training {sizes[1]}"))
+        host_bytes = max(host_bytes, gptq.peak_bytes)
+    if gptq and on_cpu:
+        least_bytes, fits = max(least_bytes, gptq_least_bytes), fits and gptq.peak_bytes <= budget
+        if gptq.peak_bytes > found.peak_bytes:
+            size = gptq.peak_bytes
+            result |= {"during": "GPTQ", "peak_bytes": size, "anonymous_bytes": size, "terms": gptq.terms}
     if fits:
         for line in reasons(shape, found, work, budget or found.peak_bytes):
             report(Note(line))
     else:
-        report(Warned(too_little(budget, where, f"for {subject.name}", least.peak_bytes)))
-    result = _figures(found, work, runs_here=runs_here)
+        report(Warned(too_little(budget, where, f"for {subject.name}", least_bytes)))
     return {
         "model": subject.name,
         "device": device,
@@ -89,7 +117,8 @@ def plan_model(
         "steps": subject.steps,
         "budget_bytes": budget or None,
         "fits": fits,
-        "smallest_bytes": least.peak_bytes,
+        "smallest_bytes": least_bytes,
+        "host_bytes": host_bytes,
         "trainable_parameters": work.parameters,
         "weights": shape.weights,
         "settings": {
@@ -98,9 +127,12 @@ def plan_model(
             "accumulation": found.choice.accumulation, "recompute": found.choice.recompute_name,
             "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.rows.longest,
         },
-        "what_if": _what_if(
-            shape, inventory, found, work, machine, settings, subject, can_stream=can_stream, runs_here=runs_here
-        ),
+        "what_if": [
+            {"change": name, "peak_bytes": other.peak_bytes, "step_s": other.step_s if runs_here else None}
+            for name, other in what_if(
+                shape, work, machine, found.choice, settings, subject.checkpoint, inventory, can_stream=on_cpu
+            )
+        ],
     }  # fmt: skip
 
 
@@ -113,7 +145,7 @@ def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report
         subject.checkpoint, subject.config, storage, name=subject.name, itemsize=dtype.itemsize, fuses=device == "cpu",
         trust_remote_code=settings.trust_remote_code,
     )  # fmt: skip
-    machine = _machine(device, dtype, subject.checkpoint, runs_here=runs_here)
+    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
     length, compute_dtype = settings.seq_len, str(dtype).removeprefix("torch.")
     plans = list(generation_plans(shape, machine, length, new_tokens, dtype.itemsize, can_stream=device == "cpu"))
@@ -203,12 +235,35 @@ def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> st
     return storage
 
 
-def _machine(device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, *, runs_here: bool) -> Machine:
+def _machine(
+    device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, report: Report, *, runs_here: bool
+) -> Machine:
     if not runs_here:
         return Machine(1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1, is_cpu=False)
     files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
-    return machine_now(torch.device(device), dtype, largest)
+    found = machine_now(torch.device(device), dtype, largest)
+    if checkpoint is not None or device != "cpu":
+        return found
+    try:  # where a model would be downloaded to
+        return replace(found, disk_bytes_per_s=probe_disk(cache_folder()))
+    except OSError as error:
+        assumed = format_bytes(found.disk_bytes_per_s)
+        report(Note(f"{cache_folder()} cannot be measured ({error.strerror}): its disk is taken to give {assumed}/s"))
+        return found
+
+
+def _quantising(subject: _Subject, settings: Settings, budget: int) -> tuple[Conversion | None, int]:
+    """(what GPTQ needs before the training, where the run begins with it; the least that it can do with)."""
+    checkpoint = subject.checkpoint
+    if checkpoint is None or not needs_gptq(settings.quantize, checkpoint):
+        return None, 0
+    tokens, trust = most_tokens_on_the_way(), settings.trust_remote_code
+    found, least = (
+        plan_quantising(checkpoint, "gptq", GPTQ_ON_THE_WAY, tokens, size, trust_remote_code=trust)
+        for size in (budget, 0)
+    )
+    return found, least.peak_bytes
 
 
 def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, str]:
@@ -241,49 +296,3 @@ def _figures(found: Forecast, work: Work, *, runs_here: bool) -> dict[str, Any]:
         "tokens_per_s": work.mean_tokens / found.step_s if runs_here else None,
         "read_bytes_per_step": found.read_bytes,
     }
-
-
-def _what_if(
-    shape: Inventory,
-    inventory: Any,
-    found: Forecast,
-    work: Work,
-    machine: Machine,
-    settings: Settings,
-    subject: _Subject,
-    *,
-    can_stream: bool,
-    runs_here: bool,
-) -> list[dict[str, Any]]:
-    """What other settings would need, one change at a time."""
-    choice, layers = found.choice, shape.num_layers
-    rows: list[tuple[str, Inventory, Work, Choice]] = []
-    if choice.pack is not None:
-        rows.append((f"pack {choice.pack // 2}", shape, work, replace(choice, pack=choice.pack // 2)))
-    elif choice.micro_batch > 1:
-        half = math.ceil(choice.micro_batch / 2)
-        changed = replace(choice, micro_batch=half, accumulation=math.ceil(work.rows_per_step / half))
-        rows.append((f"micro-batch {half}", shape, work, changed))
-    for mode in ("none", "full"):
-        if set(choice.recompute) != {mode}:
-            rows.append((f"recompute {mode}", shape, work, replace(choice, recompute=(mode,) * layers)))
-    if can_stream:
-        for streamed in (tuple(range(0, layers, 2)), tuple(range(layers))):
-            if len(streamed) != len(choice.streamed):
-                name = f"{len(streamed)} of {layers} layers streamed"
-                rows.append((name, shape, work, replace(choice, streamed=streamed)))
-    if settings.rank != 8:
-        lower = work_of(shape, replace(settings, rank=8), subject.rows, work.itemsize)
-        rows.append(("rank 8", shape, lower, choice))
-    halved = replace(work, rows=work.rows.halved())
-    rows.append((f"rows of {halved.rows.longest} tokens", shape, halved, choice))
-    forms: Sequence[str] = ("nf4-dq", "int8", "none") if subject.checkpoint is None else ("none",)
-    for form in forms:
-        if form != shape.storage and not shape.mapped:
-            name = "16-bit base" if form == "none" else f"base in {form}"
-            rows.append((name, inventory(form), work, choice))
-    figures = []
-    for name, model, changed_work, changed in rows:
-        other = forecast(model, changed_work, machine, changed)
-        figures.append({"change": name, "peak_bytes": other.peak_bytes, "step_s": other.step_s if runs_here else None})
-    return figures

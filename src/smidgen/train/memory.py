@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
-from smidgen.model.device import current_rss_bytes, free_bytes, free_memory_bytes, measure_gflops, resident_bytes
+from smidgen.model.device import default_budget, measure_gflops, resident_bytes
 from smidgen.model.stream import layer_of
 from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
@@ -27,10 +28,12 @@ from smidgen.units import parse_bytes
 __all__ = [
     "CUDA_CONTEXT_BYTES",
     "budget_of",
+    "estimate_host",
     "give_memory_back",
     "machine_now",
     "measure_disk",
     "plan_run",
+    "probe_disk",
     "process_now",
     "settings_for",
     "with_trained_norms",
@@ -38,9 +41,9 @@ __all__ = [
 ]
 
 CUDA_CONTEXT_BYTES = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
-_MARGIN = 0.05  # of what is free is left to others where no budget was given
+_CUDA_HOST_BYTES = 1_500_000_000  # libraries and buffers that CUDA has in RAM: assumed, not measured
 _DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
-_PROBE_BYTES = 1 << 28
+_PROBE_BYTES, _WRITTEN_BYTES = 1 << 28, 1 << 26
 _M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
 
 
@@ -151,14 +154,29 @@ def measure_disk(file: Path, budget_s: float = 0.5) -> float:
         os.close(descriptor)
 
 
+def probe_disk(folder: Path) -> float:
+    """The same of the disk that a folder lies on, which is made if need be. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix="probe-") as file:
+        file.write(os.urandom(_WRITTEN_BYTES))
+        file.flush()
+        os.fsync(file.fileno())  # or it would be read from the page cache
+        return measure_disk(Path(file.name))
+
+
+def estimate_host(model: Inventory) -> int:
+    """RAM beside a card: this process, CUDA's own, and the largest matrix on its way in float32. Left out: pages of
+    the model file, which the system takes back as it needs them.
+    """
+    largest = max(linear.weights for linear in model.linears)
+    return sum(resident_bytes()) + _CUDA_HOST_BYTES + 4 * max(largest, model.vocab_size * model.hidden_size)
+
+
 def budget_of(settings: Settings, device: torch.device) -> tuple[int, str]:
     """(bytes that this process may have in all, the words for where the number comes from)."""
     if settings.memory is not None:
         return parse_bytes(settings.memory), f"--memory {settings.memory}"
-    if device.type == "cuda":
-        return int(free_bytes(device) * (1 - _MARGIN)), f"what {device} has free"
-    free = free_memory_bytes()
-    return current_rss_bytes() + int(free * (1 - _MARGIN)), "what this machine has free"
+    return default_budget(device)
 
 
 def plan_run(
