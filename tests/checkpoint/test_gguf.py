@@ -24,7 +24,7 @@ from smidgen.model.tokenizer_gguf import PRE_TOKENIZERS
 TEXTS = (
     "Hello world! I'll say it's 12345 o'clock, isn't it? WE'RE 3.14159, and 1,000,000 late²½.",
     "  two  spaces\ttabs\t\t and\n\nnew lines \r\n  \n end   ",
-    'def f(x_1):\n    return {"a": [1, 22, 333]}  # ok?!\n\nCamelCaseWord HTTPServer iPhone a/b//c\n//\n ... $100 #1',
+    'def f(x_1):\n    return {"a": [1, 22, 333]}  # ok?!\n\nCamelCaseWord HTTPServer iPhone a/b /*\n/\n ... $100 #1',
     "naïve cafe\u0301 Ünïcode, 你好世界 2024年, Привет мир 42, हिन्दी, مرحبا, ひらがな123, ǅ, 🙂🙃",
 )
 
