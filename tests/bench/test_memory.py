@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,10 @@ def test_what_an_answer_read_and_waited_is_of_each_token_as_its_time_is(
     monkeypatch.setattr(memory_module, "resident_bytes", lambda: (0, 0))
     monkeypatch.setattr(stream_module, "_SMALL", 64)
     folder = write_packed_model(SHAPES["tiny"] | {"num_hidden_layers": 40}, tmp_path / "tiny", "nf4-dq")
-    worker, how = memory_smidgen.MemoryWorker(), {"recompute": "auto", "rank": 8, "targets": "q,v", "new_tokens": 6}
+    worker = memory_smidgen.MemoryWorker()
+    how: dict[str, Any] = {"recompute": "auto", "rank": 8, "targets": "q,v", "new_tokens": 6}
 
-    def load(budget: int) -> dict:
+    def load(budget: int) -> dict[str, Any]:
         ids = [[1, 2, 3, 4]]
         return worker.load(str(folder), storage="nf4-dq", input_ids=ids, budget=budget, train=False, **how)
 
