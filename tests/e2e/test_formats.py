@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,20 +87,20 @@ def test_every_verb_takes_it(
     assert summary["base_format"] == stored
     assert summary["loss_after"] < summary["loss_before"] - 0.1
 
-    losses = []
+    losses, others = [], shutil.copy(rows, tmp_path / "others.jsonl")  # of its own file a run has held some rows out
     for spec, how in ((model, as_it_is), (run, ())):
         greedy = ("--temperature", 0, "--max-new-tokens", 5)
         answer = verb("generate", spec, "say red 1", *greedy, *how)
         assert answer["new_tokens"] >= 1
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"say red 1\n/exit\n")))
         assert verb("chat", spec, *greedy, *how)["messages"][-1]["content"] == answer["text"]
-        (measured,) = verb("evaluate", spec, rows, "--no-answers", *how)["data"]
+        (measured,) = verb("evaluate", spec, others, "--no-answers", *how)["data"]
         losses.append(measured["figures"]["loss"]["value"])
     assert losses[1] < losses[0] - 0.1
 
     assert verb("merge", run, "--out", tmp_path / "merged", "--dtype", "float32")["max_logit_difference"] < 1e-3
     how = ("--quantize", "none", "--compute-dtype", "float32")
-    (measured,) = verb("evaluate", tmp_path / "merged", rows, "--no-answers", *how)["data"]
+    (measured,) = verb("evaluate", tmp_path / "merged", others, "--no-answers", *how)["data"]
     assert measured["figures"]["loss"]["value"] == pytest.approx(losses[1], rel=1e-4)
 
     linears = smidgen.load(run).base.linears

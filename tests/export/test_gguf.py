@@ -17,6 +17,7 @@ from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.errors import RunError, SettingsError
 from smidgen.export.adapter import load_adapter
 from smidgen.export.gguf_model import save_gguf
+from smidgen.model.build import Base
 from smidgen.model.load import load_base, open_source
 from stories import stories_folder, stories_golden_text
 from tiny import VOCAB_SIZE, tiny_folder, write_rows
@@ -164,8 +165,16 @@ def test_a_fine_tune_that_does_not_survive_is_an_error_and_leaves_nothing(
 
 def test_an_export_that_is_not_finite_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path, tiny_folder(tmp_path / "tiny"), quantize="none", max_time="1s")
-    reopened = verified._reopened
-    monkeypatch.setattr(verified, "_reopened", lambda *given: reopened(*given) * torch.nan)
+    reopened = verified.reopened
+
+    def broken(*given: Any, **how: Any) -> Base:
+        base = reopened(*given, **how)
+        monkeypatch.setattr(
+            base.head, "forward", lambda hidden: torch.full((*hidden.shape[:-1], VOCAB_SIZE), torch.nan)
+        )
+        return base
+
+    monkeypatch.setattr(verified, "reopened", broken)
     with pytest.raises(RunError, match="nothing finite in Q8_0"):
         smidgen.export_run(run, tmp_path / "merged.gguf", to="gguf")
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
