@@ -9,14 +9,14 @@ Where no memory cgroup can be made nothing is measured. Half an hour.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import skip, write_result
+from common import Kept, skip, write_result
 
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.checkpoint.hub import cache_folder
 from smidgen.errors import RunError
 from smidgen.model.inventory import inventory_of
 from smidgen.planning.estimate import RECOMPUTE
@@ -25,7 +25,6 @@ from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.memory import process_now, work_of
 
-KEPT = cache_folder() / "bench" / "budgets.json"
 _WHERE = (0.0, 0.15, 0.4, 0.7, 1.0)  # between the smallest and what the fastest needs
 _TIMED = _WHERE[2]
 _MARGIN = 1.02  # over the smallest forecast of this process: the worker's own libraries differ by a few megabytes
@@ -59,9 +58,13 @@ def _run(job: dict[str, Any], budget: int, repeats: int = 1) -> dict[str, Any]:
     try:
         found = bench_memory(MemorySettings(memory=budget, repeats=repeats, **job))
     except RunError as error:
-        return {"end": "refused" if "is too little" in str(error) else "failed", "why": str(error)}
-    keys = ("step_s", "peak_rss_bytes", "cgroup_peak_bytes", "limit_enforced", "streamed_layers", "recompute")
-    return {"end": "finished", **{key: found[key] for key in (*keys, "computed_micro_batch", "forecast_rss_bytes")}}
+        end = "refused" if "is too little" in str(error) else "failed"
+        return {"budget_bytes": budget, "end": end, "why": str(error)}
+    keys = (
+        "step_s", "peak_rss_bytes", "cgroup_peak_bytes", "limit_enforced", "streamed_layers", "recompute",
+        "computed_micro_batch", "forecast_rss_bytes",
+    )  # fmt: skip
+    return {"budget_bytes": budget, "end": "finished", **{key: found[key] for key in keys}}
 
 
 def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
@@ -80,22 +83,17 @@ parser.add_argument("--again", action="store_true", help="measure all of them an
 given = parser.parse_args()
 if not Path("/sys/fs/cgroup/memory").is_dir():
     skip("no memory cgroup (version 1) can be made here")
-kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() and not given.again else {}
+kept, runs = Kept("budgets", again=given.again), []
 for job in JOBS:
     least, most = _range(job)
     for where in (-1.0, *_WHERE):
         budget = round(least * 0.8 if where < 0 else least * _MARGIN + where * (most - least))
         name = json.dumps({**job, "where": where})
-        if name not in kept:
-            kept[name] = {**job, "budget_bytes": budget, "feasible": where >= 0, **_run(job, budget)}
-            KEPT.parent.mkdir(parents=True, exist_ok=True)
-            KEPT.write_text(json.dumps(kept), encoding="utf-8")
-            print(f"{kept[name]['end']:9} {budget / 1e6:6.0f} MB {job}", flush=True)
-        if where == _TIMED and "brute_force" not in kept[name]:
-            kept[name]["brute_force"] = _brute_force(job, budget)
-            KEPT.write_text(json.dumps(kept), encoding="utf-8")
-            print(kept[name]["brute_force"], flush=True)
-runs = list(kept.values())
+        run = {**job, "feasible": where >= 0, **kept.once(name, partial(_run, job, budget))}
+        if where == _TIMED:
+            run["brute_force"] = kept.once(f"{name} brute force", partial(_brute_force, job, run["budget_bytes"]))
+        print(f"{run['end']:9} {run['budget_bytes'] / 1e6:6.0f} MB {job}", run.get("brute_force", ""), flush=True)
+        runs.append(run)
 feasible = [run for run in runs if run["feasible"]]
 timed = [run["brute_force"] for run in feasible if "brute_force" in run]
 figures = {

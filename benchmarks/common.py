@@ -1,15 +1,44 @@
 """What every benchmark writes beside its figures: where, when and with what they were measured."""
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smidgen.checkpoint.hub import cache_folder
+
 RESULTS = Path(__file__).parent / "results"
 SMIDGEN = [sys.executable, "-m", "smidgen"]
+
+
+class Kept:
+    """Measurements by name, each in a file of the cache as soon as it is done: a second start goes on with the rest,
+    and several can be measured at once by hand. again: those of before do not count.
+    """
+
+    def __init__(self, benchmark: str, *, again: bool) -> None:
+        self._folder, self._again = cache_folder() / "bench" / "kept" / benchmark, again
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str) -> Any:
+        """None where it has not been measured."""
+        file = self._file(name)
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        found = None if self._again else self.get(name)
+        if found is None:
+            found = measure()
+            self._file(name).write_text(json.dumps(found), encoding="utf-8")
+        return found
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
 
 def run_json(words: list[str], cwd: Path) -> dict[str, Any]:

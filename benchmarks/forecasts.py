@@ -8,15 +8,14 @@ one can be made. Every combination is kept as soon as it is measured; a second s
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import Kept, write_result
 
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.checkpoint.hub import cache_folder
 
-KEPT = cache_folder() / "bench" / "forecasts.json"
 _SMALL, _OVER, _SLACK = 1_300_000_000, 1.05, 64 << 20
 
 LLAMA, TINY, QWEN, NEOX = "smollm2-135m", "tinyllama-1.1b", "qwen2.5-0.5b", "stablelm-base-alpha-3b"
@@ -80,38 +79,31 @@ def _verdict(forecast: int, measured: int) -> str:
     return "good" if forecast <= most else "over"
 
 
-def _same(run: dict[str, Any], combination: dict[str, Any]) -> bool:
-    return run["settings"] == combination
+def _run(combination: dict[str, Any]) -> dict[str, Any]:
+    found = bench_memory(MemorySettings(**combination))
+    forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
+    keys = ("terms", "streamed_layers", "recompute", "limit_enforced", "peak_rss_bytes", "forecast_rss_bytes")
+    print(f"{forecast / 1e6:8.0f} {measured / 1e6:8.0f} MB {forecast / measured:6.3f} {combination}", flush=True)
+    return {
+        "settings": combination,
+        "forecast_bytes": forecast,
+        "measured_bytes": measured,
+        "ratio": forecast / measured,
+        "verdict": _verdict(forecast, measured),
+        **{key: found[key] for key in keys},
+    }
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--again", action="store_true", help="measure all of them anew")
 parser.add_argument("--only", default="", help="those whose settings contain this text")
 given = parser.parse_args()
-runs: list[dict[str, Any]] = []
-if KEPT.exists() and not given.again:
-    runs = json.loads(KEPT.read_text(encoding="utf-8"))
-
+kept, names = Kept("forecasts", again=given.again), {json.dumps(each): each for each in COMBINATIONS}
+for name, combination in names.items():
+    if given.only in name:
+        kept.once(name, partial(_run, combination))
+runs = [found for name in names if (found := kept.get(name))]
 with tempfile.TemporaryDirectory() as name:
-    for combination in COMBINATIONS:
-        if given.only not in json.dumps(combination) or any(_same(run, combination) for run in runs):
-            continue
-        found = bench_memory(MemorySettings(**combination))
-        forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
-        keys = ("terms", "streamed_layers", "recompute", "limit_enforced", "peak_rss_bytes", "forecast_rss_bytes")
-        runs.append(
-            {
-                "settings": combination,
-                "forecast_bytes": forecast,
-                "measured_bytes": measured,
-                "ratio": forecast / measured,
-                "verdict": _verdict(forecast, measured),
-                **{key: found[key] for key in keys},
-            }
-        )
-        print(f"{forecast / 1e6:8.0f} {measured / 1e6:8.0f} MB {forecast / measured:6.3f} {combination}", flush=True)
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        KEPT.write_text(json.dumps(runs), encoding="utf-8")
     verdicts = [run["verdict"] for run in runs]
     figures = {
         "command": "python benchmarks/forecasts.py",

@@ -9,17 +9,16 @@ Each measured cell is kept as soon as it is done; a second start goes on. Half a
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
+from common import Kept, write_result
 
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.checkpoint.hub import cache_folder
 from smidgen.model.inventory import inventory_of
 from smidgen.planning.generation import generation_plans
 from smidgen.planning.inventory import Inventory
@@ -28,7 +27,6 @@ from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
 from smidgen.train.memory import process_now, work_of
 
-KEPT = cache_folder() / "bench" / "seed_memory.json"
 ALPACA_ROWS = 52_002
 PROMPT, NEW_TOKENS = 16, 50  # of LitGPT's answer
 
@@ -84,27 +82,22 @@ def _forecast(cell: Cell, layers: int | None) -> tuple[Inventory, Forecast]:
     return model, forecast(model, work, process_now(torch.device("cpu")), choice)
 
 
-def _measured(cell: Cell, kept: dict[str, Any]) -> dict[str, Any]:
-    name = str(cell)
-    if name not in kept:
-        fields = ("shape", "quantize", "seq_len", "micro_batch", "recompute", "rank", "targets", "activation_dtype")
-        chosen = {field: getattr(cell, field) for field in fields}
-        found = bench_memory(MemorySettings(layers=cell.cut, repeats=int(cell.micro_batch == 1), **chosen))
-        wanted = ("forecast_rss_bytes", "peak_rss_bytes", "forecast_peak_bytes", "measured_peak_bytes", "step_s")
-        kept[name] = {key: found[key] for key in wanted}
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        KEPT.write_text(json.dumps(kept), encoding="utf-8")
-    return kept[name]
+def _measured(cell: Cell) -> dict[str, Any]:
+    fields = ("shape", "quantize", "seq_len", "micro_batch", "recompute", "rank", "targets", "activation_dtype")
+    chosen = {field: getattr(cell, field) for field in fields}
+    found = bench_memory(MemorySettings(layers=cell.cut, repeats=int(cell.micro_batch == 1), **chosen))
+    wanted = ("forecast_rss_bytes", "peak_rss_bytes", "forecast_peak_bytes", "measured_peak_bytes", "step_s")
+    return {key: found[key] for key in wanted}
 
 
-def _row(cell: Cell, kept: dict[str, Any]) -> dict[str, Any]:
+def _row(cell: Cell, kept: Kept) -> dict[str, Any]:
     model, whole = _forecast(cell, None)
     row = {**vars(cell), "forecast_bytes": whole.peak_bytes, "peak_bytes": whole.peak_bytes, "how": "forecast"}
     if cell.theirs_answer:
         ways = generation_plans(model, process_now(torch.device("cpu")), PROMPT, NEW_TOKENS, 4)
         row["answer_bytes"] = next(ways).forecast.peak_bytes
     if cell.cut:
-        measured = _measured(cell, kept)
+        measured = kept.once(str(cell), partial(_measured, cell))
         cut_model, cut = _forecast(cell, cell.cut)
         share = (model.weights + model.vocab_size * model.hidden_size) / (
             cut_model.weights + cut_model.vocab_size * cut_model.hidden_size
@@ -124,7 +117,7 @@ def _row(cell: Cell, kept: dict[str, Any]) -> dict[str, Any]:
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--again", action="store_true", help="measure all of them anew")
 given = parser.parse_args()
-kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() and not given.again else {}
+kept = Kept("seed_memory", again=given.again)
 rows = [_row(cell, kept) for cell in _cells()]
 with tempfile.TemporaryDirectory() as name:
     write_result("seed_memory", {"command": "python benchmarks/seed_memory.py", "cells": rows}, Path(name), shown={})

@@ -26,7 +26,7 @@ from smidgen.bench.workers.serving import measure_sgemm_gflops
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
 from smidgen.errors import RunError
-from smidgen.export.merge import save_merged
+from smidgen.export.merge import write_merged
 from smidgen.model.load import load_base, open_source
 
 MODEL = "smollm2-135m"
@@ -51,7 +51,7 @@ def write_base(folder: Path) -> None:
 
     source = open_source(MODEL)
     base = load_base(source, quantize="none", compute_dtype="float32")
-    save_merged(base, folder, torch.float32, source.tokenizer)
+    write_merged(base, folder, torch.float32, source.tokenizer)
 
 
 def held_out_examples(data: Path) -> list[dict[str, list[int]]]:

@@ -12,8 +12,6 @@ smidgen.merge("runs/mine", "models/mine")
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,16 @@ import torch
 
 from smidgen.bench.doctor import check_disk, check_learning, check_step
 from smidgen.checkpoint.hub import download as _download
-from smidgen.data.records import as_specs, read_data
-from smidgen.data.render import IGNORED, Example
+from smidgen.data.records import as_specs
 from smidgen.data.report import DataReport, build_report
-from smidgen.errors import RunError, SettingsError, SmidgenError
+from smidgen.errors import RunError, SettingsError
 from smidgen.evaluation.evaluate import Evaluation
 from smidgen.evaluation.evaluate import evaluate as _evaluate
 from smidgen.events import Note, Report, Saved, silent
-from smidgen.export.compare import plain_example
 from smidgen.export.files import check_new, check_vacant, check_writable
 from smidgen.export.forms import EXPORT_TYPES, EXPORTS, PACKED_FORMS
-from smidgen.export.quantise import calibration_of, check_quantisable, plain_dtype, quantise_model
-from smidgen.export.verified import export_verified
+from smidgen.export.quantise import calibration_of, check_quantisable, quantise_model
+from smidgen.exporting import export_as
 from smidgen.kernels.library import describe_library
 from smidgen.kernels.selfcheck import check_kernels
 from smidgen.loading import Generation, LoadedModel, load
@@ -56,8 +52,8 @@ from smidgen.train.finetune import resume as _resume
 from smidgen.train.forecast import plan_answers, plan_model
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import give_memory_back
-from smidgen.train.rows import edits_of, read_rows, renderer_of
-from smidgen.train.run import Record, RunFolder, adapter_folder
+from smidgen.train.rows import read_rows
+from smidgen.train.run import Record, adapter_folder
 from smidgen.train.sharing import estimate_sharing
 from smidgen.units import format_bytes, parse_bytes
 
@@ -80,7 +76,6 @@ __all__ = [
 ]
 
 _MERGE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-_COMPARED_ROWS = 16
 
 
 def finetune(
@@ -301,35 +296,7 @@ def export_run(
         check_vacant(out)
     check_writable(out)
     _folder_of_run(run, report)
-    trained = load(run, compute_dtype="float32", trust_remote_code=trust_remote_code, report=report)
-    examples = _held_out(Path(run), trained, report)
-    automatic = str(plain_dtype(trained.base)).removeprefix("torch.") if to == "hf" else types[0]
-    kind = automatic if type == "auto" else type
-    figures = export_verified(
-        trained.base, trained.tokenizer, examples, to, out, kind=kind, system=trained.system,
-        trust_remote_code=trust_remote_code, report=report,
-    )  # fmt: skip
-    return {"out": str(out), "to": to, "type": kind, **figures}
-
-
-def _held_out(run: Path, trained: LoadedModel, report: Report) -> list[Example]:
-    """Rows with labels that the run did not train on, or a plain text where they cannot be had."""
-    plain = "the export is compared on a plain text"
-    try:
-        _, settings, _, data = RunFolder.open(run)
-        rows = read_data(data, limit=settings.limit, edits=edits_of(settings))
-    except SmidgenError:
-        report(Note(f"the run's data is not there: {plain}"))
-        return [plain_example(trained.tokenizer)]
-    if settings.too_long != "left":  # for what is compared here a row's beginning is as good as all of it
-        settings = replace(settings, too_long="right")
-    renderer = renderer_of(settings, trained.tokenizer, trained.base.max_positions)
-    rows = rows.test or rows.validation or rows.train
-    labelled = (row for row in renderer.render_each(rows, len(rows)) if row.labels.count(IGNORED) < len(row.labels))
-    if examples := list(islice(labelled, _COMPARED_ROWS)):
-        return examples
-    report(Note(f"no held-out row has a label within seq_len {renderer.seq_len}: {plain}"))
-    return [plain_example(trained.tokenizer)]
+    return export_as(Path(run), out, to, type, trust_remote_code=trust_remote_code, report=report)
 
 
 def quantize(

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.export.adapter import StoredAdapter, load_adapter, read_adapter
 from smidgen.export.compare import COMPARED_TOKENS, compare_models
@@ -14,15 +13,13 @@ from smidgen.export.merge import write_merged
 from smidgen.export.quantise import plain_dtype
 from smidgen.export.verified import reopened
 from smidgen.loading import Found, find_model, load_found
-from smidgen.model.device import default_budget, peak_rss_bytes, resident_bytes
+from smidgen.model.device import budget_on, peak_rss_bytes, resident_bytes
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, choose_storage, load_base, open_source
 from smidgen.model.stream import layer_of
 from smidgen.planning import estimate
-from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import Conversion, comparison_bytes, fitting, merged_pieces
 from smidgen.planning.inventory import Inventory
-from smidgen.units import format_bytes
 
 __all__ = ["merge_run"]
 
@@ -104,7 +101,7 @@ def _plan(
         "norms and biases": (2 if target is None else 3) * model.norm_bytes,
         "adapters": (1 if target is None else 2) * learnt,
     }
-    budget, where = default_budget(torch.device("cpu")) if memory is None else (memory, "--memory")
+    budget, where = budget_on(torch.device("cpu"), memory)
     every = () if model.mapped else tuple(range(model.num_layers))
     for streamed in dict.fromkeys(((), every)):
         resident = 0 if model.mapped or streamed else model.packed_bytes
@@ -112,15 +109,8 @@ def _plan(
         plan = fitting(pieces, {**always, **base}, budget, at_least=compared)
         if plan.peak_bytes <= budget:
             break
-    if plan.peak_bytes > budget:
-        raise SettingsError([too_little(budget, where, f"to merge {found.folder}", plan.peak_bytes)])
     moved = f", {len(streamed)} layers of the base are read from disk for each use" if streamed else ""
-    report(
-        Note(
-            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(budget)}, files of"
-            f" {format_bytes(plan.shard_bytes)}{moved}"
-        )
-    )
+    report(Note(plan.within(budget, where, f"to merge {found.folder}") + moved))
     return plan, streamed
 
 

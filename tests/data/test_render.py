@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from small_tokenizers import CHATML, LLAMA2, OPENING, PLAIN, THINKING, joining_tokenizer, word_tokenizer
+from smidgen.data import render
 from smidgen.data.layouts import Row
 from smidgen.data.render import Example, Renderer
 from smidgen.errors import DataError, ModelError
@@ -55,6 +56,14 @@ def test_a_template_that_writes_the_date_is_told_the_day_that_it_is_given() -> N
     assert now.prompt_text(HI).startswith(f"{date.today():%d %B %Y, %-d.%-m., }")
     prints = [renderer.fingerprint(chat=True) for renderer in (now, today, then)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_rows_are_rendered_anew_where_the_code_makes_other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(word_tokenizer(CHATML))
+    before = renderer.fingerprint(chat=True)
+    assert renderer.fingerprint(chat=True) == before
+    monkeypatch.setattr(render, "_LABELS_VERSION", -1)
+    assert renderer.fingerprint(chat=True) != before
 
 
 def test_llama2_writes_one_bos_and_its_answers_end_with_eos() -> None:

@@ -13,7 +13,7 @@ from smidgen.errors import RunError, SettingsError
 from smidgen.export.adapter import load_adapter, save_adapter
 from smidgen.export.compare import without_adapters
 from smidgen.export.gguf_lora import save_gguf_lora
-from smidgen.export.merge import save_merged
+from smidgen.export.merge import write_merged
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_modules, select_targets
 from smidgen.model.trained import attach_modules, attach_tokens, embedding_name, initialise_tokens, trainable_names
@@ -147,7 +147,7 @@ def test_a_saved_one_loads_to_the_same_bits_and_saves_to_the_same_files(what: st
 def test_the_merged_model_computes_the_same(architecture: str, what: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base", architecture)
     base, _, ids = _trained(folder, what, storage="nf4-dq")
-    save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    write_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(ids).logits, base.model(ids).logits, rtol=1e-4, atol=1e-4)
     assert merged.config.vocab_size == (LARGER if what == "tokens" else VOCAB_SIZE)
@@ -171,7 +171,7 @@ def test_a_weight_that_peft_has_parted_stays_parted(modules: list[str], tmp_path
     base = build(folder)
     load_adapter(base, tmp_path / "a")
     torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
-    save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    write_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 

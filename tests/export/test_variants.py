@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from smidgen.errors import RunError
 from smidgen.export.adapter import load_adapter, save_adapter
 from smidgen.export.gguf_lora import read_gguf_lora, save_gguf_lora
-from smidgen.export.merge import save_merged
+from smidgen.export.merge import write_merged
 from smidgen.lora.attach import adapters, attach_lora
 from smidgen.lora.targets import select_targets
 from tiny import VOCAB_SIZE, build, byte_tokenizer, tiny_folder
@@ -129,7 +129,7 @@ def test_a_saved_adapter_loads_to_the_same_bits_and_saves_to_the_same_files(vari
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_merged_model_computes_the_same(architecture: str, variant: str, tmp_path: Path) -> None:
     base = _adapted(tiny_folder(tmp_path / "base", architecture), VARIANTS[variant], storage="nf4-dq")
-    save_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
+    write_merged(base, tmp_path / "merged", torch.float32, byte_tokenizer())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, base.model(IDS).logits, rtol=1e-4, atol=1e-4)
 

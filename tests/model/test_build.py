@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Warned
-from smidgen.export.merge import save_merged
+from smidgen.export.merge import write_merged
 from smidgen.model.build import build_base
 from smidgen.model.inventory import inventory_of
 from smidgen.model.trained import is_tied
@@ -100,7 +100,7 @@ def test_a_head_beside_a_tied_embedding_counts_where_it_differs(architecture: st
         assert ["a head of its own" in event.text for event in said if isinstance(event, Warned)] == [True] * texts
         assert is_tied(base) == (not texts)
         assert bool(inventory_of(base.checkpoint, base.checkpoint.config, "none").head_bytes) == bool(texts)
-    save_merged(base, tmp_path / "written", torch.float32, byte_tokenizer())
+    write_merged(base, tmp_path / "written", torch.float32, byte_tokenizer())
     assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "written").eval()
     torch.testing.assert_close(written(IDS).logits, expected, rtol=1e-5, atol=1e-5)

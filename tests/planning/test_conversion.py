@@ -116,7 +116,7 @@ def test_what_the_machine_has_free_is_the_budget_of_those_who_give_none(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (quantise_module, merging_module):
-        monkeypatch.setattr(module, "default_budget", lambda device: (60_000_000, "what this machine has free"))
+        monkeypatch.setattr(module, "budget_on", lambda device, memory: (60_000_000, "what this machine has free"))
     said = r"60.0 MB \(what this machine has free\) is too little to {}: at least \d+ MB is needed"
     with pytest.raises(SettingsError, match=said.format("make nf4 of model")):
         smidgen.quantize(str(adapter.parent / "model"), tmp_path / "out", to="nf4")

@@ -19,7 +19,6 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from smidgen.events import Progress, Report, silent
-from smidgen.export.files import new_folder
 from smidgen.lora.linear import LoraLinear
 from smidgen.model.build import Base
 from smidgen.model.experts import PackedExperts
@@ -28,7 +27,7 @@ from smidgen.planning.conversion import LARGEST_SHARD
 from smidgen.quant.linear import FrozenEmbedding, FrozenLinear
 from smidgen.quant.matrix import FrozenMatrix, dense
 
-__all__ = ["MergedParameter", "dense_parameters", "merged_parameters", "save_merged", "write_merged", "write_model"]
+__all__ = ["MergedParameter", "dense_parameters", "merged_parameters", "write_merged", "write_model"]
 
 _CPU = torch.device("cpu")  # where files are written from
 
@@ -102,22 +101,6 @@ def _experts(experts: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
     return torch.cat([dense(part, dtype, _CPU) for parts in experts for part in parts]).view(shape)
 
 
-def save_merged(
-    base: Base,
-    out: Path,
-    dtype: torch.dtype,
-    tokenizer: Any,
-    report: Report = silent,
-    shard_bytes: int = LARGEST_SHARD,
-) -> None:
-    """Write the merged model as a Hugging Face folder, whole or not at all, in files of about shard_bytes.
-
-    Raises RunError if `out` exists.
-    """
-    with new_folder(out) as folder:
-        write_merged(base, folder, dtype, tokenizer, report, shard_bytes)
-
-
 def write_merged(
     base: Base,
     folder: Path,
@@ -126,7 +109,8 @@ def write_merged(
     report: Report = silent,
     shard_bytes: int = LARGEST_SHARD,
 ) -> None:
-    """The files of save_merged, into a folder that is there."""
+    """Write the merged model as the files of a Hugging Face folder, which is made if need be, of about shard_bytes."""
+    folder.mkdir(exist_ok=True)
     write_model(base, folder, _merged_tensors(base, dtype, report), dtype, tokenizer, shard_bytes=shard_bytes)
 
 

@@ -11,19 +11,18 @@ from smidgen.checkpoint.base import Checkpoint
 from smidgen.data.files import TEXT_SUFFIXES, read_text
 from smidgen.data.records import read_data
 from smidgen.data.render import Renderer
-from smidgen.errors import ModelError, SettingsError
+from smidgen.errors import ModelError
 from smidgen.events import Note, Report, Saved, silent
 from smidgen.export.files import check_vacant, folder_bytes, new_folder
 from smidgen.export.packed import BNB_STORAGES, save_gptq, save_packed
 from smidgen.model.build import Base
 from smidgen.model.calibration import Calibration, builtin_text, cut_rows, tokens_of
-from smidgen.model.device import default_budget, peak_rss_bytes, resident_bytes
+from smidgen.model.device import budget_on, peak_rss_bytes, resident_bytes
 from smidgen.model.gptq import GptqPass, no_place
 from smidgen.model.inventory import inventory_of
 from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.trained import TokenRows, TrainedModule
-from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import Conversion, fitting, gptq_pieces, hidden_state_bytes, packed_pieces
 from smidgen.quant.gptq import GptqSettings
 from smidgen.units import format_bytes
@@ -134,18 +133,10 @@ def _plan(
     if calibration is not None:
         held_out = 0 if calibration.held_out is None else calibration.held_out.numel()
         tokens = calibration.rows.numel() + 4 * held_out
-    budget, where = default_budget(torch.device("cpu")) if memory is None else (memory, "--memory")
+    budget, where = budget_on(torch.device("cpu"), memory)
     plan = plan_quantising(source.checkpoint, to, settings, tokens, budget, trust_remote_code=trust_remote_code)
-    if plan.peak_bytes > budget:
-        cure = "; fewer --calibration-rows or a shorter --calibration-len need less" if tokens else ""
-        what = f"to make {to} of {source.checkpoint.path.name}"
-        raise SettingsError([too_little(budget, where, what, plan.peak_bytes, cure)])
-    report(
-        Note(
-            f"memory: forecast {format_bytes(plan.peak_bytes)} of {format_bytes(budget)}, files of"
-            f" {format_bytes(plan.shard_bytes)}"
-        )
-    )
+    cure = "; fewer --calibration-rows or a shorter --calibration-len need less" if tokens else ""
+    report(Note(plan.within(budget, where, f"to make {to} of {source.checkpoint.path.name}", cure)))
     return plan
 
 
@@ -154,7 +145,7 @@ def plan_quantising(
     to: str,
     settings: GptqSettings | None,
     tokens: int,
-    memory: int | None,
+    memory: int,
     *,
     trust_remote_code: bool = False,
 ) -> Conversion:

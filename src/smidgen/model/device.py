@@ -14,10 +14,10 @@ from smidgen.model.cgroups import cgroup_limits
 from smidgen.quant.matrix import quantise
 
 __all__ = [
+    "budget_on",
     "choose_compute_dtype",
     "choose_device",
     "current_rss_bytes",
-    "default_budget",
     "device_name",
     "free_bytes",
     "free_memory_bytes",
@@ -171,8 +171,12 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
-def default_budget(device: torch.device) -> tuple[int, str]:
-    """(bytes that this process may have in all where nothing was said, the words for where the number comes from)."""
+def budget_on(device: torch.device, memory: int | None, said: str = "--memory") -> tuple[int, str]:
+    """(bytes that this process may have in all, the words for where the number comes from). memory: bytes that were
+    asked for, as `said`; None: what is free, less a margin.
+    """
+    if memory is not None:
+        return memory, said
     if device.type == "cuda":
         return int(free_bytes(device) * (1 - _MARGIN)), f"what {device} has free"
     return current_rss_bytes() + int(free_memory_bytes() * (1 - _MARGIN)), "what this machine has free"

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from smidgen.errors import SettingsError
+from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory, packed_bytes
+from smidgen.units import format_bytes
 
 __all__ = [
     "LARGEST_SHARD",
@@ -64,6 +67,13 @@ class Conversion:
     @property
     def peak_bytes(self) -> int:
         return sum(self.terms.values())
+
+    def within(self, budget: int, where: str, what: str, more: str = "") -> str:
+        """What is said of it. Raises SettingsError where `budget` bytes are too little; the words are too_little's."""
+        if self.peak_bytes > budget:
+            raise SettingsError([too_little(budget, where, what, self.peak_bytes, more)])
+        forecast, files = format_bytes(self.peak_bytes), format_bytes(self.shard_bytes)
+        return f"memory: forecast {forecast} of {format_bytes(budget)}, files of {files}"
 
 
 def walk_bytes(pieces: Iterable[Piece], shard_bytes: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
-from smidgen.model.device import default_budget, measure_gflops, resident_bytes
+from smidgen.model.device import budget_on, measure_gflops, resident_bytes
 from smidgen.model.stream import layer_of
 from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
@@ -174,9 +174,8 @@ def estimate_host(model: Inventory) -> int:
 
 def budget_of(settings: Settings, device: torch.device) -> tuple[int, str]:
     """(bytes that this process may have in all, the words for where the number comes from)."""
-    if settings.memory is not None:
-        return parse_bytes(settings.memory), f"--memory {settings.memory}"
-    return default_budget(device)
+    memory = None if settings.memory is None else parse_bytes(settings.memory)
+    return budget_on(device, memory, f"--memory {settings.memory}")
 
 
 def plan_run(
