@@ -23,7 +23,7 @@ from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.planner import forecasts, smallest
 from smidgen.planning.shapes import SHAPES
 from smidgen.train.config import Settings
-from smidgen.train.memory import process_now, work_of
+from smidgen.train.memory import choice_of, process_now, work_of
 
 _WHERE = (0.0, 0.15, 0.4, 0.7, 1.0)  # between the smallest and what the fastest needs
 _TIMED = _WHERE[2]
@@ -50,7 +50,7 @@ def _range(job: dict[str, Any]) -> tuple[int, int]:
     model = inventory_of(None, config, job["quantize"], name=job["shape"])
     settings = Settings(rank=job["rank"], targets=job["targets"], micro_batch=job["micro_batch"], accumulation=1)
     work = work_of(model, settings, [job["seq_len"]] * job["micro_batch"], 4)
-    every = forecasts(model, work, process_now(torch.device("cpu")), micro_batch=job["micro_batch"])
+    every = forecasts(model, work, process_now(torch.device("cpu")), choice_of(model, settings))
     return smallest(every).peak_bytes, every[0].peak_bytes
 
 
@@ -62,7 +62,7 @@ def _run(job: dict[str, Any], budget: int, repeats: int = 1) -> dict[str, Any]:
         return {"budget_bytes": budget, "end": end, "why": str(error)}
     keys = (
         "step_s", "peak_rss_bytes", "cgroup_peak_bytes", "limit_enforced", "streamed_layers", "recompute",
-        "computed_micro_batch", "forecast_rss_bytes",
+        "computed_micro_batch", "tile_tokens", "loss_chunk", "forecast_rss_bytes",
     )  # fmt: skip
     return {"budget_bytes": budget, "end": "finished", **{key: found[key] for key in keys}}
 

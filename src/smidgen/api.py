@@ -182,8 +182,11 @@ def evaluate(
     train_on_prompt: bool | None = None,
     questions: str | Path | None = None,
     out: str | Path | None = None,
+    quantize: str = "auto",
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
     report: Report = silent,
-    **loading: Any,
 ) -> dict[str, Any]:
     """Measure a model or a run on each of `data`, every figure with its 95 % confidence interval (measures.measure).
 
@@ -193,8 +196,9 @@ def evaluate(
     (data.tasks): accuracy. limit: the first rows, windows or questions of each. against: 'base', the base that the run
     was trained on, or another model or run, measured on the same rows. questions: a file of open questions, answered
     into the new file `out`. max_new_tokens: of an answer; by default 8 more than the longest expected one has, of open
-    questions 1,024. seq_len, too_long,
-    system, fill, train_on_prompt: of rows, as in finetune; None: as `model` was trained if it is a run.
+    questions 1,024. seq_len, too_long, system, fill, train_on_prompt: of rows, as in finetune; None: as `model` was
+    trained if it is a run. quantize, compute_dtype, device, trust_remote_code: as in finetune; 'auto': as for a run's
+    training.
 
     Returns model, against, data, a list of {data, kind, rows, figures} in their order (see measure.compare); with
     against also worse, a list of {data, kind, figure}: where the model is worse beyond the interval of the difference.
@@ -211,7 +215,12 @@ def evaluate(
         questions=None if questions is None else str(questions),
         out=None if out is None else Path(out),
         report=report,
-        loading=loading,
+        loading={
+            "quantize": quantize,
+            "compute_dtype": compute_dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        },
     )
 
 

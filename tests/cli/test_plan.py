@@ -172,6 +172,8 @@ _EFFECTS: dict[str, tuple[Any, set[str]]] = {
     "modules_to_save": ("lm_head", {"adapters", "optimizer", "loss chunk"}),
     "new_tokens": ("<a>,<b>", {"adapters", "optimizer"}),
     "pack": (600, {"kept activations", "scratch", "loss chunk"}),
+    "tile_tokens": (64, {"scratch"}),
+    "loss_chunk": (16, {"loss chunk"}),
     "micro_batch": (2, {"kept activations", "tokens_per_step"}),
     "dropout": (0.1, {"kept activations", "computed_tokens_per_step"}),
     "share_prefix": ("off", {"computed_tokens_per_step"}),

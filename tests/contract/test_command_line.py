@@ -45,6 +45,8 @@ FROZEN_SETTINGS: dict[str, Any] = {
     "accumulation": 1,
     "memory": None,
     "pack": None,
+    "tile_tokens": 2048,
+    "loss_chunk": None,
     "share_prefix": "auto",
     "group_by_length": False,
     "seed": 0,

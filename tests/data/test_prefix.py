@@ -6,7 +6,6 @@ from itertools import combinations, pairwise
 
 import pytest
 
-import smidgen.data.prefix
 from smidgen.data.batch import Batching, grouped_order, make_batch
 from smidgen.data.prefix import computed_tokens, group_rows
 from smidgen.data.render import Example
@@ -42,11 +41,10 @@ def test_a_row_keeps_a_token_of_its_own_and_a_short_beginning_is_not_shared() ->
     assert group_rows([]) == []
 
 
-def test_a_group_is_no_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_no_larger_than_a_tile() -> None:
     rows = [_row(SYSTEM, [1, index]) for index in range(20)]
     assert [len(group.rows) for group in group_rows(rows)] == [20]
-    monkeypatch.setattr(smidgen.data.prefix, "TILE_TOKENS", 30)
-    groups = group_rows(rows)
+    groups = group_rows(rows, 30)
     assert max(len(group.rows) for group in groups) == (30 - len(SYSTEM) - 1) // 1 == 9
     assert sorted(index for group in groups for index in group.rows) == list(range(20))
 

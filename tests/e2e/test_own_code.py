@@ -64,6 +64,7 @@ def test_a_run_on_a_model_with_its_own_code(
         command = [verb[0], str(run.path), "--out", str(out), *verb[1:]]
         assert exit_code(command) == 2 and "--trust-remote-code" in capsys.readouterr().err
         assert exit_code([*command, "--trust-remote-code"]) == 0
+        assert f"generate {out} --trust-remote-code" in capsys.readouterr().out, "the next command needs it too"
         assert {path.name for path in out.glob("*.py")} == set(CODE)
         written = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
         with torch.no_grad():

@@ -206,7 +206,7 @@ def test_a_resume_with_less_memory_tells_of_its_smaller_micro_batch(
     file.write_text(file.read_text().replace("memory: null", f"memory: '{least}'"))
     said: list[str] = []
     smidgen.resume(tmp_path / "run", report=lambda event: said.append(getattr(event, "text", "")))
-    assert any("started with micro-batch 4, now 1 by the memory there is" in text for text in said)
+    assert any("started with micro_batch 4, now 1 by the memory there is" in text for text in said)
 
 
 def test_every_checkpoint_is_a_folder_that_verbs_take(model: Path, rows: Path, tmp_path: Path) -> None:

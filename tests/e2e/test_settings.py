@@ -94,6 +94,8 @@ EFFECTS: dict[str, tuple[Any, set[str], Callable[[Seen], bool]]] = {
     "seed": (9, ROWS, lambda s: True),
     "group_by_length": (True, ROWS, lambda s: True),
     "pack": (60, {"adapter"}, lambda s: True),  # rounding alone
+    "tile_tokens": (64, {"adapter"}, lambda s: True),
+    "loss_chunk": (16, {"adapter"}, lambda s: True),
     "share_prefix": ("off", {"adapter"}, lambda s: True),
     "recompute": ("full", set(), lambda s: True),
     "activation_dtype": ("bfloat16", {"adapter"}, lambda s: True),

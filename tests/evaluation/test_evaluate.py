@@ -309,7 +309,6 @@ def _wrong(model: Path, rows: Path, folder: Path) -> dict[str, tuple[type, str, 
         "no text": (SettingsError, "protocol: is for", lambda: smidgen.evaluate(model, data, protocol="gptq")),
         "protocol": (SettingsError, "protocol: expected", lambda: smidgen.evaluate(model, data, protocol="zz")),
         "limit": (SettingsError, "limit: expected 1 or more", lambda: smidgen.evaluate(model, data, limit=0)),
-        "memory": (SettingsError, "memory: no budget", lambda: smidgen.evaluate(model, data, memory="2GiB")),
         "no such setting": (TypeError, "batchsize", lambda: smidgen.evaluate(model, data, batchsize=1)),
         "bad row": (
             DataError, "broken.jsonl:1, column gold", lambda: smidgen.evaluate(model, str(folder / "broken.jsonl")),
@@ -324,7 +323,7 @@ def _wrong(model: Path, rows: Path, folder: Path) -> dict[str, tuple[type, str, 
 
 
 WRONG = ["nothing to do", "no file for answers", "no questions", "no base", "no text", "protocol", "limit"]
-WRONG += ["memory", "no such setting", "bad row", "questions as data", "no file", "taken"]
+WRONG += ["no such setting", "bad row", "questions as data", "no file", "taken"]
 
 
 @pytest.mark.parametrize("case", WRONG)

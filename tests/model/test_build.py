@@ -160,3 +160,28 @@ def test_a_weight_that_is_not_finite_is_named(storage: str, value: float, tmp_pa
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"up_proj\.weight holds numbers that are not finite"):
         build(folder, storage)
+
+
+def _mapped_kb(file: Path) -> int:
+    """Resident pages of a file in this process."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pages_of_looked_up_rows_are_given_back(tied: bool, tmp_path: Path) -> None:
+    """40,000 rows of 256 bytes: all of an untied embedding would stay in memory; a tied one is read as the head too."""
+    folder = tiny_folder(tmp_path, vocab_size=40_000, tie_word_embeddings=tied)
+    base, file = build(folder), folder / "model.safetensors"
+    base.checkpoint.release()
+    assert _mapped_kb(file) == 0
+    rows = torch.arange(0, 40_000, 16)[None]
+    whole_kb = 40_000 * 256 >> 10
+    found = base.model.get_input_embeddings()(rows)
+    assert (_mapped_kb(file) > whole_kb / 2) == tied
+    torch.testing.assert_close(found[0], load_file(file)["model.embed_tokens.weight"][rows[0]])

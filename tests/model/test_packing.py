@@ -132,7 +132,7 @@ def test_tiles_of_a_large_batch_give_the_gradients_of_the_whole(
     tokens: list[int] = []
     run = FusedLayer.run
     monkeypatch.setattr(FusedLayer, "run", lambda self, x, *more: tokens.append(len(x)) or run(self, x, *more))
-    monkeypatch.setattr(smidgen.model.packing, "TILE_TOKENS", 60)
+    base.tile_tokens = 60
     loss, gradient = _gradient(base, [batch])
     assert len(tokens) > 2 * (1 + (mode == "full")) and len(set(tokens)) > 1
     assert loss == pytest.approx(expected_loss, rel=1e-6)

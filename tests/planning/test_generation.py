@@ -21,7 +21,14 @@ from smidgen.planning.planner import Machine
 from smidgen.planning.shapes import SHAPES
 from tiny import build, tiny_folder
 
-MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
+MACHINE = Machine(
+    gflops=50.0,
+    weights_per_s=5e9,
+    disk_bytes_per_s=1e9,
+    framework_bytes=280_000_000,
+    library_bytes=100_000_000,
+    threads=2,
+)
 
 
 def _plan(model: Inventory, budget: int) -> GenerationPlan:

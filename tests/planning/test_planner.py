@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smidgen.model.inventory import inventory_of
-from smidgen.planning import estimate
+from smidgen.planning import estimate, planner
 from smidgen.planning.inventory import Inventory, packed_bytes
 from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, smallest
 from smidgen.planning.shapes import SHAPES
@@ -17,11 +17,24 @@ from smidgen.train.config import Settings
 from smidgen.train.memory import work_of
 from smidgen.units import parse_bytes
 
-MACHINE = Machine(gflops=50.0, disk_bytes_per_s=1e9, framework_bytes=280_000_000, library_bytes=100_000_000, threads=2)
+MACHINE = Machine(
+    gflops=50.0,
+    weights_per_s=5e9,
+    disk_bytes_per_s=1e9,
+    framework_bytes=280_000_000,
+    library_bytes=100_000_000,
+    threads=2,
+)
 
 
 def solve(model: Inventory, job: Work, machine: Machine, budget: int, **given: Any) -> Forecast | None:
-    return fastest(forecasts(model, job, machine, **given), budget)
+    sizes = {name: given.pop(name) for name in ("micro_batch", "pack") if name in given}
+    return fastest(forecasts(model, job, machine, asked(model, **sizes), **given), budget)
+
+
+def asked(model: Inventory, **sizes: Any) -> Choice:
+    """What is to be computed at once, and nothing again."""
+    return Choice(accumulation=1, recompute=("none",) * model.num_layers, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +113,7 @@ def test_more_memory_is_never_slower(seven: Inventory) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would(seven: Inventory) -> None:
     assert solve(seven, work(), MACHINE, 1 << 29, micro_batch=4) is None
-    least = smallest(forecasts(seven, work(), MACHINE, micro_batch=4))
+    least = smallest(forecasts(seven, work(), MACHINE, asked(seven, micro_batch=4)))
     assert solve(seven, work(), MACHINE, least.peak_bytes, micro_batch=4) is not None
     assert solve(seven, work(), MACHINE, least.peak_bytes - 1, micro_batch=4) is None
 
@@ -128,6 +141,9 @@ def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
     assert changed(work(), Choice(4, 1, ("cheap",) * 32)) == {"kept activations"}
     assert changed(work(), Choice(4, 1, ("none",) * 32, (3,))) == {"packed weights", "stream buffers"}
     assert "kept activations" in changed(work(), Choice(2, 2, ("none",) * 32))
+    assert changed(work(), Choice(4, 1, ("none",) * 32, loss_chunk=64)) == {"loss chunk", "one layer's working set"}
+    of_tile = {"one layer's working set", "scratch"}
+    assert changed(work(), Choice(4, 1, ("none",) * 32, tile_tokens=512)) == of_tile
 
 
 def test_what_is_shared_and_what_has_no_label_take_no_time(seven: Inventory) -> None:
@@ -137,8 +153,12 @@ def test_what_is_shared_and_what_has_no_label_take_no_time(seven: Inventory) -> 
     unlabelled = forecast(seven, replace(work(), rows=Rows(np.full(4, 512), labelled=0.0)), MACHINE, choice)
     assert plain.terms == shared.terms == unlabelled.terms, "a share of all tokens says nothing of the largest"
     head = seven.vocab_size * seven.hidden_size
-    assert shared.step_s / plain.step_s == pytest.approx((seven.weights / 2 + head) / (seven.weights + head))
-    assert unlabelled.step_s / plain.step_s == pytest.approx(seven.weights / (seven.weights + head))
+    piece = planner._OF_PIECE / 2048  # one tile, two chunks of at most 1,048 logits
+    assert estimate.most_positions(seven.vocab_size) == 1048
+    of_layers, of_head = (1 + piece) * seven.weights, (1 + 2 * piece) * head
+    halved = (0.5 + piece) * seven.weights
+    assert shared.step_s / plain.step_s == pytest.approx((halved + of_head) / (of_layers + of_head))
+    assert unlabelled.step_s / plain.step_s == pytest.approx(of_layers / (of_layers + of_head))
 
 
 def rows_of(*lengths: int, **more: Any) -> Rows:
@@ -157,16 +177,17 @@ def test_micro_batches_are_those_that_come() -> None:
 def test_packed_rows_are_counted_by_their_tokens() -> None:
     """Rows of 100 and 10 tokens: 120 at once take 2 batches for 4 rows of 55 on average, 60 at once still hold 100."""
     job = replace(work(), rows=rows_of(100, 100, 10, 10))
-    assert (job.load(4, 120, True), job.batches(4, 120, True)) == (Load(120, 124, 10), 2)
-    assert job.load(4, 60, True).tokens == 100
-    assert replace(job, rows=replace(job.rows, computed=0.5)).batches(4, 120, True) == 1
+    assert (job.load(4, 120, 2048, True), job.batches(4, 120)) == (Load(120, 124, 10), 2)
+    assert job.load(4, 60, 2048, True).tokens == 100
+    assert replace(job, rows=replace(job.rows, computed=0.5)).batches(4, 120) == 1
 
 
 def test_layers_that_may_pad_count_both_ways_and_every_label() -> None:
     rows = replace(rows_of(100, 10, 90, 20, labels=[1, 1, 1, 1]), shared=lambda micro_batch: Load(105, 2, 60))
     job = replace(work(), rows=rows)
-    assert job.load(2, None, True) == Load(105, 2, 60), "fused layers share what begins alike"
-    assert job.load(2, None, False) == Load(110, 110, 60)
+    assert job.load(2, None, 2048, True) == Load(105, 2, 60), "fused layers share what begins alike"
+    assert job.load(2, None, 2048, False) == Load(110, 110, 60)
+    assert job.load(2, None, 1024, True) == Load(110, 2, 60), "in smaller tiles fewer rows do"
 
 
 def test_the_loss_by_hand(seven: Inventory) -> None:
@@ -196,12 +217,35 @@ def test_labels_shrink_the_loss_and_long_held_out_rows_count(seven: Inventory) -
 def test_packed_rows_shrink_to_a_budget(seven: Inventory) -> None:
     """2,048 tokens at once, then half, then half of that; the longest row has 500."""
     job = replace(work(), rows=rows_of(*[500, 100, 400, 200] * 4), rows_per_step=8)
-    found = {each.choice.pack: each.choice for each in forecasts(seven, job, MACHINE, micro_batch=8, pack=2048)}
+    ways = forecasts(seven, job, MACHINE, asked(seven, micro_batch=8, pack=2048))
+    found = {each.choice.pack: each.choice for each in ways}
     assert list(found) == [2048, 1024, 512, 500]
     assert {choice.micro_batch * choice.accumulation for choice in found.values()} == {8}
     whole = forecast(seven, job, MACHINE, Choice(8, 1, ("cheap",) * 32, pack=2048)).peak_bytes
     less = solve(seven, job, MACHINE, whole - 1, micro_batch=8, pack=2048, recompute="cheap", can_stream=False)
     assert less is not None and less.choice.pack == 1024
+
+
+def test_pieces_are_halved_down_to_what_pays(seven: Inventory) -> None:
+    """1,048 positions of 32,000 classes are 128 MiB."""
+
+    def pieces(**given: Any) -> list[tuple[int, int | None]]:
+        ways = forecasts(seven, work(), MACHINE, asked(seven, micro_batch=4, **given), can_stream=False)
+        return list(dict.fromkeys((way.choice.tile_tokens, way.choice.loss_chunk) for way in ways))
+
+    assert pieces() == [(2048, None), (1024, 524), (512, 262), (256, 131)]
+    assert pieces(tile_tokens=300, loss_chunk=100) == [(300, 100), (256, 64)]
+    assert pieces(tile_tokens=128, loss_chunk=32) == [(128, 32)], "what is asked for is not made larger"
+
+
+def test_what_smaller_pieces_save_is_said(seven: Inventory) -> None:
+    given, job = asked(seven, micro_batch=4), work()
+    whole = forecast(seven, job, MACHINE, given)
+    found = solve(seven, job, MACHINE, whole.peak_bytes - 1, micro_batch=4, recompute="none", can_stream=False)
+    assert found is not None and found.choice == replace(given, tile_tokens=1024, loss_chunk=524)
+    said = planner.reasons(seven, found, job, given, whole.peak_bytes)
+    assert any("at most 1024 tokens at once, the loss 524" in line for line in said)
+    assert not any("at most" in line for line in planner.reasons(seven, whole, job, given, whole.peak_bytes))
 
 
 def test_the_heads_adapter_follows_its_settings(seven: Inventory) -> None:

@@ -98,8 +98,11 @@ class Checkpoint(Protocol):
         """(file, offset in bytes) of a contiguous tensor that is a view of the files; None for any other."""
         ...
 
-    def release(self) -> None:
-        """Give the memory of pages read so far back to the system; they are read again when they are touched."""
+    def release(self, tensor: "torch.Tensor | None" = None) -> None:
+        """Give the memory of pages read so far back to the system; they are read again when they are touched.
+
+        tensor: only those of this one, where it is a view of the files.
+        """
         ...
 
     def check_unchanged(self) -> None:
@@ -132,10 +135,16 @@ class MappedFile:
     def __len__(self) -> int:
         return len(self.data)
 
-    def release(self) -> None:
-        """Drop the pages that have been read from this process's memory; nothing is ever written to them."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.data.madvise(mmap.MADV_DONTNEED)
+    def release(self, tensor: "torch.Tensor | None" = None) -> None:
+        """Drop the pages that have been read from this process's memory; nothing is ever written to them.
+
+        tensor: see Checkpoint.release.
+        """
+        start = 0 if tensor is None else self.offset_of(tensor)
+        if start is not None and hasattr(mmap, "MADV_DONTNEED"):
+            end = len(self) if tensor is None else start + tensor.nbytes
+            start -= start % mmap.PAGESIZE
+            self.data.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def check_unchanged(self) -> None:
         """See Checkpoint.check_unchanged. A file that was removed or replaced leaves what is mapped as it was."""

@@ -86,9 +86,9 @@ class SafetensorsCheckpoint:
     def place_of(self, tensor: "torch.Tensor") -> tuple[Path, int] | None:
         return place_in(self.files, tensor)
 
-    def release(self) -> None:
+    def release(self, tensor: "torch.Tensor | None" = None) -> None:
         for file in self.files:
-            file.release()
+            file.release(tensor)
 
     def check_unchanged(self) -> None:
         for file in self.files:

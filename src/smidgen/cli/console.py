@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +155,8 @@ class Console:
             self.title("Answers to held-out rows (✓ as the data has it)")
             self.show(views.comparison(self._answers.get("before"), last))
 
-    def finished(self, summary: Mapping[str, Any], run: Path) -> None:
-        """The end of a run: before and after, answers, files, figures, and how to go on."""
+    def finished(self, summary: Mapping[str, Any], run: Path, flags: Sequence[str] = ()) -> None:
+        """The end of a run: before and after, answers, files, figures, and how to go on, which needs `flags`."""
         self._bars.close()
         compared = views.before_after(summary)
         if compared.row_count:
@@ -169,9 +169,9 @@ class Console:
         self.line()
         self.line(views.run_figures(summary))
         self.next(
-            command("generate", run, asked),
-            command("chat", run),
-            command("merge", run, "--out", f"{run}-merged"),
+            command("generate", run, *flags, asked),
+            command("chat", run, *flags),
+            command("merge", run, "--out", f"{run}-merged", *flags),
         )
 
     def files(self) -> None:

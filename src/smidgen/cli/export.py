@@ -73,5 +73,6 @@ def export(console: Console, given: Given) -> Mapping[str, Any]:
     if given["to"] == "ollama":
         console.next(f"ollama create {Path(given['out']).name} -f {Path(given['out']) / 'Modelfile'}")
     elif given["to"] != "gguf-lora":
-        console.next(command("generate", given["out"], "Hello!"))
+        own_code = given.own_code if given["to"] == "hf" else []
+        console.next(command("generate", given["out"], *own_code, "Hello!"))
     return result

@@ -66,7 +66,7 @@ def finetune(console: Console, given: Given) -> Mapping[str, Any]:
     except KeyboardInterrupt:
         resumable(console, run_folder)
         raise
-    console.finished(run.summary, Path(run.path))
+    console.finished(run.summary, Path(run.path), given.own_code)
     return run.summary
 
 

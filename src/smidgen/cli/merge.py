@@ -73,5 +73,5 @@ def merge(console: Console, given: Given) -> Mapping[str, Any]:
     console.close()
     console.files()
     console.results(result)
-    console.next(command("generate", given["out"], "Hello!"))
+    console.next(command("generate", given["out"], *given.own_code, "Hello!"))
     return result

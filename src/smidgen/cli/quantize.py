@@ -134,5 +134,8 @@ def quantize(console: Console, given: Given) -> Mapping[str, Any]:
     console.close()
     console.files()
     console.quantised(result)
-    console.next(command("generate", given["out"], "Hello!"), command("finetune", given["out"], "DATA", "--out", "RUN"))
+    console.next(
+        command("generate", given["out"], *given.own_code, "Hello!"),
+        command("finetune", given["out"], "DATA", "--out", "RUN", *given.own_code),
+    )
     return result

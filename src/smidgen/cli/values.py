@@ -33,6 +33,11 @@ class Given:
         """The values of some flags, as keyword arguments."""
         return {flag.name: self.values[flag.name] for flag in flags}
 
+    @property
+    def own_code(self) -> list[str]:
+        """--trust-remote-code if it was given: the next command on the same model needs it too."""
+        return ["--trust-remote-code"] if self.values.get("trust_remote_code") else []
+
 
 def collect(
     flags: "Sequence[Flag]",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from smidgen.data.prefix import Group, computed_tokens, group_rows
 from smidgen.data.render import IGNORED, Example
+from smidgen.kernels.sizes import TILE_TOKENS
 
 __all__ = ["Batch", "Batching", "epoch_order", "grouped_order", "make_batch"]
 
@@ -44,8 +45,10 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
-def make_batch(examples: Sequence[Example], *, share_prefix: bool = False) -> Batch:
-    """Pad B examples to the longest, T tokens. share_prefix: what they begin with alike is to be computed once."""
+def make_batch(examples: Sequence[Example], *, share_prefix: bool = False, tile_tokens: int = TILE_TOKENS) -> Batch:
+    """Pad B examples to the longest, T tokens. share_prefix: what they begin with alike is to be computed once, as far
+    as such rows fit into one tile together.
+    """
     lengths = torch.tensor([len(example.input_ids) for example in examples])
     shape = (len(examples), int(lengths.max()))
     input_ids = torch.zeros(shape, dtype=torch.int64)
@@ -53,7 +56,7 @@ def make_batch(examples: Sequence[Example], *, share_prefix: bool = False) -> Ba
     for index, example in enumerate(examples):
         input_ids[index, : len(example.input_ids)] = torch.tensor(example.input_ids)
         labels[index, : len(example.labels)] = torch.tensor(example.labels)
-    groups = group_rows([example.input_ids for example in examples]) if share_prefix else []
+    groups = group_rows([example.input_ids for example in examples], tile_tokens) if share_prefix else []
     return Batch(input_ids, labels, lengths, tuple(groups), tuple(example.where for example in examples))
 
 
@@ -62,14 +65,15 @@ class Batching:
     """How the rows of an optimizer step are computed; the step is the same whatever is chosen, but for rounding.
 
     micro_batch: rows at once. pack: instead, as many rows as have at most so many tokens; a longer row comes alone.
-    share_prefix: what rows begin with alike is computed once a batch. pads: rows are padded to the longest of their
-    batch, so that is what `pack` counts.
+    share_prefix: what rows begin with alike is computed once a batch, as far as they fit into one tile. pads: rows are
+    padded to the longest of their batch, so that is what `pack` counts.
     """
 
     micro_batch: int
     pack: int | None = None
     share_prefix: bool = False
     pads: bool = False
+    tile_tokens: int = TILE_TOKENS
 
     def split(self, examples: Sequence[Example]) -> list[list[int]]:
         """The batches of a step, as indices of its rows: rows that begin alike (or are as long) come together."""
@@ -90,13 +94,13 @@ class Batching:
     def batches(self, examples: Sequence[Example]) -> list[Batch]:
         """The batches of a step."""
         chosen = ([examples[index] for index in part] for part in self.split(examples))
-        return [make_batch(part, share_prefix=self.share_prefix) for part in chosen]
+        return [make_batch(part, share_prefix=self.share_prefix, tile_tokens=self.tile_tokens) for part in chosen]
 
     def tokens_of(self, rows: Sequence[list[int]]) -> int:
         """How many tokens are computed for these rows at once."""
         if self.pads:
             return len(rows) * max(map(len, rows))
-        return computed_tokens(rows) if self.share_prefix else sum(map(len, rows))
+        return computed_tokens(rows, self.tile_tokens) if self.share_prefix else sum(map(len, rows))
 
     def _fitting(self, rows: Sequence[list[int]], most: int) -> int:
         """How many rows from the first on have at most so many tokens; more rows never have fewer."""

@@ -28,10 +28,10 @@ class Group(NamedTuple):
     prefix_tokens: int
 
 
-def group_rows(rows: Sequence[list[int]]) -> list[Group]:
+def group_rows(rows: Sequence[list[int]], tile_tokens: int = TILE_TOKENS) -> list[Group]:
     """The groups of rows of token ids that leave the fewest tokens to compute; each row is in one of them.
 
-    No group has more than TILE_TOKENS tokens to compute, so that it fits into one tile of a layer's working set. In
+    No group has more than tile_tokens tokens to compute, so that it fits into one tile of a layer's working set. In
     lexical order rows that begin alike are neighbours; how to cut that into runs is found by dynamic programming.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index])
@@ -43,7 +43,7 @@ def group_rows(rows: Sequence[list[int]]) -> list[Group]:
         for first in range(last - 1, -1, -1):
             prefix = min(prefix, alike[first])
             tokens += len(rows[order[first]])
-            if prefix < _LEAST_PREFIX_TOKENS or tokens - (last - first) * prefix > TILE_TOKENS:
+            if prefix < _LEAST_PREFIX_TOKENS or tokens - (last - first) * prefix > tile_tokens:
                 break
             if most_saved[first] + (last - first) * prefix > saved:
                 saved, start = most_saved[first] + (last - first) * prefix, first
@@ -57,9 +57,9 @@ def group_rows(rows: Sequence[list[int]]) -> list[Group]:
     return groups[::-1]
 
 
-def computed_tokens(rows: Sequence[list[int]]) -> int:
+def computed_tokens(rows: Sequence[list[int]], tile_tokens: int = TILE_TOKENS) -> int:
     """Tokens of all rows, those of a shared prefix once."""
-    return sum(map(len, rows)) - sum(prefix * (len(members) - 1) for members, prefix in group_rows(rows))
+    return sum(map(len, rows)) - sum(prefix * (len(members) - 1) for members, prefix in group_rows(rows, tile_tokens))
 
 
 def _common_tokens(a: Sequence[int], b: Sequence[int]) -> int:

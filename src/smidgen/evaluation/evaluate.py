@@ -92,7 +92,7 @@ def evaluate(
     loading: dict[str, Any],
 ) -> dict[str, Any]:
     """See api.evaluate. Raises SettingsError for settings without a use, DataError before a model is loaded."""
-    _check(model, data, against, questions, out, loading)
+    _check(model, data, against, questions, out)
     run = open_run_of(Path(model))
     settings = _settings_of_rows(model, run, how, report)
     files = [_read(name, how, settings, run, report) for name in data]
@@ -138,11 +138,8 @@ def _check(
     against: str | None,
     questions: str | None,
     out: Path | None,
-    loading: dict[str, Any],
 ) -> None:
     problems = []
-    if loading.get("memory") is not None:
-        problems.append("memory: no budget can be kept here; batch_size=1 and answers=False take the least")
     if not data and not questions:
         problems.append("data: missing; give files to be measured on, or questions")
     if bool(questions) != (out is not None):

@@ -23,12 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, Warned, silent
+from smidgen.kernels.sizes import TILE_TOKENS
 from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
 from smidgen.model.finite import find_not_finite
 from smidgen.model.fused import fuse_layers, hidden_rows, is_fused
 from smidgen.model.packing import PackedRows, pack_rows
-from smidgen.model.pages import pages_given_back
+from smidgen.model.pages import give_lookups_back, pages_given_back
 from smidgen.model.segments import SegmentMasks, segment_attention
 from smidgen.model.stored import StoredWeights, stored_weights
 from smidgen.model.stream import LayerStream, layer_of
@@ -58,6 +59,7 @@ class Base:
     the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none'). packs: whether
     transformers' layers are known to compute packed rows right (train/sharing.py finds out); fused layers always do.
     cache_dtype: that keys and values of fused layers wait in while text is generated, float32 or bfloat16.
+    tile_tokens, loss_chunk: see train.config.Settings.
     """
 
     model: PreTrainedModel
@@ -68,6 +70,8 @@ class Base:
     stream: LayerStream | None = None
     packs: bool = False
     cache_dtype: torch.dtype = torch.float32
+    tile_tokens: int = TILE_TOKENS
+    loss_chunk: int | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -89,7 +93,7 @@ class Base:
         backbone: Any = self.backbone
         fused = is_fused(backbone) and not any(layer.needs_modules for layer in backbone.layers)
         if fused or self.packs:
-            packed = pack_rows(input_ids, lengths, groups, self.padded)
+            packed = pack_rows(input_ids, lengths, groups, self.padded, self.tile_tokens)
             hidden = hidden_rows(backbone, packed) if fused else self._hidden_packed(packed)
             return hidden, packed.places.to(self.device)
         # attention is causal, so what counts sees no padding, and no mask is needed
@@ -178,6 +182,8 @@ def build_base(
     model.eval()
     _refuse_unpacked(base)
     _check_head(base)
+    if device.type == "cpu" and not model.config.get_text_config().tie_word_embeddings:
+        give_lookups_back(model.get_input_embeddings(), checkpoint)
     return base
 
 

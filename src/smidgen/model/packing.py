@@ -29,11 +29,12 @@ def pack_rows(
     lengths: torch.Tensor,
     groups: Sequence[tuple[Sequence[int], int]] = (),
     padded: Callable[[int], int] = int,
+    tile_tokens: int = TILE_TOKENS,
 ) -> PackedRows:
     """input_ids int64 [B, T], padded on the right; lengths int64 [B].
 
     groups: (rows, how many tokens all of them begin with alike), each row once; none: nothing is shared. A tile ends
-    before the group that would make it longer than TILE_TOKENS. padded: how many tokens are to be computed for so many
+    before the group that would make it longer than tile_tokens. padded: how many tokens are to be computed for so many
     of a tile; what is too few becomes a row of its own, which no place points to.
     """
     row_lengths = lengths.tolist()
@@ -60,7 +61,7 @@ def pack_rows(
     shared: dict[int, tuple[int, int]] = {}  # row -> where its prefix is computed, tokens of that
     for rows, prefix_tokens in groups or [((row,), 0) for row in range(len(row_lengths))]:
         count = sum(row_lengths[row] for row in rows) - prefix_tokens * (len(rows) - 1)
-        if tokens > tile_start and tokens - tile_start + count > TILE_TOKENS:
+        if tokens > tile_start and tokens - tile_start + count > tile_tokens:
             end_tile()
         before = -1
         if prefix_tokens:

@@ -2,13 +2,28 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from smidgen.checkpoint.base import Checkpoint
 
-__all__ = ["pages_given_back"]
+__all__ = ["give_lookups_back", "pages_given_back"]
+
+
+def give_lookups_back(embedding: nn.Module, checkpoint: Checkpoint) -> None:
+    """Mapped pages of an embedding leave the memory behind each look-up, or a run would hold all of it in the end: a
+    row is on a page or two, but the system maps sixteen at a time.
+    """
+    mapped = [part for part in chain(embedding.parameters(), embedding.buffers()) if checkpoint.place_of(part)]
+
+    def give_back(*_: Any) -> None:
+        for part in mapped:
+            checkpoint.release(part)
+
+    if mapped:
+        embedding.register_forward_hook(give_back)
 
 
 @contextmanager

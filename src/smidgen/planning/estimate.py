@@ -27,6 +27,7 @@ __all__ = [
     "kept_bytes",
     "layer_work_bytes",
     "loss_bytes",
+    "most_positions",
     "panel_bytes",
     "program_bytes",
     "prompt_bytes",
@@ -106,11 +107,12 @@ def layer_work_bytes(
     itemsize: int = _FLOAT32,
     *,
     kept_item: int | None = None,
+    tile: int = TILE_TOKENS,
     **kept: int,
 ) -> int:
     """The largest working set of one layer: its backward pass, and what it computes again for that.
 
-    kept: more arguments of kept_bytes. Left out: panels of W (scratch_bytes).
+    tile: see tile_tokens. kept: more arguments of kept_bytes. Left out: panels of W (scratch_bytes).
     """
     hidden, inner, q, kv = _widths(model)
     computed = kept_bytes(model, 1, ("none",), ranks, itemsize, **kept)  # all that a layer's gradient needs
@@ -129,7 +131,7 @@ def layer_work_bytes(
             numbers = [numbers[0] + 2 * inner, numbers[1] + 2 * q + kv, numbers[2] + 2 * hidden]
             found.append(computed + itemsize * inner)  # forwards, before it is rounded
         found.append(itemsize * max(numbers))
-    tile = tile_tokens(model, tokens, kept.get("longest", 1))
+    tile = tile_tokens(model, tokens, kept.get("longest", 1), tile)
     if tile == tokens:
         return tile * max(found)
     # gradients of the output and of the input, of all tokens: a tile's part of the first is a view
@@ -152,18 +154,25 @@ def prompt_bytes(model: Inventory, tokens: int, itemsize: int = _FLOAT32) -> int
     return tokens * whole + min(tokens, PROMPT_TOKENS) * itemsize * (numbers + ordered)
 
 
-def tile_tokens(model: Inventory, tokens: int, longest: int) -> int:
-    """Tokens that go through a layer at once. longest: of one row, which is never cut."""
-    return min(tokens, max(longest, TILE_TOKENS)) if model.fused else tokens
+def tile_tokens(model: Inventory, tokens: int, longest: int, tile: int = TILE_TOKENS) -> int:
+    """Tokens that go through a layer at once, at most `tile`. longest: of one row, which is never cut."""
+    return min(tokens, max(longest, tile)) if model.fused else tokens
 
 
 def scratch_bytes(
-    model: Inventory, tokens: int, longest: int, threads: int, itemsize: int = _FLOAT32, *, is_cpu: bool = True
+    model: Inventory,
+    tokens: int,
+    longest: int,
+    threads: int,
+    itemsize: int = _FLOAT32,
+    *,
+    tile: int = TILE_TOKENS,
+    is_cpu: bool = True,
 ) -> int:
     """Memory that is used again and again: gradients of gate and up, their product, attention's partial sums and, in 16
     bits, its operands in float32; a product's operand in act-order; panels.
 
-    longest: tokens of the longest row.
+    longest: tokens of the longest row. tile: see tile_tokens.
     """
     _, inner, q, kv = _widths(model)
     parts = max(1, min(ATTENTION_MOST_PARTS, longest // ATTENTION_PART))
@@ -172,7 +181,7 @@ def scratch_bytes(
     if model.ordered:
         per_token += itemsize * max(linear.in_features for linear in model.linears)
     panels = panel_bytes(threads) if is_cpu else itemsize * DEVICE_PANEL_WEIGHTS
-    return tile_tokens(model, tokens, longest) * per_token + panels
+    return tile_tokens(model, tokens, longest, tile) * per_token + panels
 
 
 def panel_bytes(threads: int) -> int:
@@ -193,8 +202,13 @@ def chunk_positions(positions: int, classes: int, most: int | None = None) -> in
 
     All chunks are about as long.
     """
-    most = most or max(16, _CHUNK_LOGITS // classes)
+    most = most or most_positions(classes)
     return max(1, ceil(positions / max(1, ceil(positions / most))))
+
+
+def most_positions(classes: int) -> int:
+    """How many positions' logits are 128 MiB of float32, at least 16."""
+    return max(16, _CHUNK_LOGITS // classes)
 
 
 def loss_bytes(
@@ -204,25 +218,28 @@ def loss_bytes(
     itemsize: int = _FLOAT32,
     head_parameters: int = 0,
     *,
+    chunk: int | None = None,
     is_cpu: bool = True,
 ) -> int:
     """With the last norm's input, of all tokens: the hidden states of the labelled positions, their gradient and a
     chunk of logits with its own; or then what the norm's gradient needs, of all tokens.
 
-    For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the parameters in the compute
-    type. Elsewhere than on a CPU some of a chunk is there twice more, in float32.
+    chunk: see chunk_positions. For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the
+    parameters in the compute type. Elsewhere than on a CPU some of a chunk is there twice more, in float32.
     """
-    positions = chunk_positions(labels, model.vocab_size)
-    chunk = positions * (model.vocab_size + 2 * model.hidden_size)
+    positions = chunk_positions(labels, model.vocab_size, chunk)
+    if is_cpu and itemsize < _FLOAT32:
+        positions = 64 * ceil(positions / 64)  # see program_bytes
+    of_chunk = positions * (model.vocab_size + 2 * model.hidden_size)
     wide = 0 if is_cpu else 2 * _FLOAT32 * min(positions * model.vocab_size, max(TWIN_LOGITS, model.vocab_size))
     of_norm = 0 if model.kept else tokens * model.hidden_size  # kept has its input
     selected, states = 2 * labels * model.hidden_size, tokens * model.hidden_size
     if model.fused:  # the gradient before the norm and behind it
-        numbers = of_norm + max(selected + chunk, 2 * states)
+        numbers = of_norm + max(selected + of_chunk, 2 * states)
     elif itemsize < _FLOAT32:  # the norm computes in float32 and keeps that
-        numbers = of_norm + 3 * states + selected + chunk
+        numbers = of_norm + 3 * states + selected + of_chunk
     else:
-        numbers = of_norm + max(selected + chunk, 5 * states)
+        numbers = of_norm + max(selected + of_chunk, 5 * states)
     learnt = head_parameters * (2 * _FLOAT32 + (itemsize if itemsize < _FLOAT32 else 0))
     return itemsize * numbers + learnt + wide
 
@@ -236,16 +253,18 @@ def evaluation_bytes(
     longest: int,
     itemsize: int = _FLOAT32,
     *,
+    tile: int = TILE_TOKENS,
+    chunk: int | None = None,
     is_cpu: bool = True,
 ) -> int:
     """Held-out rows without a gradient: a layer's pass, which makes all that one would need and gathers what waits for
     one, tile after tile; or the loss, counted as in training. Left out: scratch_bytes.
     """
     kept = {"ranks": ranks, "itemsize": itemsize, "longest": longest}
-    tile = tile_tokens(model, tokens, longest)
+    tile = tile_tokens(model, tokens, longest, tile)
     whole = kept_bytes(model, tokens, (recompute,), **kept) + itemsize * tokens * model.hidden_size
     layer = whole + kept_bytes(model, tile, ("none",), **kept) + itemsize * tile * _widest(model)
-    return max(layer, loss_bytes(model, tokens, labels, itemsize, is_cpu=is_cpu))
+    return max(layer, loss_bytes(model, tokens, labels, itemsize, chunk=chunk, is_cpu=is_cpu))
 
 
 def adapter_bytes(

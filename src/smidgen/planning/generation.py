@@ -84,7 +84,7 @@ def generation_plans(
     """Every way, from that which gives up nothing to the smallest.
 
     itemsize: of the compute type. adapter_bytes: of adapters in memory. step_s of a forecast: seconds of one new token
-    by reading and arithmetic alone; read_bytes: of it.
+    by its products and reading alone; read_bytes: of it.
     """
     counts = range(model.num_layers + 1) if can_stream else (0,)
     ways = [((), _FLOAT32), *((spread(count, model.num_layers), _BFLOAT16) for count in counts)]
@@ -95,7 +95,7 @@ def generation_plans(
             "key cache": cache_bytes(model, prompt_tokens, new_tokens, cache_item),
             "one layer's working set": estimate.prompt_bytes(model, prompt_tokens, itemsize),
         }
-        found = _forecast(model, machine, prompt_tokens, new_tokens, itemsize, small, streamed)
+        found = _forecast(model, machine, prompt_tokens, itemsize, small, streamed)
         yield GenerationPlan(found, cache_item, prompt_tokens + new_tokens)
 
 
@@ -103,7 +103,6 @@ def _forecast(
     model: Inventory,
     machine: Machine,
     prompt_tokens: int,
-    new_tokens: int,
     itemsize: int,
     small: dict[str, int],
     streamed: tuple[int, ...],
@@ -116,11 +115,11 @@ def _forecast(
     }
     if machine.is_cpu and itemsize < _FLOAT32:
         small["programs"] = estimate.program_bytes(prompt_tokens, prompt_tokens)
-    terms, mapped = with_base(model, machine, streamed, small, prompt_tokens + new_tokens)
+    terms, mapped = with_base(model, machine, streamed, small, prompt_tokens)
     sizes = [model.layer_bytes[layer] for layer in streamed]
     read = max(0, sum(sizes) - sum(sizes[:2]))
-    flops = 2 * (model.weights + model.vocab_size * model.hidden_size)
-    step_s = max(flops / machine.gflops / 1e9, read / machine.disk_bytes_per_s)
+    weights = model.weights + model.vocab_size * model.hidden_size
+    step_s = max(weights / machine.weights_per_s, read / machine.disk_bytes_per_s)
     choice = Choice(1, 1, ("none",) * model.num_layers, streamed)
     return Forecast(choice, terms, mapped, step_s, read, prompt_tokens)
 

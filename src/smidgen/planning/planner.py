@@ -1,13 +1,16 @@
 """A budget of memory -> the fastest settings that fit it, each with its reason.
 
-The solver looks at every micro-batch that leaves the optimizer steps as they are, every number of layers that stay in
-memory and every number of layers that are computed again, adds up the terms of estimate.py and takes the fastest; of
-equally fast ones, the one that reads least from disk.
+The solver looks at every micro-batch that leaves the optimizer steps as they are, smaller pieces of it for a layer and
+for the loss, every number of layers that stay in memory and every number of layers that are computed again, adds up the
+terms of estimate.py and takes the fastest; of equally fast ones, the one that reads least from disk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import ceil
 
+from smidgen.kernels.sizes import TILE_TOKENS
 from smidgen.planning import estimate
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.inventory import Inventory
@@ -28,6 +31,9 @@ __all__ = [
 ]
 
 _FORWARD_SHARE = 0.5  # of a layer's products: forward, and again as much for the gradient of its input
+_OF_PIECE = 10  # tokens: what unpacking the weights for one tile, or the head for one chunk, costs; 2 % of 512
+_HALVINGS = 4  # sizes of pieces that the solver looks at, each half of the one before
+_LEAST_TILE, _LEAST_CHUNK = 256, 64  # smaller products are slower by more than _OF_PIECE says
 _SLACK = 0.01  # of everything but the base: the allocator's, and what the terms leave out
 _MAPPED_AROUND = 1 << 16  # pages of a file that Linux maps where one of them is touched, those in its cache
 _RUNTIME, _OF_THREAD = 8 << 20, 12 << 20  # what starts with the first step: buffers of BLAS, stacks of threads
@@ -37,11 +43,13 @@ _DEVICE_RUNTIME = 80 << 20  # a workspace of cuBLAS for each direction; 77 MB on
 
 @dataclass(frozen=True)
 class Machine:
-    """gflops: of products with packed weights; disk_bytes_per_s: reading; framework_bytes: anonymous memory of the
-    process before the model is loaded; library_bytes: its resident pages of program files. is_cpu: it computes there.
+    """gflops: of products with packed weights; weights_per_s: that one token's products read from memory;
+    disk_bytes_per_s: reading; framework_bytes: anonymous memory of the process before the model is loaded;
+    library_bytes: its resident pages of program files. is_cpu: it computes there.
     """
 
     gflops: float
+    weights_per_s: float
     disk_bytes_per_s: float
     framework_bytes: int
     library_bytes: int
@@ -52,7 +60,7 @@ class Machine:
 @dataclass(frozen=True)
 class Choice:
     """recompute: of each layer. streamed: indices of the layers that are not kept in memory. pack: tokens that are
-    computed at once, in place of so many rows.
+    computed at once, in place of so many rows. tile_tokens, loss_chunk: see train.config.Settings.
     """
 
     micro_batch: int
@@ -60,6 +68,8 @@ class Choice:
     recompute: tuple[str, ...]
     streamed: tuple[int, ...] = ()
     pack: int | None = None
+    tile_tokens: int = TILE_TOKENS
+    loss_chunk: int | None = None
 
     @property
     def recompute_name(self) -> str:
@@ -97,7 +107,8 @@ class Forecast:
 
 def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> Forecast:
     """Memory and time of one choice."""
-    load, longest = work.load(choice.micro_batch, choice.pack, model.fused), work.rows.longest
+    load = work.load(choice.micro_batch, choice.pack, choice.tile_tokens, model.fused)
+    longest = work.rows.longest
     item, threads = work.itemsize, machine.threads
     in_64s = machine.is_cpu and item == 2  # see program_bytes
     load = load.padded(64) if in_64s else load
@@ -106,9 +117,10 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
     kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
-    backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item)
-    loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, is_cpu=machine.is_cpu)
-    scratch = estimate.scratch_bytes(model, tokens, longest, threads, item, is_cpu=machine.is_cpu)
+    tile, chunk, is_cpu = choice.tile_tokens, choice.loss_chunk, machine.is_cpu
+    backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item, tile=tile)
+    loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, chunk=chunk, is_cpu=is_cpu)
+    scratch = estimate.scratch_bytes(model, tokens, longest, threads, item, tile=tile, is_cpu=is_cpu)
     small = {
         **estimate.adapter_bytes(
             work.parameters,
@@ -126,29 +138,28 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     if evaluated := work.rows.evaluated(choice.micro_batch, model.fused):
         evaluated = evaluated.padded(64) if in_64s else evaluated
         held_out = estimate.evaluation_bytes(
-            model, evaluated.tokens, evaluated.labels, choice.recompute[-1], work.ranks, longest, item,
-            is_cpu=machine.is_cpu,
+            model, evaluated.tokens, evaluated.labels, choice.recompute[-1], work.ranks, longest, item, tile=tile,
+            chunk=chunk, is_cpu=is_cpu,
         )  # fmt: skip
-        held_out += estimate.scratch_bytes(model, evaluated.tokens, longest, threads, item, is_cpu=machine.is_cpu)
+        held_out += estimate.scratch_bytes(model, evaluated.tokens, longest, threads, item, tile=tile, is_cpu=is_cpu)
         small["held-out rows"] = max(0, held_out - kept - max(backward, loss) - scratch)  # there are no gradients then
         load |= evaluated
     if in_64s:
         small["programs"] = estimate.program_bytes(load.tokens, load.least_tokens)
-    terms, mapped = with_base(model, machine, choice.streamed, small)
+    terms, mapped = with_base(model, machine, choice.streamed, small, load.tokens)
     step_s, read_bytes = _time(model, work, machine, choice)
     return Forecast(choice, terms, mapped, step_s, read_bytes, tokens)
 
 
 def with_base(
-    model: Inventory, machine: Machine, streamed: Sequence[int], small: dict[str, int], tokens: int | None = None
+    model: Inventory, machine: Machine, streamed: Sequence[int], small: dict[str, int], tokens: int
 ) -> tuple[dict[str, int], frozenset[str]]:
     """(all terms: the base and the process beside what is done with them, `small`; which of them lie in files).
 
-    tokens: that are looked up at all, if they are few.
+    tokens: that are looked up at once.
     """
-    # of an embedding that lies in a file; a card has it whole
-    looked_up = model.embedding_bytes // 8 if machine.is_cpu else model.embedding_bytes
-    if tokens is not None and machine.is_cpu:
+    looked_up = model.embedding_bytes
+    if machine.is_cpu:  # where it lies in a file (model/pages.py); a card has it whole
         looked_up = min(looked_up, tokens * (_MAPPED_AROUND + model.embedding_bytes // model.vocab_size))
     sizes = model.layer_bytes
     beside = {"framework": machine.framework_bytes, "norms and biases": model.norm_bytes, **small}
@@ -168,11 +179,15 @@ def with_base(
 
 def _time(model: Inventory, work: Work, machine: Machine, choice: Choice) -> tuple[float, int]:
     """(seconds of one optimizer step, bytes that it reads from disk). Left out: norms, attention, the optimizer."""
-    batches = work.batches(choice.micro_batch, choice.pack, model.fused)
+    batches = work.batches(choice.micro_batch, choice.pack)
     share = choice.recompute.count("full") / len(choice.recompute)
     head = model.vocab_size * model.hidden_size
-    of_layers = work.rows.computed * model.weights * (1 + _FORWARD_SHARE * share)
-    flops = work.mean_tokens * 4 * (of_layers + work.rows.labelled * head)
+    computed, labelled = (work.mean_tokens * part for part in (work.rows.computed, work.rows.labelled))
+    tile = choice.tile_tokens if model.fused else computed
+    chunk = choice.loss_chunk or estimate.most_positions(model.vocab_size)
+    tiles, chunks = (batches * ceil(tokens / batches / most) for tokens, most in ((computed, tile), (labelled, chunk)))
+    of_layers = (computed + _OF_PIECE * tiles) * model.weights * (1 + _FORWARD_SHARE * share)
+    flops = 4 * (of_layers + (labelled + _OF_PIECE * chunks) * head)
     sizes = [model.layer_bytes[layer] for layer in sorted(choice.streamed)]
     # forwards and backwards, but at either end two layers are there already
     read = batches * max(0, 2 * sum(sizes) - sum(sizes[:2]) - sum(sizes[-2:]))
@@ -194,9 +209,16 @@ def _at_once(work: Work, micro_batch: int, pack: int | None) -> list[tuple[int, 
     return [(m, tokens) for tokens, m in [*found, (min(pack, work.rows.longest), 1)]]
 
 
-def _choices(
-    model: Inventory, work: Work, micro_batch: int, pack: int | None, *, can_stream: bool, recompute: str
-) -> Iterator[Choice]:
+def _pieces(model: Inventory, tile: int, chunk: int | None) -> list[tuple[int, int | None]]:
+    """(tile_tokens, loss_chunk), smaller and smaller."""
+    most = chunk or estimate.most_positions(model.vocab_size)
+    least_tile = min(tile, _LEAST_TILE) if model.fused else tile
+    least_chunk = min(most, _LEAST_CHUNK)
+    smaller = [(max(least_tile, tile >> n), max(least_chunk, most >> n)) for n in range(1, _HALVINGS)]
+    return list(dict.fromkeys([(tile, chunk), *smaller]))
+
+
+def _choices(model: Inventory, work: Work, given: Choice, *, can_stream: bool, recompute: str) -> Iterator[Choice]:
     layers = model.num_layers
     if recompute != "auto":
         mixtures = [(recompute,) * layers]
@@ -204,26 +226,27 @@ def _choices(
         least = "cheap" if model.fused else "none"
         counts = sorted({layers * part // 8 for part in range(9)})
         mixtures = [("none",) * layers, *(("full",) * n + (least,) * (layers - n) for n in counts)]
-    for m, tokens in dict.fromkeys(_at_once(work, micro_batch, pack)):
-        for mixture in dict.fromkeys(mixtures):
-            for count in range(layers + 1) if can_stream else (0,):
-                streamed = spread(count, layers)
-                if len(streamed) == count:
-                    yield Choice(m, work.rows_per_step // m, mixture, streamed, tokens)
+    ways = [spread(count, layers) for count in (range(layers + 1) if can_stream else (0,))]
+    ways = [streamed for count, streamed in enumerate(ways) if len(streamed) == count]
+    at_once = dict.fromkeys(_at_once(work, given.micro_batch, given.pack))
+    pieces = _pieces(model, given.tile_tokens, given.loss_chunk)
+    for (m, tokens), (tile, chunk), mixture, streamed in product(at_once, pieces, dict.fromkeys(mixtures), ways):
+        yield Choice(m, work.rows_per_step // m, mixture, streamed, tokens, tile, chunk)
 
 
 def forecasts(
     model: Inventory,
     work: Work,
     machine: Machine,
+    given: Choice,
     *,
-    micro_batch: int,
-    pack: int | None = None,
     recompute: str = "auto",
     can_stream: bool = True,
 ) -> list[Forecast]:
-    """Of every choice that there is: what `fastest` and `smallest` choose from."""
-    choices = _choices(model, work, micro_batch, pack, can_stream=can_stream, recompute=recompute)
+    """Of every choice that there is: what `fastest` and `smallest` choose from. given: the most of each that is to be
+    computed at once. recompute: of all layers, 'auto': any.
+    """
+    choices = _choices(model, work, given, can_stream=can_stream, recompute=recompute)
     return [forecast(model, work, machine, choice) for choice in choices]
 
 
@@ -238,14 +261,14 @@ def smallest(found: Iterable[Forecast]) -> Forecast:
 
 
 def _rank(found: Forecast) -> tuple[float, int, int, int, int]:
-    """Faster first (to three digits), then fewer bytes read, larger micro-batches, less memory."""
+    """Faster first (to three digits), then fewer bytes read, larger micro-batches, less that is computed again."""
     choice = found.choice
     at_once = (-(choice.pack or 0), -choice.micro_batch)
     return float(f"{found.step_s:.3g}"), found.read_bytes, *at_once, RECOMPUTE.index(choice.recompute[0])
 
 
-def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[str]:
-    """A sentence for each choice that the budget made."""
+def reasons(model: Inventory, found: Forecast, work: Work, given: Choice, budget: int) -> list[str]:
+    """A sentence for each choice that the budget made, where `given` was asked for."""
     choice, there = found.choice, format_bytes(budget)
     lines = [f"memory: forecast {format_bytes(found.peak_bytes)} of {there}"]
     if choice.streamed:
@@ -255,6 +278,11 @@ def reasons(model: Inventory, found: Forecast, work: Work, budget: int) -> list[
             f" stay in memory, {format_bytes(found.read_bytes)} are read for each step"
         )
     lines.append(f"recompute {choice.recompute_name}: kept activations {format_bytes(found.terms['kept activations'])}")
+    if choice.tile_tokens < given.tile_tokens or choice.loss_chunk != given.loss_chunk:
+        lines.append(
+            f"a layer takes at most {choice.tile_tokens} tokens at once, the loss {choice.loss_chunk}: scratch"
+            f" {format_bytes(found.terms['scratch'])}, loss chunk {format_bytes(found.terms['loss chunk'])}"
+        )
     if choice.pack is not None:
         lines.append(f"rows are packed into at most {choice.pack} tokens: the same optimizer steps")
     elif choice.accumulation * choice.micro_batch == work.rows_per_step and choice.accumulation > 1:

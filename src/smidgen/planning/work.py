@@ -8,6 +8,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from smidgen.kernels.sizes import TILE_TOKENS
+
 __all__ = ["Load", "Rows", "Work"]
 
 
@@ -109,11 +111,13 @@ class Work:
     kept_item: int | None = None
 
     @cached_property
-    def load(self) -> Callable[[int, int | None, bool], Load]:
-        """(micro-batch, pack, whether the layers are known to compute rows without padding) -> what steps come to."""
+    def load(self) -> Callable[[int, int | None, int, bool], Load]:
+        """(micro-batch, pack, tile_tokens, whether the layers are known to compute rows without padding) -> what steps
+        come to.
+        """
         return lru_cache(maxsize=None)(self._load)  # of millions of rows perhaps, and asked for with each choice
 
-    def _load(self, micro_batch: int, pack: int | None, packs: bool) -> Load:
+    def _load(self, micro_batch: int, pack: int | None, tile_tokens: int, packs: bool) -> Load:
         if pack is not None:
             step = self.rows.load(self.rows_per_step)
             tokens = max(self.rows.longest, min(pack, step.tokens))
@@ -121,13 +125,15 @@ class Work:
             found = Load(tokens, min(step.labels, tokens + self.rows_per_step), self.rows.shortest)
         else:
             apart, shared = self.rows.load(micro_batch), self.rows.shared(micro_batch)
-            found = apart if shared is None else shared if packs else apart | shared
+            whole = tile_tokens >= TILE_TOKENS  # in smaller tiles fewer rows share a beginning
+            found = apart if shared is None else shared if packs and whole else apart | shared
         return found if packs else Load(found.tokens, found.tokens, found.least_tokens)
 
-    def batches(self, micro_batch: int, pack: int | None, packs: bool) -> int:
+    def batches(self, micro_batch: int, pack: int | None) -> int:
         """That an optimizer step is computed in, on average rounded up."""
         if pack is not None:
-            return ceil(self.mean_tokens * self.rows.computed / self.load(micro_batch, pack, packs).tokens)
+            most = self.load(micro_batch, pack, TILE_TOKENS, True).tokens
+            return ceil(self.mean_tokens * self.rows.computed / most)
         return ceil(self.rows_per_step / micro_batch)
 
     @cached_property

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from smidgen.data.render import TOO_LONG
 from smidgen.errors import SettingsError
+from smidgen.kernels.sizes import TILE_TOKENS
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.units import parse_bytes, parse_duration
 
@@ -154,8 +155,8 @@ class Settings:
         None,
         "Training",
         "Memory that the run may take, e.g. 6GiB: the fastest settings that fit are chosen (layers streamed from disk,"
-        " recompute, a smaller micro-batch with more accumulation, a smaller pack), or it is refused. By default what"
-        " is free.",
+        " recompute, a smaller micro-batch with more accumulation, a smaller pack, tile or loss chunk), or it is"
+        " refused. By default what is free.",
         metavar="SIZE",
     )
     pack: int | None = _setting(
@@ -164,6 +165,19 @@ class Settings:
         "Compute as many rows at once as have at most N tokens, instead of --micro-batch rows. A step still takes"
         " micro-batch x accumulation rows. No row sees another.",
         metavar="TOKENS",
+    )
+    tile_tokens: int = _setting(
+        TILE_TOKENS,
+        "Training",
+        "Most tokens of a batch that go through a layer at once; one longer row goes alone. Fewer need less memory."
+        " Layers of the Llama family.",
+        metavar="N",
+    )
+    loss_chunk: int | None = _setting(
+        None,
+        "Training",
+        "Most labelled tokens whose logits are computed at once. By default as many as 128 MiB of logits.",
+        metavar="N",
     )
     share_prefix: str = _setting(
         "auto",
@@ -354,6 +368,8 @@ def _wrong_values(s: Settings) -> list[str]:
     need(s.micro_batch >= 1, "micro_batch", "1 or more")
     need(s.accumulation >= 1, "accumulation", "1 or more")
     need(s.pack is None or s.pack >= 1, "pack", "1 or more tokens")
+    need(s.tile_tokens >= 64, "tile_tokens", "64 or more")
+    need(s.loss_chunk is None or s.loss_chunk >= 16, "loss_chunk", "16 or more")
     need(0 <= s.seed < 2**63, "seed", "a number from 0 to 2**63 - 1")
     need(s.seq_len >= 8, "seq_len", "8 or more")
     need(s.mix is None or _are_weights(s.mix), "mix", "a comma list of numbers above 0")

@@ -78,7 +78,8 @@ def held_out_loss(
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = make_batch([rows[index] for index in chosen], share_prefix=share_prefix)
+            taken = [rows[index] for index in chosen]
+            batch = make_batch(taken, share_prefix=share_prefix, tile_tokens=base.tile_tokens)
             losses[done + chosen], tokens[done + chosen] = (part.numpy() for part in row_losses(base, batch))
             report(Progress("held-out loss", done + start + len(chosen), len(examples)))
         done += len(rows)

@@ -28,6 +28,7 @@ from smidgen.train.evaluate import answer_rows, held_out_loss
 from smidgen.train.lock import check_unlocked, locked
 from smidgen.train.logs import check_logs, open_logs
 from smidgen.train.loop import Schedule, train
+from smidgen.train.memory import COMPUTED_AT_ONCE
 from smidgen.train.optimizers import make_optimizer
 from smidgen.train.prepare import Prepared, gptq_folder, initial_adapter, prepare
 from smidgen.train.rows import check_mix
@@ -135,10 +136,10 @@ def _resume(
     if prepared.data_sha256 != folder.record.data_sha256:
         names = ", ".join(as_specs(data))
         raise RunError(f"{names} is not the data that {run} was started with", cure="put it back, or start a new run")
-    now, then = prepared.settings.micro_batch, settings.micro_batch
-    if now != then:
+    sizes = [(name, getattr(settings, name), getattr(prepared.settings, name)) for name in COMPUTED_AT_ONCE]
+    if changed := [f"{name} {then}, now {now}" for name, then, now in sizes if then != now]:
         why = "by the memory there is: rounding and dropout will differ"
-        report(Warned(f"started with micro-batch {then}, now {now} {why}"))
+        report(Warned(f"started with {'; '.join(changed)} {why}"))
     return _train(prepared, folder, prepared.settings, checkpoint, started, report)
 
 

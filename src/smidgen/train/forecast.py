@@ -25,7 +25,7 @@ from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import LEFT_BY_GPTQ, Conversion
 from smidgen.planning.generation import GenerationPlan, generation_plans
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecast, forecasts, reasons, smallest
+from smidgen.planning.planner import Forecast, Machine, fastest, forecast, forecasts, reasons, smallest
 from smidgen.planning.shapes import SHAPES
 from smidgen.planning.work import Rows, Work
 from smidgen.train.config import Settings
@@ -33,6 +33,7 @@ from smidgen.train.loop import Schedule
 from smidgen.train.memory import (
     CUDA_CONTEXT_BYTES,
     budget_of,
+    choice_of,
     estimate_host,
     machine_now,
     probe_disk,
@@ -85,11 +86,11 @@ def plan_model(
     gptq, gptq_least_bytes = _quantising(subject, settings, of_host)
     if gptq and on_cpu:
         machine = replace(machine, framework_bytes=machine.framework_bytes + LEFT_BY_GPTQ)
-    given = {"micro_batch": settings.micro_batch, "pack": settings.pack, "recompute": settings.recompute}
-    every = forecasts(shape, work, machine, **given, can_stream=on_cpu)
+    given = choice_of(shape, settings)
+    every = forecasts(shape, work, machine, given, recompute=settings.recompute, can_stream=on_cpu)
     found, least_bytes = fastest(every, budget), smallest(every).peak_bytes
     fits = found is not None or not budget
-    found = found or (smallest(every) if budget else _plain(shape, work, machine, settings))
+    found = found or (smallest(every) if budget else forecast(shape, work, machine, given))
     result = _figures(found, work, runs_here=runs_here)
     host_bytes = found.peak_bytes if on_cpu else estimate_host(shape)
     if gptq:
@@ -102,7 +103,7 @@ def plan_model(
             size = gptq.peak_bytes
             result |= {"during": "GPTQ", "peak_bytes": size, "anonymous_bytes": size, "terms": gptq.terms}
     if fits:
-        for line in reasons(shape, found, work, budget or found.peak_bytes):
+        for line in reasons(shape, found, work, given, budget or found.peak_bytes):
             report(Note(line))
     else:
         report(Warned(too_little(budget, where, f"for {subject.name}", least_bytes)))
@@ -125,6 +126,7 @@ def plan_model(
             "quantize": storage, "compute_dtype": str(dtype).removeprefix("torch."), "rank": settings.rank,
             "targets": settings.targets, "micro_batch": found.choice.micro_batch,
             "accumulation": found.choice.accumulation, "recompute": found.choice.recompute_name,
+            "pack": found.choice.pack, "tile_tokens": found.choice.tile_tokens, "loss_chunk": found.choice.loss_chunk,
             "streamed_layers": len(found.choice.streamed), "longest_row_tokens": work.rows.longest,
         },
         "what_if": [
@@ -145,7 +147,7 @@ def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report
         subject.checkpoint, subject.config, storage, name=subject.name, itemsize=dtype.itemsize, fuses=device == "cpu",
         trust_remote_code=settings.trust_remote_code,
     )  # fmt: skip
-    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here)
+    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here, generates=True)
     budget, where = _budget(settings, device, runs_here=runs_here)
     length, compute_dtype = settings.seq_len, str(dtype).removeprefix("torch.")
     plans = list(generation_plans(shape, machine, length, new_tokens, dtype.itemsize, can_stream=device == "cpu"))
@@ -236,13 +238,19 @@ def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> st
 
 
 def _machine(
-    device: str, dtype: torch.dtype, checkpoint: Checkpoint | None, report: Report, *, runs_here: bool
+    device: str,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None,
+    report: Report,
+    *,
+    runs_here: bool,
+    generates: bool = False,
 ) -> Machine:
     if not runs_here:
-        return Machine(1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1, is_cpu=False)
+        return Machine(1.0, 1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1, is_cpu=False)
     files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
-    found = machine_now(torch.device(device), dtype, largest)
+    found = machine_now(torch.device(device), dtype, largest, generates=generates)
     if checkpoint is not None or device != "cpu":
         return found
     try:  # where a model would be downloaded to
@@ -271,14 +279,6 @@ def _budget(settings: Settings, device: str, *, runs_here: bool) -> tuple[int, s
     if settings.memory is None and not runs_here:
         return 0, ""
     return budget_of(settings, torch.device(device))
-
-
-def _plain(shape: Inventory, work: Work, machine: Machine, settings: Settings) -> Forecast:
-    """The settings as a run takes them where there is memory enough."""
-    recompute = "none" if settings.recompute == "auto" else settings.recompute
-    layers = (recompute,) * shape.num_layers
-    choice = Choice(settings.micro_batch, settings.accumulation, layers, pack=settings.pack)
-    return forecast(shape, work, machine, choice)
 
 
 def _run_s(step_s: float | None, steps: int, settings: Settings) -> float | None:

@@ -93,14 +93,14 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Last hidden states [M, hidden_size], targets [M] -> the summed loss, a float32 scalar.
 
-    smoothing: share of each label that is spread over all classes. chunk: positions at once; by default what keeps a
-    chunk of logits below 128 MiB. weights: float32 [M], how often each position counts. A head's adapter gets its
-    gradient.
+    smoothing: share of each label that is spread over all classes. chunk: positions at once; by default the base's, or
+    what keeps a chunk of logits below 128 MiB. weights: float32 [M], how often each position counts. A head's adapter
+    gets its gradient.
     """
     if more := base.padded(len(hidden)) - len(hidden):
         weights = F.pad(hidden.new_ones(len(hidden), dtype=torch.float32) if weights is None else weights, (0, more))
         hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
-    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features, chunk))
+    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features, chunk or base.loss_chunk))
     trained = [parameter for parameter in base.head.parameters() if parameter.requires_grad]
     return _ChunkedCrossEntropy.apply(hidden, targets, base.logits_of, chunk, smoothing, weights, *trained)  # type: ignore[return-value]
 
@@ -111,7 +111,7 @@ def token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor) -> tup
     token, bool [M]), a chunk of logits at a time.
     """
     losses, likeliest = [], []
-    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features))
+    chunk = base.padded(chunk_positions(len(hidden), base.head.out_features, base.loss_chunk))
     for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = base.logits_of(F.pad(part, (0, 0, 0, base.padded(len(part)) - len(part))))[: len(part)]
         likeliest.append(logits.argmax(dim=1) == wanted)

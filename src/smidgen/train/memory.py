@@ -15,7 +15,7 @@ import torch
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
-from smidgen.model.device import budget_on, measure_gflops, resident_bytes
+from smidgen.model.device import budget_on, measure_gflops, measure_weights_read, resident_bytes
 from smidgen.model.stream import layer_of
 from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
@@ -26,8 +26,10 @@ from smidgen.train.optimizers import STATE_BYTES
 from smidgen.units import parse_bytes
 
 __all__ = [
+    "COMPUTED_AT_ONCE",
     "CUDA_CONTEXT_BYTES",
     "budget_of",
+    "choice_of",
     "estimate_host",
     "give_memory_back",
     "machine_now",
@@ -40,6 +42,7 @@ __all__ = [
     "work_of",
 ]
 
+COMPUTED_AT_ONCE = ("micro_batch", "pack", "tile_tokens", "loss_chunk")  # settings that a plan makes smaller
 CUDA_CONTEXT_BYTES = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
 _CUDA_HOST_BYTES = 1_500_000_000  # libraries and buffers that CUDA has in RAM: assumed, not measured
 _DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
@@ -122,17 +125,24 @@ def with_trained_norms(model: Inventory, settings: Settings) -> Inventory:
     return replace(model, fused=model.fused and not in_layers)
 
 
-def machine_now(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> Machine:
-    """This machine and process; file: what to measure the disk with. Takes about half a second."""
-    disk = measure_disk(file) if file is not None else _DISK_BYTES_PER_S
-    gflops = measure_gflops(dtype, device)
-    return replace(process_now(device), gflops=gflops, disk_bytes_per_s=disk)
+def machine_now(
+    device: torch.device, dtype: torch.dtype, file: Path | None = None, *, generates: bool = False
+) -> Machine:
+    """This machine and process; file: what to measure the disk with. Takes about a second. generates: not many tokens
+    at once are what it is for, but one after the other.
+    """
+    speeds = {"disk_bytes_per_s": measure_disk(file) if file is not None else _DISK_BYTES_PER_S}
+    if generates:
+        speeds["weights_per_s"] = measure_weights_read(dtype, device)
+    else:
+        speeds["gflops"] = measure_gflops(dtype, device)
+    return replace(process_now(device), **speeds)
 
 
 def process_now(device: torch.device) -> Machine:
     """The same, its speed not measured: enough where nothing has to be traded for memory."""
     memory = resident_bytes() if device.type == "cpu" else (CUDA_CONTEXT_BYTES, 0)
-    return Machine(1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), device.type == "cpu")
+    return Machine(1.0, 1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), device.type == "cpu")
 
 
 def measure_disk(file: Path, budget_s: float = 0.5) -> float:
@@ -193,13 +203,11 @@ def plan_run(
 
     probe: measures the machine, where its speed decides; without it `machine` has been measured.
     """
-    plain = "none" if settings.recompute == "auto" else settings.recompute
-    given = {"micro_batch": settings.micro_batch, "pack": settings.pack}
-    whole = Choice(accumulation=settings.accumulation, recompute=(plain,) * model.num_layers, **given)
-    found: Forecast | None = forecast(model, work, machine, whole)
+    given = choice_of(model, settings)
+    found: Forecast | None = forecast(model, work, machine, given)
     if found.peak_bytes > budget[0]:
         machine = probe() if probe else machine
-        every = forecasts(model, work, machine, **given, recompute=settings.recompute, can_stream=can_stream)
+        every = forecasts(model, work, machine, given, recompute=settings.recompute, can_stream=can_stream)
         least, found = smallest(every), fastest(every, budget[0])
     if found is None:
         choice = least.choice
@@ -209,15 +217,23 @@ def plan_run(
             f" {choice.recompute_name}; a shorter --seq-len or a lower --rank needs less"
         )
         raise SettingsError([too_little(*budget, f"for {model.name or 'this model'}", least.peak_bytes, more)])
-    for line in reasons(model, found, work, budget[0]):
+    for line in reasons(model, found, work, given, budget[0]):
         report(Note(line))
     return found
 
 
+def choice_of(model: Inventory, settings: Settings) -> Choice:
+    """The settings as a run takes them where there is memory enough."""
+    plain = "none" if settings.recompute == "auto" else settings.recompute
+    layers = (plain,) * model.num_layers
+    sizes = {name: getattr(settings, name) for name in COMPUTED_AT_ONCE}
+    return Choice(accumulation=settings.accumulation, recompute=layers, **sizes)
+
+
 def settings_for(settings: Settings, found: Forecast) -> Settings:
-    """The settings with the micro-batch that fits; the optimizer steps stay the same."""
-    choice = found.choice
-    return replace(settings, micro_batch=choice.micro_batch, accumulation=choice.accumulation, pack=choice.pack)
+    """The settings with the sizes that fit; the optimizer steps stay the same."""
+    sizes = {name: getattr(found.choice, name) for name in COMPUTED_AT_ONCE}
+    return replace(settings, accumulation=found.choice.accumulation, **sizes)
 
 
 def give_memory_back() -> None:

@@ -67,7 +67,7 @@ _CALIBRATION_TOKENS = 1 << 16  # more than GPTQ takes
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything before the first step. settings: with the micro-batch that the plan chose. compared: rows to be
+    """Everything before the first step. settings: with the sizes that the plan chose. compared: rows to be
     answered before and after; asked: at each evaluation.
     """
 
@@ -184,6 +184,7 @@ def prepare(
         report(Note(f"{what} computed by transformers' layers, which are slower than smidgen's own"))
     set_recompute(base, plan.choice.recompute, settings.activation_dtype)
     settings = settings_for(settings, plan)
+    base.tile_tokens, base.loss_chunk = settings.tile_tokens, settings.loss_chunk
     schedule = Schedule(examples.lengths, settings, rows.mixture)
     batching = choose_batching(base, examples, schedule, plan.tokens, report)
     if batching.share_prefix:

@@ -33,7 +33,7 @@ def estimate_sharing(examples: Sequence[Example], schedule: Schedule) -> Sharing
     settings do not let it, or it would be too little.
     """
     settings = schedule.settings
-    batching = Batching(settings.micro_batch, settings.pack, share_prefix=True)
+    batching = Batching(settings.micro_batch, settings.pack, share_prefix=True, tile_tokens=settings.tile_tokens)
     tokens = computed = 0
     for step in range(min(_STEPS, schedule.steps_per_epoch)):
         rows = [examples[row] for row in schedule.rows_of(step)]
@@ -70,24 +70,27 @@ def planned_rows(examples: Examples, held_out: Examples, schedule: Schedule) -> 
         smaller = replace(settings, micro_batch=micro_batch, accumulation=max(1, schedule.step_rows // micro_batch))
         if estimate_sharing(examples, Schedule(schedule.lengths, smaller, schedule.mixture)).off:
             return None
-        return _largest_shared(examples, order.reshape(-1, schedule.step_rows), micro_batch)
+        batching = Batching(micro_batch, share_prefix=True, tile_tokens=settings.tile_tokens)
+        return _largest_shared(examples, order.reshape(-1, schedule.step_rows), batching)
 
     lengths, labels = (np.append(count, np.int32(0))[order] for count in counts)
     return replace(found, lengths=lengths, labels=labels, shared=shared)
 
 
-def _largest_shared(examples: Examples, steps: NDArray[np.int32], micro_batch: int) -> Load:
+def _largest_shared(examples: Examples, steps: NDArray[np.int32], batching: Batching) -> Load:
     """Of micro-batches where what rows begin with alike is computed once. steps [S, R]: their rows, see orders().
 
     The steps that may be largest are looked at first; what is not looked at counts as if its longest rows came
     together and shared nothing.
     """
 
+    micro_batch = batching.micro_batch
+
     def most(count: NDArray[np.int32]) -> NDArray[np.int64]:
         """int64 [S]: of any micro-batch of a step."""
         return np.sort(np.append(count, np.int32(0))[steps], axis=1)[:, -micro_batch:].sum(axis=1, dtype=np.int64)
 
-    bounds, batching, tokens = most(examples.lengths), Batching(micro_batch, share_prefix=True), 0
+    bounds, tokens = most(examples.lengths), 0
     for looked, step in enumerate(np.argsort(-bounds, kind="stable")):
         if bounds[step] <= tokens or looked * steps.shape[1] >= _MOST_SHARED:
             tokens = max(tokens, int(bounds[step]))
@@ -138,7 +141,7 @@ def choose_batching(
             saved = f"{sharing.saved:.0%} of the tokens"
             report(Note(f"share_prefix: rows computed at once begin alike, that saves {saved}"))
     pack = settings.pack if packs or settings.micro_batch == 1 else settings.pack or most_tokens
-    return Batching(settings.micro_batch, pack, share_prefix=share, pads=not packs)
+    return Batching(settings.micro_batch, pack, share, not packs, settings.tile_tokens)
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ class MemoryWorker:
         dtype, device = getattr(torch, compute_dtype), choose_device("cpu")
         model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
         work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
-        machine = machine_now(device, dtype, max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+        largest = max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        machine = machine_now(device, dtype, largest, generates=not train)
         cache = "float32"
         if train:
             plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
@@ -83,6 +84,7 @@ class MemoryWorker:
             source, quantize=storage, compute_dtype=compute_dtype, device="cpu", streamed=plan.choice.streamed
         )
         self.base.cache_dtype = getattr(torch, cache)
+        self.base.tile_tokens, self.base.loss_chunk = plan.choice.tile_tokens, plan.choice.loss_chunk
         load_peak = peak_rss_bytes()
         loaded = current_rss_bytes()
         size = plan.choice.micro_batch
@@ -100,6 +102,8 @@ class MemoryWorker:
             "recompute": plan.choice.recompute_name,
             "cache_dtype": cache,
             "micro_batch": size,
+            "tile_tokens": plan.choice.tile_tokens,
+            "loss_chunk": plan.choice.loss_chunk,
             "load_peak_rss_bytes": load_peak,
             "loaded_rss_bytes": loaded,
             "disk_bytes_per_s": machine.disk_bytes_per_s,

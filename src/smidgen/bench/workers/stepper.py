@@ -29,7 +29,7 @@ def forecast_on_card(
     """Bytes that a GPU's allocator holds at most in a step over `rows` [N, T]; left out: CUDA itself."""
     model = inventory_of(checkpoint, checkpoint.config, storage, itemsize=itemsize, fuses=False)
     work = work_of(model, settings, [rows.shape[1]] * len(rows), itemsize)
-    nothing_yet = Machine(1.0, 1.0, framework_bytes=0, library_bytes=0, threads=0, is_cpu=False)
+    nothing_yet = Machine(1.0, 1.0, 1.0, framework_bytes=0, library_bytes=0, threads=0, is_cpu=False)
     return forecast(model, work, nothing_yet, Choice(len(rows), 1, (recompute,) * model.num_layers)).peak_bytes
 
 
