@@ -65,6 +65,10 @@ COMBINATIONS = [
     _of(TINY, 12, seq_len=512, memory=900_000_000, quantize="gptq"),
     _of(LLAMA, 30, seq_len=1024, memory=900_000_000, micro_batch=2),
     _of("llama-7b", 4, seq_len=512, memory=1_500_000_000, recompute="full"),
+    # in smaller pieces
+    _of(LLAMA, 12, seq_len=256, memory=640_000_000, micro_batch=16, recompute="full"),
+    _of(TINY, 4, seq_len=1024, memory=915_000_000, recompute="full"),
+    _of(QWEN, 6, seq_len=512, memory=815_000_000, micro_batch=2, recompute="full"),
     # a shape that was added after the terms were written
     _of("qwen2.5-1.5b", 3, seq_len=512),
     _of("qwen2.5-1.5b", 3, seq_len=1024, micro_batch=2, recompute="full", targets="all-linear"),
@@ -82,7 +86,10 @@ def _verdict(forecast: int, measured: int) -> str:
 def _run(combination: dict[str, Any]) -> dict[str, Any]:
     found = bench_memory(MemorySettings(**combination))
     forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
-    keys = ("terms", "streamed_layers", "recompute", "limit_enforced", "peak_rss_bytes", "forecast_rss_bytes")
+    keys = (
+        "terms", "streamed_layers", "recompute", "computed_micro_batch", "tile_tokens", "loss_chunk", "limit_enforced",
+        "peak_rss_bytes", "forecast_rss_bytes",
+    )  # fmt: skip
     print(f"{forecast / 1e6:8.0f} {measured / 1e6:8.0f} MB {forecast / measured:6.3f} {combination}", flush=True)
     return {
         "settings": combination,

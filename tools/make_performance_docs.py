@@ -178,14 +178,24 @@ def forecasts_table(result: Result) -> str:
     for run in result["runs"]:
         how = run["settings"]
         adapters = f"r={how.get('rank', 8)} {how.get('targets', 'q,v')}"
-        streamed = f", {run['streamed_layers']} layers streamed" if run["streamed_layers"] else ""
+        wanted_rows = how.get("micro_batch", 1)
+        base = [how.get("quantize", "nf4-dq")]
+        base += [how["compute_dtype"]] if "compute_dtype" in how else []
+        base += [f"{how['activation_dtype']} activations"] if "activation_dtype" in how else []
+        chosen = [run["recompute"]]
+        if run["computed_micro_batch"] < wanted_rows:
+            chosen.append(f"{run['computed_micro_batch']} at once")
+        if run["loss_chunk"]:
+            chosen.append(f"tiles of {run['tile_tokens']:,}, loss chunks of {run['loss_chunk']}")
+        if run["streamed_layers"]:
+            chosen.append(f"{run['streamed_layers']} layers streamed")
         rows.append(
             [
                 f"{how['shape']}, {how['layers']} layers"
                 + (f", {how['vocab_size']:,} classes" if "vocab_size" in how else ""),
-                f"{how.get('micro_batch', 1)} x {how['seq_len']:,}",
-                how.get("quantize", "nf4-dq") + (f", {how['compute_dtype']}" if "compute_dtype" in how else ""),
-                f"{run['recompute']}{streamed}",
+                f"{wanted_rows} x {how['seq_len']:,}",
+                ", ".join(base),
+                ", ".join(chosen),
                 adapters,
                 *(f"{run[key] / 1e6:,.0f} MB" for key in ("forecast_bytes", "measured_bytes")),
                 f"{run['ratio']:.3f}",

@@ -95,7 +95,7 @@ EFFECTS: dict[str, tuple[Any, set[str], Callable[[Seen], bool]]] = {
     "group_by_length": (True, ROWS, lambda s: True),
     "pack": (60, {"adapter"}, lambda s: True),  # rounding alone
     "tile_tokens": (64, {"adapter"}, lambda s: True),
-    "loss_chunk": (16, {"adapter"}, lambda s: True),
+    "loss_chunk": (16, set(), lambda s: True),  # memory alone: cli/test_plan.py, train/test_loss_and_step.py
     "share_prefix": ("off", {"adapter"}, lambda s: True),
     "recompute": ("full", set(), lambda s: True),
     "activation_dtype": ("bfloat16", {"adapter"}, lambda s: True),

@@ -113,6 +113,19 @@ def test_any_chunk_gives_the_same_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(chunked_cross_entropy(base, hidden, targets, chunk), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_the_chunk_of_a_setting_is_the_most_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = _model(tmp_path)
+    sizes: list[int] = []
+    logits_of = Base.logits_of
+    monkeypatch.setattr(Base, "logits_of", lambda self, hidden: sizes.append(len(hidden)) or logits_of(self, hidden))
+    hidden, targets = torch.randn(50, 64), torch.randint(0, VOCAB_SIZE, (50,))
+    for base.loss_chunk, expected in ((None, [50]), (20, [17, 17, 16])):
+        for loss in (chunked_cross_entropy, token_losses):
+            loss(base, hidden, targets)
+            assert sizes == expected, "in training and where nothing is learnt"
+            sizes.clear()
+
+
 def test_gradients_of_every_adapter_equal_a_dense_float64_model(tmp_path: Path) -> None:
     """The whole model in float64, dense and by ordinary autograd, is the reference."""
     base, parameters = _model(tmp_path, storage="none")
@@ -234,7 +247,9 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch_and_not_all_of_th
     said = step(lambda batch: batch_loss(base, batch) * torch.nan, batches[2:])
     assert "found rows row 4, row 5, row 6, row 7, row 8, row 9, row 10, row 11 and 2 more. Lower" in said
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[0, 0] = torch.nan  # as a damaged row of a base would be
+        embedding: Any = base.model.get_input_embeddings()
+        embedding.weight.data = embedding.weight.data.clone()  # what is mapped is read again at each look-up
+        embedding.weight[0, 0] = torch.nan  # as a damaged row of a base would be
     damaged = [make_batch([example]) for example in examples[:3]]
     damaged[1].input_ids[0, 3] = 0
     clean = [batch for batch in damaged if not (batch.input_ids == 0).any()]

@@ -137,7 +137,7 @@ def _run(
             folder=str(folder),
             storage=settings.quantize,
             input_ids=rows.tolist(),
-            budget=limit or 1 << 50,
+            budget=limit,
             recompute=settings.recompute,
             rank=settings.rank,
             targets=settings.targets,

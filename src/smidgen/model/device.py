@@ -109,11 +109,12 @@ def measure_gflops(dtype: torch.dtype, device: torch.device, budget_s: float = 0
 def measure_weights_read(dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
     """Packed weights a second that the products of one token take from memory: what generation waits for.
 
-    NF4, 32 matrices [2048, 2048], 68 MB together, which no cache keeps; the best of the repeats.
+    NF4, 64 matrices [1024, 2048], 75 MB together, which no cache keeps, or fewer where memory is short; the best of the
+    repeats.
     """
-    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
-    matrix = quantise(weight, "nf4").to(device)
-    matrices = [deepcopy(matrix) for _ in range(32)]
+    matrix = quantise(torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0)), "nf4").to(device)
+    room = free_memory_bytes() // 4
+    matrices = [deepcopy(matrix) for _ in range(max(1, min(64, room // matrix.nbytes)))]
     x, best = torch.ones(1, 2048, dtype=dtype, device=device), float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -122,7 +123,7 @@ def measure_weights_read(dtype: torch.dtype, device: torch.device, repeats: int 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return len(matrices) * weight.numel() / best
+    return len(matrices) * matrix.out_features * matrix.in_features / best
 
 
 def choose_compute_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

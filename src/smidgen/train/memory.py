@@ -47,7 +47,8 @@ CUDA_CONTEXT_BYTES = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB o
 _CUDA_HOST_BYTES = 1_500_000_000  # libraries and buffers that CUDA has in RAM: assumed, not measured
 _DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
 _PROBE_BYTES, _WRITTEN_BYTES = 1 << 28, 1 << 26
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LARGE, _SMALL = 1 << 20, 1 << 18  # the latter takes up to a seventh longer where a batch has few tokens
 
 
 def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], itemsize: int) -> Work:
@@ -236,11 +237,12 @@ def settings_for(settings: Settings, found: Forecast) -> Settings:
     return replace(settings, accumulation=found.choice.accumulation, **sizes)
 
 
-def give_memory_back() -> None:
+def give_memory_back(*, tight: bool = False) -> None:
     """Have large freed tensors go back to the system at once, so that a process needs what its tensors need.
 
     glibc raises the size from which it maps memory on its own with each such piece that is freed, and then keeps tens
     of megabytes between steps; a fixed limit (mallopt, M_MMAP_THRESHOLD) ends that. Elsewhere nothing is done.
+    tight: a budget was given: smaller tensors too, which would leave holes of tens of megabytes in the heap.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALL if tight else _LARGE)

@@ -48,7 +48,7 @@ class MemoryWorker:
         folder: str,
         storage: str,
         input_ids: list[list[int]],
-        budget: int,
+        budget: int | None,
         recompute: str,
         rank: int,
         targets: str,
@@ -62,7 +62,8 @@ class MemoryWorker:
             rank=rank, alpha=2.0 * rank, learning_rate=1e-4, targets=targets, recompute=recompute,
             micro_batch=len(input_ids), seq_len=max(8, len(input_ids[0])), activation_dtype=activation_dtype,
         )  # fmt: skip
-        give_memory_back()
+        give_memory_back(tight=budget is not None)
+        budget = budget or 1 << 50
         path = Path(folder)
         checkpoint = open_checkpoint(path)
         dtype, device = getattr(torch, compute_dtype), choose_device("cpu")
