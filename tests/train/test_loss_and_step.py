@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from smidgen.data.batch import Batch, make_batch
 from smidgen.data.render import Example
 from smidgen.errors import RunError
 from smidgen.lora.attach import adapters, attach_lora
+from smidgen.model.build import Base
 from smidgen.model.device import padded_rows
 from smidgen.model.recompute import set_recompute
 from smidgen.train.config import Settings
-from smidgen.train.loss import batch_loss, chunked_cross_entropy, row_losses
+from smidgen.train.loss import batch_loss, chunked_cross_entropy, row_losses, token_losses
 from smidgen.train.optimizers import make_optimizer
 from smidgen.train.step import learning_rate_at, optimizer_step
 from tiny import VOCAB_SIZE, build, tiny_folder
