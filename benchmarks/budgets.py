@@ -28,6 +28,7 @@ from smidgen.train.memory import choice_of, process_now, work_of
 _WHERE = (0.0, 0.15, 0.4, 0.7, 1.0)  # between the smallest and what the fastest needs
 _TIMED = _WHERE[2]
 _CHOSEN = ("recompute", "streamed_layers", "computed_micro_batch", "tile_tokens", "loss_chunk")
+_NEAR = 1.25
 _MARGIN = 1.02  # over the smallest forecast of this process: the worker's own libraries differ by a few megabytes
 
 JOBS = [
@@ -70,8 +71,9 @@ def _run(job: dict[str, Any], budget: int, repeats: int = 1) -> dict[str, Any]:
 
 
 def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
-    """Seconds for the job's rows of each way that fits, 'planned' is the planner's: the best of four steps, since other
-    programs only ever slow one, of two processes. A way that comes to the same as another one counts with it.
+    """Seconds for the job's rows of each way that fits, 'planned' is the planner's: the best of two steps, and of two
+    more in another process for what is near the best, since other programs only ever slow one. A way that comes to the
+    same as another one counts with it.
     """
     rows = job["micro_batch"]
     ways = [("planned", rows, job)]
@@ -81,8 +83,10 @@ def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
         ]
     names: dict[tuple[Any, ...], str] = {}
     found: dict[str, float] = {}
-    for again in (False, True):
-        for name, count, way in ways if not again else [way for way in reversed(ways) if way[0] in found]:
+    for _ in range(2):
+        near = _NEAR * min(found.values(), default=0)
+        chosen = [way for way in ways if way[0] == "planned" or found.get(way[0], near) < near] if found else ways
+        for name, count, way in chosen:
             run = _run(way, budget, 2)
             if "step_s" in run:
                 first = names.setdefault(tuple(run[key] for key in _CHOSEN), name)
@@ -92,10 +96,12 @@ def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--again", action="store_true", help="measure all of them anew")
+parser.add_argument("--limits-only", action="store_true", help="leave out the brute force, which wants a quiet machine")
 given = parser.parse_args()
 if not Path("/sys/fs/cgroup/memory").is_dir():
     skip("no memory cgroup (version 1) can be made here")
 kept, runs = Kept("budgets", again=given.again), []
+timed_later: list[tuple[dict[str, Any], dict[str, Any], str]] = []
 for job in JOBS:
     least, most = _range(job)
     for where in (-1.0, *_WHERE):
@@ -103,11 +109,12 @@ for job in JOBS:
         name = json.dumps({**job, "where": where})
         run = {**job, "feasible": where >= 0, **kept.once(name, partial(_run, job, budget))}
         print(f"{run['end']:9} {run['budget_bytes'] / 1e6:6.0f} MB {job}", flush=True)
-        runs.append(run | {"where": where, "name": name, "job": job})
-for run in (run for run in runs if run["where"] == _TIMED):  # nothing else should be running now
-    brute_force = partial(_brute_force, run["job"], run["budget_bytes"])
-    run["brute_force"] = kept.once(f"{run['name']} brute force", brute_force)
-    print(f"{run['budget_bytes'] / 1e6:6.0f} MB {run['job']}", run["brute_force"], flush=True)
+        runs.append(run)
+        if where == _TIMED:
+            timed_later.append((run, job, f"{name} brute force"))
+for run, job, name in [] if given.limits_only else timed_later:
+    run["brute_force"] = kept.once(name, partial(_brute_force, job, run["budget_bytes"]))
+    print(f"{run['budget_bytes'] / 1e6:6.0f} MB {job}", run["brute_force"], flush=True)
 feasible = [run for run in runs if run["feasible"]]
 timed = [run["brute_force"] for run in feasible if "brute_force" in run]
 figures = {

@@ -65,6 +65,9 @@ COMBINATIONS = [
     _of(TINY, 12, seq_len=512, memory=900_000_000, quantize="gptq"),
     _of(LLAMA, 30, seq_len=1024, memory=900_000_000, micro_batch=2),
     _of("llama-7b", 4, seq_len=512, memory=1_500_000_000, recompute="full"),
+    # many small tensors, at ease and within a budget
+    *(_of(LLAMA, 30, seq_len=256, micro_batch=2, targets="all-linear", recompute=name) for name in ("none", "full")),
+    _of(LLAMA, 30, seq_len=256, micro_batch=2, targets="all-linear", memory=570_000_000),
     # in smaller pieces
     _of(LLAMA, 12, seq_len=256, memory=640_000_000, micro_batch=16, recompute="full"),
     _of(TINY, 4, seq_len=1024, memory=915_000_000, recompute="full"),

@@ -18,7 +18,7 @@ from smidgen.units import parse_bytes
 
 TRAINED = {"llama-7b": "2GiB", "llama-13b": "2.5GiB", "llama-33b": "4GiB", "llama-65b": "6GiB"}
 RESIDENT = "llama-7b"
-ANSWERS = {"4.1GB": (16, 50), "1GiB": (32, 8)}  # budget -> tokens of the prompt, new ones
+ANSWERS = [("nf4", "4.4GB", 16, 50), ("nf4-dq", "4.1GB", 16, 50), ("nf4-dq", "1GiB", 32, 8)]  # tokens: prompt, new
 
 CASES = {
     f"train {RESIDENT}": MemorySettings(RESIDENT, recompute="full", repeats=0),
@@ -33,10 +33,10 @@ CASES = {
         for shape, size in TRAINED.items()
     },
     **{
-        f"generate {RESIDENT} {size}": MemorySettings(
-            RESIDENT, mode="generate", memory=parse_bytes(size), seq_len=prompt, new_tokens=new
+        f"generate {RESIDENT} {form} {size}": MemorySettings(
+            RESIDENT, form, "generate", memory=parse_bytes(size), seq_len=prompt, new_tokens=new, repeats=0
         )
-        for size, (prompt, new) in ANSWERS.items()
+        for form, size, prompt, new in ANSWERS
     },
 }
 

@@ -220,7 +220,9 @@ def limits_table(result: Result) -> str:
         threads = run["machine"]["threads"]
         rows.append(
             [
-                f"{run['shape']}, " + ("a step" if trains else f"{run['seq_len']} tokens, then each new one"),
+                ("" if run["quantize"] == "nf4-dq" else f"{run['quantize']} ")
+                + f"{run['shape']}, "
+                + ("a step" if trains else f"{run['seq_len']} tokens, then each new one"),
                 f"{run['limit_bytes'] / (1 << 30):.3g} GiB" if run["limit_bytes"] else "none",
                 *(_gigabytes(run[key]) for key in ("peak_rss_bytes", "forecast_rss_bytes", "measured_peak_bytes")),
                 f"{run['streamed_layers']} of {run['layers']}",
@@ -258,9 +260,10 @@ def budgets_table(result: Result) -> str:
         )
     text = (
         f"{result['finished']} of {result['feasible']} finished, {result['refused']} of {result['infeasible']} refused."
-        f" The planner's choice took at most {max(result['planned_over_best'], default=1):.2f} times the time of the"
-        " fastest that was found by trying."
     )
+    if ratios := result["planned_over_best"]:
+        most = f"{max(ratios):.2f} times the time of the fastest that was found by trying"
+        text += f" The planner's choice took at most {most}."
     titles = ["job", "below the smallest", "limits", "finished", "most layers streamed", "planned / fastest"]
     return f"{text}\n\n{_with_place(table(titles, rows), result)}"
 

@@ -96,7 +96,9 @@ class SafetensorsCheckpoint:
 
     def fingerprint(self) -> str:
         identity = {key: value for key, value in self.config.items() if key not in _IDLE_KEYS and value is not None}
-        return fingerprint_of(identity, self.tensors.values(), self._files)
+        found = fingerprint_of(identity, self.tensors.values(), self._files)
+        self.release()  # both ends of every tensor, and the pages around them
+        return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
