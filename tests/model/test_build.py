@@ -180,6 +180,8 @@ def test_pages_of_looked_up_rows_are_given_back(tied: bool, tmp_path: Path) -> N
     base, file = build(folder), folder / "model.safetensors"
     base.checkpoint.release()
     assert _mapped_kb(file) == 0
+    base.checkpoint.fingerprint()
+    assert _mapped_kb(file) == 0, "the ends of every tensor and what is around them"
     rows = torch.arange(0, 40_000, 16)[None]
     whole_kb = 40_000 * 256 >> 10
     found = base.model.get_input_embeddings()(rows)

@@ -226,4 +226,6 @@ def fingerprint_of(identity: Any, tensors: Iterable[TensorInfo], files: Mapping[
         end = info.offset + info.nbytes
         digest.update(data[info.offset : min(info.offset + _FINGERPRINT_BYTES, end)])
         digest.update(data[max(end - _FINGERPRINT_BYTES, info.offset) : end])
+    for file in files.values():
+        file.release()  # the ends of every tensor, and the pages around them
     return f"sha256:{digest.hexdigest()}"

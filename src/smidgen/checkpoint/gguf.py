@@ -132,9 +132,7 @@ class GgufCheckpoint:
         values = self.header.metadata.values
         identity = {key: value for key, value in values.items() if key.startswith(prefix)}
         files = {file.path: file for file in self._files.values()}
-        found = fingerprint_of([self.architecture, identity], self.tensors.values(), files)
-        self.release()  # both ends of every tensor, and the pages around them
-        return found
+        return fingerprint_of([self.architecture, identity], self.tensors.values(), files)
 
     def extra(self, name: str) -> "torch.Tensor":
         """A tensor that is no parameter, by its name in the file: a view."""

@@ -135,8 +135,6 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "loss chunk": loss,
         "scratch": scratch,
     }
-    there = small["gradients"] + kept + max(backward, loss)  # and not when an adapter is saved, and read again
-    small["adapter file"] = max(0, small["adapters"] - there)
     if evaluated := work.rows.evaluated(choice.micro_batch, model.fused):
         evaluated = evaluated.padded(64) if in_64s else evaluated
         held_out = estimate.evaluation_bytes(
@@ -175,7 +173,7 @@ def with_base(
         **beside,
         "runtime and slack": runtime + slack,
     }
-    mapped = {"embedding and head", "program files", "adapter file", *(("packed weights",) if model.mapped else ())}
+    mapped = {"embedding and head", "program files", *(("packed weights",) if model.mapped else ())}
     return terms, frozenset(mapped)
 
 
