@@ -11,24 +11,15 @@ import pytest
 import torch
 
 import smidgen
+from planning.machines import MACHINE
 from smidgen.errors import DataError, SettingsError
 from smidgen.events import Event, Note
 from smidgen.model.decoder import FusedDecoder
 from smidgen.model.inventory import inventory_of
 from smidgen.planning.generation import GenerationPlan, cache_bytes, generation_plans, plan_generation
 from smidgen.planning.inventory import Inventory
-from smidgen.planning.planner import Machine
 from smidgen.planning.shapes import SHAPES
 from tiny import build, tiny_folder
-
-MACHINE = Machine(
-    gflops=50.0,
-    weights_per_s=5e9,
-    disk_bytes_per_s=1e9,
-    framework_bytes=280_000_000,
-    library_bytes=100_000_000,
-    threads=2,
-)
 
 
 def _plan(model: Inventory, budget: int) -> GenerationPlan:

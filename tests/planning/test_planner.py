@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planning.machines import MACHINE
 from smidgen.model.inventory import inventory_of
 from smidgen.planning import estimate, planner
 from smidgen.planning.inventory import Inventory, packed_bytes
@@ -16,15 +17,6 @@ from smidgen.planning.work import Load, Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.memory import work_of
 from smidgen.units import parse_bytes
-
-MACHINE = Machine(
-    gflops=50.0,
-    weights_per_s=5e9,
-    disk_bytes_per_s=1e9,
-    framework_bytes=280_000_000,
-    library_bytes=100_000_000,
-    threads=2,
-)
 
 
 def solve(model: Inventory, job: Work, machine: Machine, budget: int, **given: Any) -> Forecast | None:
