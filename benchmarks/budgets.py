@@ -18,6 +18,7 @@ from common import Kept, skip, write_result
 
 from smidgen.bench.memory import MemorySettings, bench_memory
 from smidgen.errors import RunError
+from smidgen.model.cgroups import memory_group
 from smidgen.model.inventory import inventory_of
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.planning.planner import forecasts, smallest
@@ -70,10 +71,10 @@ def _run(job: dict[str, Any], budget: int, repeats: int = 1) -> dict[str, Any]:
     return {"budget_bytes": budget, "end": "finished", "steps_s": steps, **{key: found[key] for key in keys}}
 
 
-def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
-    """Seconds for the job's rows of each way that fits, 'planned' is the planner's: the best of two steps, and of two
-    more in another process for what is near the best, since other programs only ever slow one. A way that comes to the
-    same as another one counts with it.
+def _brute_force(job: dict[str, Any], budget: int) -> dict[str, Any]:
+    """ways: seconds for the job's rows of each way that fits, 'planned' is the planner's: the best of two steps, and of
+    two more in another process for what is near the best, since other programs only ever slow one. A way that comes to
+    the same as another one counts with it.
     """
     rows = job["micro_batch"]
     ways = [("planned", rows, job)]
@@ -91,15 +92,18 @@ def _brute_force(job: dict[str, Any], budget: int) -> dict[str, float]:
             if "step_s" in run:
                 first = names.setdefault(tuple(run[key] for key in _CHOSEN), name)
                 found[first] = min(found.get(first, float("inf")), rows // count * min(run["steps_s"]))
-    return found
+    return {"ways": found}
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--again", action="store_true", help="measure all of them anew")
 parser.add_argument("--limits-only", action="store_true", help="leave out the brute force, which wants a quiet machine")
 given = parser.parse_args()
-if not Path("/sys/fs/cgroup/memory").is_dir():
-    skip("no memory cgroup (version 1) can be made here")
+try:
+    with memory_group("smidgen", 1 << 30):
+        pass
+except OSError as error:
+    skip(f"no memory cgroup can be made here ({error.strerror})")
 kept, runs = Kept("budgets", again=given.again), []
 timed_later: list[tuple[dict[str, Any], dict[str, Any], str]] = []
 for job in JOBS:
@@ -113,7 +117,9 @@ for job in JOBS:
         if where == _TIMED:
             timed_later.append((run, job, f"{name} brute force"))
 for run, job, name in [] if given.limits_only else timed_later:
-    run["brute_force"] = kept.once(name, partial(_brute_force, job, run["budget_bytes"]))
+    found = kept.once(name, partial(_brute_force, job, run["budget_bytes"]))
+    run["brute_force"] = found.get("ways", found)  # those of before commits were kept have no more than the ways
+    run["brute_force_commit"] = found.get("commit")
     print(f"{run['budget_bytes'] / 1e6:6.0f} MB {job}", run["brute_force"], flush=True)
 feasible = [run for run in runs if run["feasible"]]
 timed = [run["brute_force"] for run in feasible if "brute_force" in run]

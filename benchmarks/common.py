@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smidgen.bench.machine import read_commit
 from smidgen.checkpoint.hub import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
@@ -18,11 +19,13 @@ SMIDGEN = [sys.executable, "-m", "smidgen"]
 
 class Kept:
     """Measurements by name, each in a file of the cache as soon as it is done: a second start goes on with the rest,
-    and several can be measured at once by hand. again: those of before do not count.
+    and several can be measured at once by hand. Each has the commit that it was measured at; older ones have none.
+    again: those of before do not count.
     """
 
     def __init__(self, benchmark: str, *, again: bool) -> None:
         self._folder, self._again = cache_folder() / "bench" / "kept" / benchmark, again
+        self._commit = read_commit()
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> Any:
@@ -30,10 +33,10 @@ class Kept:
         file = self._file(name)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+    def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = None if self._again else self.get(name)
         if found is None:
-            found = measure()
+            found = {"commit": self._commit, **measure()}
             self._file(name).write_text(json.dumps(found), encoding="utf-8")
         return found
 
@@ -49,12 +52,10 @@ def run_json(words: list[str], cwd: Path) -> dict[str, Any]:
 
 def write_result(name: str, figures: dict[str, Any], cwd: Path, shown: Any = None) -> None:
     """benchmarks/results/NAME.json with machine, versions and commit. shown: what to print if not all of it."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     doctor = run_json(["doctor"], cwd)
     machine = {key: doctor[key] for key in ("processor", "threads", "python", "versions", "gflops")}
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    content = {"measured": when, "commit": commit.stdout.strip(), "machine": machine, **figures}
+    content = {"measured": when, "commit": read_commit(), "machine": machine, **figures}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures if shown is None else shown, indent=2))

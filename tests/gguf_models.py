@@ -14,7 +14,7 @@ from gguf.constants import MODEL_ARCH_NAMES, GGMLQuantizationType
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-__all__ = ["UNSAID", "random_blocks", "write_gguf"]
+__all__ = ["ROTARY", "UNSAID", "random_blocks", "write_gguf"]
 
 # What a GGUF file does not say, because every model of the family has it so.
 UNSAID: dict[str, dict[str, Any]] = {
@@ -26,6 +26,35 @@ UNSAID: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
     },
 }
+
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + 2.0 * i for i in range(8)],
+}  # fmt: skip
+# Rotary scalings: the architecture, and the changes of its configuration.
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    "yarn": ("llama", {"rope_parameters": _YARN}),
+    "yarn of Qwen": ("qwen2", {"rope_parameters": _YARN}),
+    "yarn, mscale": ("llama", {"rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 1.4}}),
+    "yarn, attention_factor": ("llama", {"rope_parameters": _YARN | {"attention_factor": 1.75}}),
+    "yarn, betas": ("llama", {"rope_parameters": _YARN | {"beta_fast": 4.0, "beta_slow": 2.0}}),
+    "longrope": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
+    "longrope, attention_factor": (
+        "phi3", {"rope_parameters": _LONGROPE | {"attention_factor": 1.5}, "original_max_position_embeddings": 64},
+    ),
+    "linear of Gemma 3": (
+        "gemma3",
+        UNSAID["gemma3"]
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+        },
+    ),
+}  # fmt: skip
 
 # Where a block's float16 scales lie, and how large they are for values of about 0.02.
 _SCALES = {

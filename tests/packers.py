@@ -113,8 +113,13 @@ def pack_folder(
     return _write(dense, out, packed, plain, {"quant_method": method, **how})
 
 
-def pack_with_bitsandbytes(dense: Path, out: Path, kind: str) -> Path:
-    """As pack_folder: every matrix but embedding and head. kind: 'nf4', 'nf4-dq', 'fp4', 'fp4-dq' or 'int8'."""
+def pack_with_bitsandbytes(
+    dense: Path, out: Path, kind: str, blocksize: int = 64, quant_storage: torch.dtype = torch.uint8
+) -> Path:
+    """As pack_folder: every matrix but embedding and head. kind: 'nf4', 'nf4-dq', 'fp4', 'fp4-dq' or 'int8'.
+
+    blocksize, quant_storage: of 4 bits; the bytes are stored as numbers of type quant_storage.
+    """
     import bitsandbytes.functional as bnb
 
     quant_type, _, nested = kind.partition("-")
@@ -129,8 +134,9 @@ def pack_with_bitsandbytes(dense: Path, out: Path, kind: str) -> Path:
             plain[name] = codes * scale[:, None] / 127
         else:
             codes, state = bnb.quantize_4bit(
-                weight, blocksize=64, quant_type=quant_type, compress_statistics=bool(nested)
-            )
+                weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=bool(nested),
+                quant_storage=quant_storage,
+            )  # fmt: skip
             parts = state.as_dict(packed=True)
             packed |= {name: codes} | {
                 f"{name}.{key}": part.clone() for key, part in parts.items()
@@ -138,7 +144,9 @@ def pack_with_bitsandbytes(dense: Path, out: Path, kind: str) -> Path:
             plain[name] = bnb.dequantize_4bit(codes, state)
     four_bits = kind != "int8"
     how = {"quant_method": "bitsandbytes", "load_in_4bit": four_bits, "load_in_8bit": not four_bits}
-    how |= {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": bool(nested)} if four_bits else {}
+    if four_bits:
+        how |= {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": bool(nested)}
+        how |= {"bnb_4bit_quant_storage": str(quant_storage).removeprefix("torch.")}
     return _write(dense, out, packed, plain, how)
 
 

@@ -50,6 +50,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "granite": transformers.GraniteConfig(**_GROUPED, logits_scaling=3.0),
     "gemma2": transformers.Gemma2Config(**_GROUPED, head_dim=16, final_logit_softcapping=5.0),
     "stablelm": transformers.StableLmConfig(**_GROUPED),
+    "olmo": transformers.OlmoConfig(**_GROUPED, clip_qkv=0.5),  # which cuts some of the values; norms without weights
     "olmo2": transformers.Olmo2Config(**_GROUPED),
     "qwen2-moe": transformers.Qwen2MoeConfig(
         **_GROUPED, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts_per_tok=2

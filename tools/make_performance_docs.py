@@ -6,7 +6,7 @@ compares the pages with what this makes.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,9 @@ def forecasts_table(result: Result) -> str:
         f" {result['over']} too far over it; ratios from {result['smallest_ratio']:.3f} to"
         f" {result['largest_ratio']:.3f}."
     )
-    return f"{counts}\n\n{_with_place(table(titles, rows), result)}"
+    if missing := result.get("not_measured"):
+        counts += f" Not measured: {missing}."
+    return f"{counts}\n\n{_with_place(table(titles, rows), result, result['runs'])}"
 
 
 def limits_table(result: Result) -> str:
@@ -233,7 +235,8 @@ def limits_table(result: Result) -> str:
             ]
         )
     titles = ["model", "limit", "resident", "its forecast", "of it anonymous", "layers streamed", "read", "time"]
-    return _with_place(table([*titles, "of it waiting", "with all layers in memory"], rows), result)
+    titles += ["of it waiting", "with all layers in memory"]
+    return _with_place(table(titles, rows), result, result["runs"].values())
 
 
 def budgets_table(result: Result) -> str:
@@ -265,7 +268,7 @@ def budgets_table(result: Result) -> str:
         most = f"{max(ratios):.2f} times the time of the fastest that was found by trying"
         text += f" The planner's choice took at most {most}."
     titles = ["job", "below the smallest", "limits", "finished", "most layers streamed", "planned / fastest"]
-    return f"{text}\n\n{_with_place(table(titles, rows), result)}"
+    return f"{text}\n\n{_with_place(table(titles, rows), result, result['runs'])}"
 
 
 def seed_memory_table(result: Result) -> str:
@@ -295,7 +298,8 @@ def seed_memory_table(result: Result) -> str:
         titles = ["model", "base", "rows x tokens", f"{seed}, its card", "smidgen, whole process", "how"]
         more = ["1,000 steps", f"answering: {seed}, its card", "smidgen, forecast"] if answers else ["52,002 rows"]
         parts.append(table([*titles, *more], rows))
-    return _with_place("\n\n".join(parts), result)
+    measured = [cell["measured"] for cell in result["cells"] if "measured" in cell]
+    return _with_place("\n\n".join(parts), result, measured)
 
 
 def results_table(result: Result) -> str:
@@ -387,13 +391,17 @@ def make() -> dict[Path, str]:
     return {page: fill(page.read_text(encoding="utf-8"), made) for page in PAGES}
 
 
-def _with_place(text: str, result: Result) -> str:
+def _with_place(text: str, result: Result, rows: Iterable[Result] = ()) -> str:
+    """rows: those that may have been measured at commits of their own."""
     machine, versions = result["machine"], result.get("versions") or result["machine"].get("versions", {})
     isa = machine.get("isa", "")
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     instructions = f", kept to {isa.upper()}" if isa.startswith("avx") else ""
     notes = "".join(f" Note: {note}." for note in result.get("notes", []))
-    commit = str(result.get("commit") or "an installed package")[:12]
+    commit = result.get("commit") or ""
+    commit = commit[:12] + "+" * commit.endswith("+") or "an installed package"
+    if any(row.get("commit") for row in rows):
+        commit = "rows measured at their own commits, in the JSON"
     return (
         f"{text}\n\n{machine['processor']}, {machine['threads']} threads{instructions}; {result['measured']}, {commit};"
         f" {named}.{notes}"

@@ -49,7 +49,7 @@ from smidgen.report.page import PAGE, write_page
 from smidgen.train.config import settings_from
 from smidgen.train.finetune import Run, finished, run_finetune
 from smidgen.train.finetune import resume as _resume
-from smidgen.train.forecast import plan_answers, plan_model
+from smidgen.train.forecast import ANSWER_SETTINGS, plan_answers, plan_model
 from smidgen.train.loop import Schedule
 from smidgen.train.memory import give_memory_back
 from smidgen.train.rows import read_rows
@@ -134,13 +134,16 @@ def plan(
     smallest_bytes, what_if; during, 'GPTQ', where quantising the base takes more than training. Raises SmidgenError.
 
     generate: instead of a run, so many new tokens after a prompt of `seq_len`, as `load` and `generate` make them; a
-    step is one token.
+    step is one token. There is no data then, and no setting but those of forecast.ANSWER_SETTINGS.
     """
     given = settings_from(settings)
     if generate is not None:
-        if data is not None or generate < 1:
-            what = "data: generation has none, leave it out" if data is not None else "generate: expected 1 or more"
-            raise SettingsError([what])
+        others = [*(["data"] if data is not None else []), *sorted(settings.keys() - ANSWER_SETTINGS)]
+        problems = [f"{name}: generation has none, leave it out" for name in others]
+        if generate < 1:
+            problems.append(f"generate: expected 1 or more, found {generate}")
+        if problems:
+            raise SettingsError(problems)
         return plan_answers(str(model), generate, given, report)
     return plan_model(str(model), None if data is None else as_specs(data), given, report)
 
@@ -393,7 +396,7 @@ def doctor(*, report: Report = silent) -> dict[str, Any]:
     backends, kernels, disk, step = check_backends(device), check_kernels(), check_disk(), check_step(report)
     types = () if device.type == "cpu" else dict.fromkeys((torch.float32, dtype))
     there = {str(t).removeprefix("torch."): check_learning(device, t) for t in types}
-    verdicts = {**backends, **kernels, "disk": str(disk["read_bytes_per_s"]), "training step": step["verdict"]}
+    verdicts = {**backends, **kernels, "disk": disk["verdict"], "training step": step["verdict"]}
     verdicts |= {f"training on {device} in {name}": found["verdict"] for name, found in there.items()}
     return {
         "versions": Record.versions_now(),

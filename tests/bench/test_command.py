@@ -107,6 +107,7 @@ def test_people_get_tables(what: str, shown: list[str], asked: list[Any], capfd:
         (("step", "--shape", "llama-7b"), "--shape: expected one of smollm2-135m, tinyllama-1.1b, found 'llama-7b'."),
         (("step", "--memory", "2GiB"), "--memory: belongs to `smidgen bench memory`, leave it out."),
         (("memory", "--against", "peft-bnb"), "--against: belongs to `smidgen bench step`, leave it out."),
+        (("memory", "--memory", "0"), "--memory: expected more than 0, found '0'."),
         (("memory", "--memory", "much"), "--memory: not a size: 'much' (write 6GiB, 1.5GB or 900MB)."),
         (("step", "--against", "unsloth"), "--against: expected names out of peft-bnb,"),
         (("step", "--repeats", "0"), "--repeats: expected 1 or more, found 0."),

@@ -1,6 +1,5 @@
 """Requests, answers, errors and deaths of workers."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def test_a_dead_worker_is_said_with_its_last_words(worker: Worker) -> None:
 
 def test_a_worker_that_its_limit_ended_is_said_with_the_limit(tmp_path: Path) -> None:
     try:
-        with memory_group(f"smidgen-test-{os.getpid()}", 100_000_000) as group:
+        with memory_group("smidgen-test", 100_000_000) as group:
             worker = _start(tmp_path, group)
             said = r"ended during 'eat' \(killed by SIGKILL; its memory is limited to 100.0 MB\)"
             with pytest.raises(RunError, match=said):

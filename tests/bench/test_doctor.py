@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+import smidgen
+import smidgen.api as api
 import smidgen.bench.doctor as doctor
 import smidgen.kernels.selfcheck as selfcheck
 from smidgen.errors import RunError
@@ -65,7 +67,12 @@ def test_learning_elsewhere_is_compared_with_float32_on_the_cpu(tmp_path: Any, m
     monkeypatch.setattr(doctor, "_LAYERS", 2)
     monkeypatch.setattr(doctor, "_TOKENS", 64)
     cpu = torch.device("cpu")
+    places: list[Any] = []
+    learn = doctor._learn
+    monkeypatch.setattr(doctor, "_learn", lambda folder, *how: places.append(folder.parent) or learn(folder, *how))
     same = doctor.check_learning(cpu, torch.float32)
+    assert {place.parent for place in places} == {tmp_path / "bench"}, "where what was killed is removed the next time"
+    assert not any((tmp_path / "bench").iterdir())
     assert same["verdict"] == "ok" and same["loss_distance"] == same["adapter_distance"] == 0
     rounded = doctor.check_learning(cpu, torch.bfloat16)
     assert rounded["verdict"] == "ok" and rounded["loss"][-1] < rounded["loss"][0]
@@ -103,5 +110,21 @@ def test_a_device_that_computes_wrongly_or_not_at_all_is_found(tmp_path: Any, mo
 def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "cache"))
     found = doctor.check_disk()
-    assert found["read_bytes_per_s"] > 0 and found["free_bytes"] > 0
+    assert found["verdict"] == "ok" and found["read_bytes_per_s"] > 0 and found["free_bytes"] > 0
     assert found["folder"] == str(tmp_path / "cache") and not any((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_a_line_and_the_rest_goes_on(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in its place, and a folder that cannot be made."""
+    (tmp_path / "file").touch()
+    for place, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "cache", "Not a directory")):
+        monkeypatch.setenv("SMIDGEN_CACHE", str(place))
+        cure = "Set SMIDGEN_CACHE to a folder that can be written"
+        assert doctor.check_disk() == {"folder": str(place), "verdict": f"fails: {place}: {why}. {cure}"}
+        assert doctor.check_learning(torch.device("cpu"), torch.float32)["verdict"].startswith("fails: ")
+    monkeypatch.setattr(api, "check_backends", lambda device: {"cpu": "ok"})
+    monkeypatch.setattr(api, "check_kernels", lambda: {"swiglu": "ok"})
+    found = smidgen.doctor()
+    assert {"disk", "training step"} <= {*found["failed"]} and found["kernels"] == {"swiglu": "ok"}

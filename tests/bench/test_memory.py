@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import smidgen.bench.memory as memory_bench
 import smidgen.model.stream as stream_module
 import smidgen.train.memory as memory_module
 from smidgen.bench.memory import MemorySettings, bench_memory
-from smidgen.bench.packed_model import write_packed_model
+from smidgen.bench.packed_model import packed_inventory, write_packed_model
 from smidgen.bench.places import passing_folder
 from smidgen.bench.workers import memory_smidgen
 from smidgen.checkpoint.open import open_checkpoint
-from smidgen.errors import RunError, SettingsError
-from smidgen.events import Event
+from smidgen.errors import RunError
+from smidgen.events import Event, Progress, silent
 from smidgen.model.build import build_base
+from smidgen.model.inventory import inventory_of
 from smidgen.planning.shapes import SHAPES
 
 LIMIT = 900_000_000
@@ -40,7 +42,7 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
     assert result["forecast_peak_bytes"] <= result["measured_peak_bytes"] + (64 << 20)
     if result["limit_enforced"]:
         assert 0 < result["cgroup_peak_bytes"] <= LIMIT
-    assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-512-nf4-dq"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny-2-512-2048-nf4-dq"]
     if mode == "train":
         assert 0 < result["resident_peak_rss_bytes"] < 2 * LIMIT
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
@@ -72,24 +74,70 @@ def test_what_an_answer_read_and_waited_is_of_each_token_as_its_time_is(
     assert found["wait_s"] == pytest.approx((stream.wait_s - waited) / found["new_tokens"])
 
 
-def test_of_no_further_rounds_the_first_counts(tmp_path: Path) -> None:
+def test_of_no_further_rounds_the_first_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is a cold one, also of a model that was kept from before."""
+    dropped: list[Path] = []
+    monkeypatch.setattr(memory_bench, "drop_page_cache", dropped.append)
     settings = MemorySettings("tiny", seq_len=64, keep=tmp_path, repeats=0, activation_dtype="bfloat16")
     result = bench_memory(settings)
     assert len(result["repeats"]) == len(result["loss"]) == 1
     assert 0 < result["measured_peak_bytes"] <= result["forecast_peak_bytes"]
+    (kept,) = tmp_path.iterdir()
+    assert {*dropped} == {*kept.glob("*.safetensors")} and dropped
 
 
-@pytest.mark.parametrize("mode", ["train", "generate"])
-def test_a_limit_that_is_too_low_is_refused(mode: str, tmp_path: Path) -> None:
-    with pytest.raises((RunError, SettingsError), match="is too little for"):
-        bench_memory(MemorySettings("tiny", mode=mode, seq_len=64, memory=340_000_000, keep=tmp_path))
+@pytest.mark.parametrize(
+    ("mode", "memory"), [("train", 340_000_000), ("generate", 340_000_000), ("train", 100_000_000), ("train", 0)]
+)
+def test_a_limit_that_is_too_low_is_refused_before_weights_are_written(mode: str, memory: int, tmp_path: Path) -> None:
+    """100 MB are too little for the libraries alone: the process would be killed while it is started."""
+    with pytest.raises(RunError, match=r"\(--memory\) is too little for tiny: at least \d+ MB is needed"):
+        bench_memory(MemorySettings("tiny", mode=mode, seq_len=64, memory=memory, keep=tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def test_wrong_settings_are_said_before_weights_are_written(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no layer matches nose"):
+        bench_memory(MemorySettings("tiny", seq_len=64, targets="nose", keep=tmp_path))
+    with pytest.raises(RunError, match="recompute: cheap is for layers of the Llama family"):
+        bench_memory(MemorySettings("stablelm-base-alpha-3b", layers=1, seq_len=64, recompute="cheap", keep=tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("storage", ["nf4-dq", "nf4", "int8", "gptq", "none"])
+def test_what_is_planned_before_a_model_is_written_is_what_is_written(storage: str, tmp_path: Path) -> None:
+    """Each layer to a thousandth; bitsandbytes' folders have a few more bytes, which say how it was packed."""
+    config = SHAPES["tiny"] | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    before = packed_inventory(config, storage)
+    checkpoint = open_checkpoint(write_packed_model(config, tmp_path / "model", storage))
+    after = inventory_of(checkpoint, checkpoint.config, storage)
+    assert before.layer_bytes == pytest.approx(after.layer_bytes, rel=1e-2)
+    sizes = ("embedding_bytes", "head_bytes", "norm_bytes", "ordered", "fused")
+    assert [getattr(before, name) for name in sizes] == [getattr(after, name) for name in sizes]
+
+
+def test_a_model_that_is_kept_has_a_name_for_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows longer than its positions could not be answered with a model that was kept for shorter ones."""
+    monkeypatch.setattr(memory_bench, "write_packed_model", lambda config, folder, *_: folder)
+    names = {
+        memory_bench._folder(ExitStack(), MemorySettings("tiny", keep=tmp_path), SHAPES["tiny"] | more, silent).name
+        for more in ({}, {"max_position_embeddings": 4096}, {"vocab_size": 64}, {"num_hidden_layers": 1})
+    }
+    assert len(names) == 4
+
+
+def test_a_model_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_packed_model(SHAPES["tiny"], tmp_path / "kept" / "model", "nf4-dq", stop)
+    assert not any((tmp_path / "kept").iterdir())
 
 
 def test_a_disk_without_room_is_said_and_what_was_written_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path))
-    with pytest.raises((RunError, SettingsError), match="is too little for"):  # once the weights are there
-        bench_memory(MemorySettings("tiny", seq_len=64, memory=340_000_000))
-    assert not any((tmp_path / "bench").iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(RunError, match=r"too little room for the model, expected .* kB, found 1.0 kB"):
         bench_memory(MemorySettings("tiny", seq_len=64))
@@ -108,6 +156,7 @@ def test_a_disk_that_fills_meanwhile_is_said(tmp_path: Path) -> None:
     try:
         with pytest.raises(RunError, match=r"model: the disk is full, found 0 bytes free"):
             write_packed_model(SHAPES["tiny"], tmp_path / "model", "nf4-dq", fill)
+        assert [path.name for path in tmp_path.iterdir()] == ["other"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

@@ -127,3 +127,12 @@ def test_the_line_of_kills_hides_no_difference(tool: ModuleType) -> None:
     assert "Killed 100 times, the run ended with the bytes and the log" in tool.kills_line(found)
     for wrong in ({"same_bytes": False}, {"same_log": False}, {"remains": [".tmp-1"]}):
         assert "ANOTHER" in tool.kills_line(found | wrong)
+
+
+def test_rows_of_many_commits_are_not_said_to_be_of_one(tool: ModuleType) -> None:
+    assert tool._with_place("", WHERE, [{"commit": None}, {}]).startswith(
+        "\n\nA processor, 2 threads, kept to AVX2; today, 0123456789ab;"
+    )
+    assert "today, 0123456789ab+;" in tool._with_place("", {**WHERE, "commit": "0123456789abcdef+"})
+    text = tool._with_place("", WHERE, [{"commit": "fedcba"}, {}])
+    assert "today, rows measured at their own commits, in the JSON; torch 2.13" in text and "0123" not in text

@@ -1,5 +1,6 @@
 """The GGUF reader on files made byte by byte: what it reads. What it says about lies: e2e/test_known_defects.py."""
 
+import math
 import random
 import struct
 import time
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
+from transformers import LlamaConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from checkpoint.gguf_files import LLAMA, TENSORS, TOKENIZER, gguf_bytes, tensor_row, write_small_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES, tensor_name
@@ -106,9 +110,6 @@ def test_tensor_names_outside_the_layers_are_not_known() -> None:
 
 
 def test_llama_3_rotary_scaling_arrives(tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     config = LlamaConfig(hidden_size=32, num_attention_heads=2, rope_parameters=dict(rope))
@@ -121,6 +122,65 @@ def test_llama_3_rotary_scaling_arrives(tmp_path: Path) -> None:
     assert found == rope
     raw[-32:-28] = struct.pack("<f", 5.0)
     _refused(tmp_path, bytes(raw), "rotary scaling that is not Llama 3's")
+    both = gguf_bytes(LLAMA | {"llama.rope.scaling.factor": 2.0}, TENSORS | {"rope_freqs.weight": ((8,), 0)})
+    _refused(tmp_path, both, "rope_freqs.weight beside a rotary scaling of another type")
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
+_YARN_KEYS = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 4096}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+_PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, _LINEAR),
+        ({"scaling.factor": 4.0}, _LINEAR),  # which was not scaled at all
+        ({"scale_linear": 4.0}, _LINEAR),
+        ({"scaling.factor": 0.0}, _PLAIN),  # as llama.cpp writes a model without scaling
+        ({"scaling.type": "none", "scaling.factor": 4.0}, _PLAIN),
+        ({"scaling.attn_factor": 1.0}, _PLAIN),
+        (_YARN_KEYS, _YARN),
+        (_YARN_KEYS | {"scaling.yarn_ext_factor": 1.0, "scaling.yarn_log_multiplier": 0.0}, _YARN),
+        (
+            _YARN_KEYS | {"scaling.yarn_beta_fast": 8.0, "scaling.yarn_beta_slow": 4.0},
+            _YARN | {"beta_fast": 8, "beta_slow": 4},
+        ),
+        (_YARN_KEYS | {"scaling.yarn_log_multiplier": 0.5}, _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+        (_YARN_KEYS | {"scaling.attn_factor": 0.5}, _YARN | {"attention_factor": 0.5 * (0.1 * math.log(4) + 1)}),
+        (_YARN_KEYS | {"scaling.yarn_attn_factor": 1.75}, _YARN | {"attention_factor": 1.75}),
+    ],
+)
+def test_rotary_scalings_are_computed_as_by_transformers(
+    keys: dict[str, Any], rope: dict[str, Any], tmp_path: Path
+) -> None:
+    raw = _with({f"llama.rope.{key}": value for key, value in keys.items()})
+    found = open_checkpoint(write_small_gguf(tmp_path, raw)).config["rope_parameters"]
+    ours, theirs, plain = (
+        LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=2, rope_parameters=dict(parameters)))
+        for parameters in (found, rope, _PLAIN)
+    )
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    assert ours.attention_scaling == pytest.approx(theirs.attention_scaling, rel=1e-6)
+    assert torch.equal(ours.inv_freq, plain.inv_freq) == (rope is _PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (_YARN_KEYS | {"scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor, expected 1, as transformers.*found 0.5"),
+        (
+            {"scaling.factor": 4.0, "scaling.attn_factor": 0.5},
+            "attn_factor = 0.5 beside a rotary scaling of type linear",
+        ),
+        ({"scaling.type": "longrope"}, "unknown rotary scaling"),
+    ],
+)
+def test_rotary_scalings_that_transformers_does_not_have_are_refused(
+    keys: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    _refused(tmp_path, _with({f"llama.rope.{key}": value for key, value in keys.items()}), says)
 
 
 def test_bos_is_added_as_the_file_says(tmp_path: Path) -> None:

@@ -135,7 +135,30 @@ def test_one_file_of_a_repository_and_a_repository_without_weights(
         resolve_model("owner/files/other.gguf")
 
 
-@pytest.mark.parametrize("spec", ["no-such-model", "./a/b", "a/b/c", "/nothing/here", "a/b.gguf/..", " ", "../x"])
+def test_all_parts_of_a_split_file_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One was, and then refused for the others that were missing. Large repositories keep them in sub-folders."""
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert download("owner/name/Q4_K_M/m-00002-of-00003.gguf") == tmp_path / "Q4_K_M" / "m-00001-of-00003.gguf"
+    assert asked == [("owner/name", f"Q4_K_M/m-0000{part}-of-00003.gguf") for part in (1, 2, 3)]
+    asked.clear()
+    assert download("owner/name/m.gguf") == tmp_path / "m.gguf"
+    assert asked == [("owner/name", "m.gguf")]
+    with pytest.raises(ModelError, match="one of 99999 parts, expected 1 to 1000"):
+        download("owner/name/m-00001-of-99999.gguf")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["no-such-model", "./a/b", "a/b/c", "/nothing/here", "a/b.gguf/..", "a/b/../c.gguf", "a/b/./c.gguf", " ", "../x"],
+)
 def test_what_is_nothing_gets_the_list_of_what_it_may_be(spec: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"folder, a .gguf file, a built-in name \(smollm2-135m\) or a hub id"):

@@ -48,8 +48,18 @@ def test_generation_is_forecast_too(capfd: pytest.CaptureFixture[str]) -> None:
     assert "keys and values wait in bfloat16" in err and "are read for each token" in err
     code, out, _ = run(capfd, *words)
     assert code == 0 and "key cache" in out and "32 of 32 layers streamed" in out
-    code, out, err = run(capfd, "llama-7b", "rows.jsonl", "--generate", "256")
-    assert code == 2 and "generation has none, leave it out" in err
+    code, out, err = run(capfd, "llama-7b", "rows.jsonl", "--generate", "256", "--rank", "8", "--recompute", "full")
+    assert code == 2 and not out
+    for name in ("data", "rank", "recompute"):
+        assert f"{name}: generation has none, leave it out." in err
+
+
+def test_rows_are_no_longer_than_the_models_positions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in a run: of a shape, and of a model whose config.json names them in another way."""
+    for model, positions in (("llama-7b", 2048), (str(tiny_folder(tmp_path / "model", "gpt2")), 256)):
+        code, out, err = run(capfd, model, "--seq-len", "9000", "--compute-dtype", "float32", "--json")
+        assert code == 0 and json.loads(out.splitlines()[-1])["settings"]["longest_row_tokens"] == positions
+        assert f"seq_len {positions}: the model has no more positions" in err
 
 
 def test_a_model_with_data_and_a_config_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,8 @@ def test_a_mapping_is_a_flag_said_once_for_each_key_or_a_mapping_of_the_file(tmp
         "--rank-pattern: expected KEY=VALUE, found ('q_proj',)",
         f"{tmp_path / 'run.yaml'}: alpha-pattern: expected 'key: value' lines, found 'q_proj'",
     ]
+    assert read(tmp_path, fill=("sum=1 + 1 = 2", "name="))["fill"] == {"sum": "1 + 1 = 2", "name": ""}
+    assert problems(tmp_path, fill=("sum",)) == ["--fill: expected KEY=VALUE, found ('sum',)"]
     assert problems(tmp_path, rank_pattern=("q=1", "q=2"))[0].startswith("--rank-pattern: expected each key once")
     assert problems(tmp_path, rank_pattern=("q=x",))[0].startswith("--rank-pattern: expected a whole number")
 

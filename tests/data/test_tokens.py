@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,30 @@ def test_a_run_from_the_cache_is_the_same_and_token_cache_switches_it_off(
     ] * 2
     stored = [json.loads((run.path / "smidgen.json").read_text())["data_sha256"] for run in (plain, first, second)]
     assert len(set(stored)) == 1
+
+
+def test_turns_behind_plain_text_follow_a_changed_template(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMIDGEN_CACHE", str(tmp_path / "home"))
+    texts_file = tmp_path / "texts.jsonl"
+    texts_file.write_text("\n".join(json.dumps({"text": f"once {number}"}) for number in range(20)))
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+
+    def seen() -> tuple[str, str]:
+        events: list[Event] = []
+        data = [str(texts_file), str(rows)]
+        smidgen.inspect_data(str(base), data, report=events.append)
+        return texts(events, Note), str(smidgen.inspect_data(str(base), data).as_dict()["tokens"])
+
+    _, before = seen()
+    again, same = seen()
+    assert "taken from the cache" in again and same == before
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}<<{{ m['role'] }}>> {{ m['content'] }}\n{% endfor %}", encoding="utf-8"
+    )
+    changed, other = seen()
+    assert "taken from the cache" not in changed and other != before
 
 
 def test_what_is_kept_of_a_row_is_small_and_its_pages_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
-"""A process in which each change of a file that a save makes fails once: `LD_PRELOAD=faults.so python faults.py ...`.
+"""A process in which each change of a file that a checkpoint or the result makes fails once:
+`LD_PRELOAD=faults.so python faults.py ...`.
 
     faults.py MODEL ROWS FOLDER
 
 Everything is loaded once; each case is a forked child, since a fault may kill it. Prints one JSON line for each case:
-kind, nth, how the child ended, what was the newest whole checkpoint then, and whether `resume` came to the bytes of the
-uninterrupted run. Every change has one kind of fault; with SMIDGEN_ALL_FAULTS in the environment each of them.
+what was saved, kind, nth, how the child ended, what was the newest whole checkpoint then, whether `resume` came to the
+bytes of the uninterrupted run, and what is left that that has not. Every change has one kind of fault; with
+SMIDGEN_ALL_FAULTS in the environment each of them.
 """
 
 import ctypes
@@ -25,23 +27,22 @@ from smidgen.train.state import latest_checkpoint
 HOW: dict[str, Any] = {"rank": 2, "compute_dtype": "float32", "dropout": 0.2, "micro_batch": 3, "max_steps": 5}
 HOW |= {"save_interval": 1, "keep_checkpoints": 1, "targets": "q,v"}
 KINDS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "kill": 0}
-FAULTY_STEP = 3  # there is an older checkpoint to be removed then
+FAULTY_STEPS = {"checkpoint": 3, "result": 5}  # after which each is saved; there is an older checkpoint to be removed
 
 
-def faulty(model: str, rows: str, run: Path, nth: int, error: int) -> int:
-    """In this process: a run whose save after FAULTY_STEP has a fault. Returns how many changes that save made."""
-    shim, count = ctypes.CDLL(None), 0
+def faulty(model: str, rows: str, run: Path, step: int, nth: int, error: int) -> int:
+    """In this process: a run with a fault in what is saved after `step`. Returns how many changes that made."""
+    shim = ctypes.CDLL(None)
 
     def report(event: Event) -> None:
-        nonlocal count
-        if isinstance(event, Step) and event.step == FAULTY_STEP:
+        if isinstance(event, Step) and event.step == step:
             shim.faults_arm(str(run).encode(), nth, error)
-        elif isinstance(event, Step) and event.step == FAULTY_STEP + 1:
-            count = shim.faults_count()
+        elif isinstance(event, Step) and event.step == step + 1:
             shim.faults_disarm()
 
     smidgen.finetune(model, rows, run, report=report, **HOW)
-    return count
+    shim.faults_disarm()
+    return shim.faults_count()
 
 
 def in_child(work: Any) -> str:
@@ -65,20 +66,26 @@ def in_child(work: Any) -> str:
 
 def main(model: str, rows: str, folder: str) -> None:
     place = Path(folder)
-    changes = faulty(model, rows, place / "whole", 0, 0)
-    expected = (place / "whole" / "adapter_model.safetensors").read_bytes()
     each_kind = bool(os.environ.get("SMIDGEN_ALL_FAULTS"))
-    for number, (kind, error) in enumerate(KINDS.items()):
-        for nth in range(1, changes + 1) if each_kind else range(1 + number, changes + 1, len(KINDS)):
-            run = place / "run"
-            ended = in_child(lambda run=run, nth=nth, error=error: faulty(model, rows, run, nth, error))
-            newest = latest_checkpoint(run)
-            resumed = in_child(lambda run=run: smidgen.resume(run))
-            same = resumed == "done" and (run / "adapter_model.safetensors").read_bytes() == expected
-            left = [path.name for path in run.rglob(".tmp-*")]
-            print(json.dumps({"kind": kind, "nth": nth, "changes": changes, "ended": ended, "same": same, "left": left,
-                              "newest": newest.name if newest else None}), flush=True)  # fmt: skip
-            shutil.rmtree(run)
+    for saved, step in FAULTY_STEPS.items():
+        whole, run = place / f"whole-{saved}", place / "run"
+        changes = faulty(model, rows, whole, step, 0, 0)
+        expected, names = (whole / "adapter_model.safetensors").read_bytes(), _names(whole)
+        for number, (kind, error) in enumerate(KINDS.items()):
+            for nth in range(1, changes + 1) if each_kind else range(1 + number, changes + 1, len(KINDS)):
+                ended = in_child(lambda run=run, of=(step, nth, error): faulty(model, rows, run, *of))
+                case = {"saved": saved, "kind": kind, "nth": nth, "changes": changes, "ended": ended}
+                newest = latest_checkpoint(run)
+                case["newest"] = newest.name if newest else None
+                resumed = in_child(lambda run=run: smidgen.resume(run))
+                case["same"] = resumed == "done" and (run / "adapter_model.safetensors").read_bytes() == expected
+                case["left"] = sorted(_names(run) - names)
+                print(json.dumps(case), flush=True)
+                shutil.rmtree(run)
+
+
+def _names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_every_stored_form_trains_merges_and_answers(storage: str, model: Path, 
 
 
 OTHERS = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt-neox", "gpt2", "mixtral", "qwen2-moe", "phi3"]
-OTHERS += ["falcon", "stablelm", "olmo2"]
+OTHERS += ["falcon", "stablelm", "olmo", "olmo2"]
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

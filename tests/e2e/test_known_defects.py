@@ -150,11 +150,12 @@ def _tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) ->
 
 
 def _state(text: str | None = None, **changes: Any) -> Callable[[Path], Any]:
-    """The JSON beside a 4-bit weight: another text, or other values."""
+    """The JSON beside a 4-bit weight: another text, or other values, or (...) none."""
     name = f"{Q}.weight.quant_state.bitsandbytes__nf4"
 
     def change(stored: torch.Tensor) -> torch.Tensor:
-        changed = json.dumps(json.loads(bytes(stored.tolist())) | changes) if text is None else text
+        values = json.loads(bytes(stored.tolist())) | changes
+        changed = json.dumps({k: v for k, v in values.items() if v is not ...}) if text is None else text
         return torch.tensor(list(changed.encode()), dtype=torch.uint8)
 
     return _tensor(name, change)
@@ -407,6 +408,12 @@ BITSANDBYTES = [
      "the dynamic map"),
     ("nf4-dq", "IEEE 754: an offset that is no number", _state(nested_offset=math.nan),
      "expected a finite nested_offset"),
+    ("nf4-dq", "bitsandbytes rule: an offset, which was taken for 0", _state(nested_offset=...),
+     "nf4 does not say nested_offset"),
+    ("nf4-dq", "bitsandbytes rule: nested blocks have a size", _state(nested_blocksize=...),
+     "nf4 does not say nested_blocksize"),
+    ("nf4-dq", "bitsandbytes rule: nested blocks of 256", _state(nested_blocksize=128),
+     "expected nested_blocksize 256"),
     ("int8", "bitsandbytes rule: a scale for each row", _tensor(f"{Q}.SCB", lambda t: t[:3]), "one float scale"),
     ("int8", "bitsandbytes rule: codes need scales", _tensor(f"{Q}.SCB", lambda t: None),
      "q_proj.weight is no weight.*found int8"),

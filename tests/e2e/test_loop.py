@@ -152,11 +152,12 @@ def test_answers_are_measured_at_every_evaluation_and_training_stays_the_same(
     assert "Answers to held-out rows, from" not in (plain.path / "report.html").read_text()
 
 
-def test_rows_without_answers_cannot_be_asked(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{"eval_interval": 1, "eval_answers": 1}, {"compare": 1}])
+def test_rows_without_answers_cannot_be_asked(how: dict[str, Any], model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"timer {i}"}) + "\n" for i in range(12)))
     with pytest.raises(DataError, match="the held-out rows are plain text, expected rows with answers"):
-        smidgen.finetune(str(model), str(texts), tmp_path / "run", eval_interval=1, eval_answers=1)
+        smidgen.finetune(str(model), str(texts), tmp_path / "run", **how)
     assert not (tmp_path / "run").exists()
 
 

@@ -261,6 +261,48 @@ def test_a_run_that_has_no_checkpoint_yet_starts_from_its_adapter_again(
     assert adapter_bytes(smidgen.resume(tmp_path / "cut").path) == adapter_bytes(whole.path)
 
 
+@pytest.mark.parametrize("killed", ["before its files are moved", "between them", "in the summary"])
+def test_a_run_that_was_killed_while_it_wrote_its_result_writes_it_again(
+    killed: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_steps=2, **QUICK).path
+    whole, names = adapter_bytes(run), {file.name for file in run.iterdir()}
+    staged = run / ".result"
+    (run / "summary.json").unlink()
+    if killed == "in the summary":
+        (run / ".tmp-summary.json-12345678").write_text("{")
+    else:
+        staged.mkdir()
+        (run / "adapter_config.json").rename(staged / "adapter_config.json")
+    if killed == "before its files are moved":
+        (run / "adapter_model.safetensors").rename(staged / "adapter_model.safetensors")
+        (run / ".tmp-.result-12345678").mkdir()
+    assert adapter_bytes(smidgen.resume(run).path) == whole
+    assert {file.name for file in run.iterdir()} == names
+
+
+def test_a_run_that_goes_on_has_no_result_until_it_ends_again(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=500, **QUICK)
+    stopped = smidgen.load(run.path)
+    with pytest.raises(KeyboardInterrupt):
+        smidgen.resume(run.path, report=stop_after(run.summary["steps"] + 1))
+    assert not (run.path / "summary.json").exists() and not (run.path / "adapter_config.json").exists()
+    notes: list[str] = []
+    newer = smidgen.load(run.path, report=lambda event: notes.append(getattr(event, "text", "")))
+    assert any("is not finished: taking step-" in note for note in notes)
+    ids = torch.arange(8)[None]
+    assert not torch.equal(newer.base.hidden_of(ids), stopped.base.hidden_of(ids))
+
+
+def test_a_result_without_a_checkpoint_is_not_thrown_away(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=500, **QUICK).path
+    before = adapter_bytes(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunError, match=r"no whole checkpoint to go on from\. Start from the result: .*--init-adapter"):
+        smidgen.resume(run)
+    assert adapter_bytes(run) == before
+
+
 def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path: Path) -> None:
     # How many steps fit in the time is the machine's affair; that it stops long before the end is not.
     run = smidgen.finetune(str(model), str(rows), tmp_path / "run", max_time="0.01s", epochs=500, **QUICK)
@@ -269,6 +311,7 @@ def test_max_time_stops_and_keeps_the_adapter(model: Path, rows: Path, tmp_path:
     first = adapter_bytes(run.path)
     again = smidgen.resume(run.path)  # for as long once more
     assert run.summary["steps"] < again.summary["steps"] < 200
+    assert run.summary["wall_s"] < again.summary["wall_s"]  # of both
     assert adapter_bytes(run.path) != first
 
 

@@ -1,5 +1,6 @@
 """Runs as GGUF files, read back with the gguf package and with transformers' numbers beside them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import smidgen
 import smidgen.export.verified as verified
-from gguf_models import UNSAID, write_gguf
+from gguf_models import ROTARY, UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.errors import RunError, SettingsError
 from smidgen.export.adapter import load_adapter
@@ -112,6 +113,48 @@ def test_merged_model(architecture: str, tmp_path: Path) -> None:
         ours, theirs = loaded(IDS).logits, model(IDS).logits
     # float16 weights: 11 bits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * float(theirs.abs().max()))
+
+
+def _angles(model: Any, tokens: int) -> list[torch.Tensor]:
+    """Cosines and sines of the first positions, for each kind of layer that has its own."""
+    rotary, positions = model.rotary_emb, torch.arange(tokens)[None]
+    kinds = [(kind,) for kind in getattr(rotary, "layer_types", [])] or [()]
+    return [table for kind in kinds for table in rotary(torch.zeros(1), positions, *kind)]
+
+
+@pytest.mark.parametrize("scaling", ROTARY)
+def test_rotary_scalings(scaling: str, tmp_path: Path) -> None:
+    """The file's positions are turned as transformers turns the folder's, in short and in long texts."""
+    architecture, changes = ROTARY[scaling]
+    folder = tiny_folder(tmp_path / "tiny", architecture, **copy.deepcopy(changes))
+    loaded = smidgen.load(folder, quantize="none", compute_dtype="float32")
+    said: list[Any] = []
+    save_gguf(loaded.base, loaded.tokenizer, tmp_path / "out.gguf", "F16", said.append)
+    assert ("betas" in scaling) == any("YaRN's beta_fast, beta_slow: llama.cpp has 32 and 1" in str(e) for e in said)
+    opened = smidgen.load(tmp_path / "out.gguf", quantize="none", compute_dtype="float32").base.backbone
+    plain = smidgen.load(tiny_folder(tmp_path / "plain", architecture), quantize="none").base.backbone
+    theirs = AutoModelForCausalLM.from_pretrained(folder).model
+    for tokens in (20, 200):
+        expected = _angles(theirs, tokens)
+        torch.testing.assert_close(_angles(opened, tokens), expected, rtol=0, atol=1e-4)  # float32's 200 radians
+    unlike = [float((a - b).abs().max()) for a, b in zip(expected, _angles(plain, 200), strict=False)]
+    assert max(unlike) > 0.1, "the scaling does nothing"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope", "says"),
+    [
+        ("llama", ROTARY["yarn"][1]["rope_parameters"] | {"truncate": False}, "'yarn with truncate = false'"),
+        ("llama", ROTARY["longrope"][1]["rope_parameters"], "'longrope'"),
+        ("qwen2", {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}, "'dynamic'"),
+    ],
+)
+def test_rotary_scalings_without_a_place_are_refused(
+    architecture: str, rope: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    loaded = smidgen.load(tiny_folder(tmp_path / "tiny", architecture, rope_parameters=dict(rope)), quantize="none")
+    with pytest.raises(RunError, match=f"rotary scaling {says} is not written as GGUF here.*--to hf"):
+        save_gguf(loaded.base, loaded.tokenizer, tmp_path / "out.gguf", "F16")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])

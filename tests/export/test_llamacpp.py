@@ -4,6 +4,7 @@ llama.cpp rounds activations to 8 bits where we compute in float32, so the two d
 export is right if the adapter adds nothing to that difference.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import smidgen
-from gguf_models import UNSAID, write_gguf
+from gguf_models import ROTARY, UNSAID, write_gguf
 from smidgen.checkpoint.architectures import ARCHITECTURES
 from smidgen.data.records import read_data
 from smidgen.export.compare import without_adapters
+from smidgen.export.gguf_model import save_gguf
 from tiny import VOCAB_SIZE, tiny_folder, write_rows
 
 PROMPTS, NEW_TOKENS, TOP = 20, 16, 20
@@ -178,6 +180,22 @@ def test_exports_of_every_architecture(architecture: str, tmp_path: Path) -> Non
     smidgen.export_run(run.path, tmp_path / "merged.gguf", to="gguf", type="F16")
     difference = _relative_difference(tmp_path / "merged.gguf")
     print(f"{architecture}: {difference:.5f}")
+    assert difference < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", [name for name in ROTARY if "betas" not in name])  # which llama.cpp does not read
+def test_rotary_scalings(scaling: str, tmp_path: Path) -> None:
+    """Of longrope's two sets of factors llama.cpp takes one by its room for text: with 1,024 tokens here, the short."""
+    pytest.importorskip("xllamacpp")
+    architecture, changes = copy.deepcopy(ROTARY[scaling])
+    if architecture == "phi3":
+        changes |= {"original_max_position_embeddings": 2048, "max_position_embeddings": 8192}
+    folder = tiny_folder(tmp_path / "tiny", architecture, **changes)
+    loaded = smidgen.load(folder, quantize="none", compute_dtype="float32")
+    save_gguf(loaded.base, loaded.tokenizer, tmp_path / "out.gguf", "F16")
+    difference = _relative_difference(tmp_path / "out.gguf")
+    print(f"{scaling}: {difference:.5f}")
     assert difference < 0.01
 
 

@@ -199,6 +199,19 @@ def test_gptq_of_many_architectures(architecture: str, tmp_path: Path) -> None:
     assert set(result["perplexity"]) == {"tokens", "before", "gptq", "rtn", "nf4"}
 
 
+def test_groups_that_do_not_divide_the_inputs_are_told_of(tmp_path: Path) -> None:
+    """64 and 96 inputs: vLLM opens no file whose last group is shorter."""
+    dense = tiny_folder(tmp_path / "dense")
+    for size, told in ((64, True), (32, False), (-1, False)):
+        said: list[Any] = []
+        smidgen.quantize(
+            str(dense), tmp_path / f"in {size}", to="gptq", report=said.append, **FAST | {"group_size": size}
+        )
+        notes = [event.text for event in said if isinstance(event, Note) and "vLLM" in event.text]
+        expected = "groups of 64 do not divide 96 inputs: a layer's last group is shorter, which vLLM refuses;"
+        assert notes == ([f"{expected} --group-size 32, -1 would do"] if told else [])
+
+
 def _builtin_rows(count: int, length: int) -> torch.Tensor:
     return torch.tensor(byte_tokenizer()(builtin_text()).input_ids[: count * length]).view(count, length)
 

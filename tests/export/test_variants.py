@@ -1,5 +1,6 @@
 """Each kind of LoRA, trained or made here: real PEFT computes the same with it, and so do all that we write of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_real_peft_gives_the_same_logits(architecture: str, targets: str, varian
     plain = _adapted(folder, {}, targets).model(IDS).logits
     assert float((ours - plain).detach().abs().max()) > 0.01  # it is another function than plain LoRA's
     torch.testing.assert_close(ours, theirs(IDS).logits, rtol=1e-4, atol=1e-4)  # float32, sums in another order
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_setting_that_was_not_written_would_be_seen_in_real_pefts_logits(variant: str, tmp_path: Path) -> None:
+    """The control arm: the same tensors, but PEFT is not told what the variant is."""
+    peft = pytest.importorskip("peft")
+    folder = tiny_folder(tmp_path / "base")
+    base = _adapted(folder, VARIANTS[variant])
+    saved = _saved(base, tmp_path / "a", str(folder))
+    config = json.loads((saved / "adapter_config.json").read_text())
+    told = {"use_dora": False, "use_rslora": False, "alpha_pattern": {}}
+    (saved / "adapter_config.json").write_text(json.dumps(config | told))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder).eval(), saved).eval()
+    assert not torch.allclose(base.model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,4 +163,14 @@ def test_llama_cpp_is_given_what_its_own_scaling_makes_right(variant: str, tmp_p
     for name, layer in adapters(base.model).items():
         lora_A, lora_B, scaling = read[name]
         # float32 rounds alpha and what goes into lora_B
+        torch.testing.assert_close(scaling * lora_B @ lora_A, layer.delta(0, layer.out_features), rtol=1e-5, atol=1e-7)
+
+
+def test_a_first_layer_of_alpha_0_goes_into_lora_b(tmp_path: Path) -> None:
+    """It was divided by; and llama.cpp takes an alpha of 0 in the file for one that is not said: it multiplies by 1."""
+    base = _adapted(tiny_folder(tmp_path / "base"), {"alpha_pattern": {"layers.0.self_attn.q_proj": 0.0}})
+    save_gguf_lora(base, tmp_path / "lora.gguf")
+    for name, (lora_A, lora_B, scaling) in read_gguf_lora(base, tmp_path / "lora.gguf").items():
+        layer = adapters(base.model)[name]
+        assert scaling and bool(lora_B.any()) == (layer.alpha != 0)
         torch.testing.assert_close(scaling * lora_B @ lora_A, layer.delta(0, layer.out_features), rtol=1e-5, atol=1e-7)

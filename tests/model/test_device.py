@@ -50,7 +50,7 @@ def test_a_real_group_is_found() -> None:
     )
     with ExitStack() as stack:
         try:
-            group = stack.enter_context(memory_group(f"smidgen-test-{os.getpid()}", 3 << 30))
+            group = stack.enter_context(memory_group("smidgen-test", 3 << 30))
         except OSError:
             pytest.skip("no memory cgroup can be made here")
         words = [sys.executable, "-c", code, str(group.path / "cgroup.procs")]
@@ -65,14 +65,25 @@ def test_a_group_of_version_2_has_its_files(tmp_path: Path) -> None:
     (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
     with memory_group("job", 4096, tmp_path) as group:
         assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
-        assert (tmp_path / "job" / "memory.max").read_text() == "4096"
+        assert (group.path / "memory.max").read_text() == "4096"
         assert group.peak_bytes is None  # an older kernel
-        (tmp_path / "job" / "memory.peak").write_text("77\n")
+        (group.path / "memory.peak").write_text("77\n")
         assert group.peak_bytes == 77
-        (tmp_path / "job" / "memory.current").write_text("50")
-        (tmp_path / "job" / "memory.stat").write_text("inactive_file 20\n")
-        (tmp_path / "self").write_text("0::/job\n")
+        (group.path / "memory.current").write_text("50")
+        (group.path / "memory.stat").write_text("inactive_file 20\n")
+        (tmp_path / "self").write_text(f"0::/{group.path.name}\n")
         assert cgroup_limits(tmp_path / "self", tmp_path) == [(4096, 30)]
+
+
+def test_a_group_that_a_killed_process_left_goes_and_its_number_may_come_again(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.subtree_control").write_text("memory\n")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, alive = tmp_path / f"job-{dead.pid}-0123", tmp_path / f"job-{os.getpid()}-0123"
+    left.mkdir()
+    alive.mkdir()
+    with memory_group("job", 4096, tmp_path) as group:
+        assert not left.exists() and alive.exists() and group.path.name.startswith(f"job-{os.getpid()}-")
 
 
 def test_without_a_tree_no_group_can_be_made(tmp_path: Path) -> None:

@@ -41,10 +41,12 @@ def _plain(path: Path, dtype: torch.dtype) -> Made:
     return folder, load_file(folder / "model.safetensors")
 
 
-def _bitsandbytes(path: Path, kind: str, architecture: str = "llama") -> Made:
+def _bitsandbytes(
+    path: Path, kind: str, architecture: str = "llama", shape: dict[str, int] | None = None, **how: Any
+) -> Made:
     pytest.importorskip("bitsandbytes")
-    dense = tiny_folder(path / "model", architecture, **WIDE[architecture])
-    twin = pack_with_bitsandbytes(dense, path / "packed", kind)
+    dense = tiny_folder(path / "model", architecture, **shape or WIDE[architecture])
+    twin = pack_with_bitsandbytes(dense, path / "packed", kind, **how)
     return path / "packed", load_file(twin / "model.safetensors")
 
 
@@ -65,6 +67,12 @@ FORMS: dict[str, Callable[[Path], Made]] = {
     "gptq, a mixture": partial(_groups, architecture="mixtral", symmetric=False, act_order=True),
     "awq, a mixture": partial(_groups, architecture="qwen2-moe", method="awq", symmetric=False),
     "bitsandbytes nf4-dq, a mixture": partial(_bitsandbytes, kind="nf4-dq", architecture="qwen2-moe"),
+}
+FORMS |= {
+    f"bitsandbytes {kind} in blocks of {size}, stored as bfloat16": partial(
+        _bitsandbytes, kind=kind, shape=BLOCKS_OF_256, blocksize=size, quant_storage=torch.bfloat16
+    )
+    for kind, size in (("nf4-dq", 128), ("fp4", 256))
 }
 FORMS |= {
     f"bitsandbytes {kind}": partial(_bitsandbytes, kind=kind) for kind in ("nf4-dq", "nf4", "fp4-dq", "fp4", "int8")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import smidgen
+from packers import pack_with_bitsandbytes
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.errors import ModelError
 from smidgen.model.load import choose_storage
@@ -30,10 +31,14 @@ def _packed_folder(path: Path, **how: Any) -> tuple[Path, Any]:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
-def test_logits_equal_those_of_transformers_with_bitsandbytes(quant_type: str, double: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16])
+def test_logits_equal_those_of_transformers_with_bitsandbytes(
+    quant_type: str, double: bool, quant_storage: torch.dtype, tmp_path: Path
+) -> None:
     folder, model = _packed_folder(
-        tmp_path, load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
-    )
+        tmp_path, load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_storage=quant_storage,
+    )  # fmt: skip
     checkpoint = open_checkpoint(folder)
     storage = quant_type + ("-dq" if double else "")
     assert choose_storage("auto", checkpoint)[0] == choose_storage("keep", checkpoint)[0] == storage
@@ -41,13 +46,33 @@ def test_logits_equal_those_of_transformers_with_bitsandbytes(quant_type: str, d
     matrix = base.linears["model.layers.0.self_attn.q_proj"].weight
     assert matrix.storage == storage
     raw = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(matrix.packed, raw.flatten())
+    assert raw.dtype == quant_storage and torch.equal(matrix.packed, raw.flatten().view(torch.uint8))
     # K = 96 is no multiple of 64: there bitsandbytes' AVX-512 kernel takes wrong scales, so down_proj is left out
     for layer in model.model.layers:
         layer.mlp.down_proj.forward = lambda x: x[..., :64] * 0
     for layer in base.model.model.layers:
         layer.mlp.down_proj.forward = lambda x: x[..., :64] * 0
     torch.testing.assert_close(base.model(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4-dq", "nf4", "fp4"])
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("blocksize", [32, 128, 256, 4096])
+def test_blocks_of_other_sizes(blocksize: int, quant_storage: torch.dtype, kind: str, tmp_path: Path) -> None:
+    """bitsandbytes makes them, transformers' own models are always in blocks of 64."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    dense = tiny_folder(tmp_path / "dense", **shape)
+    twin = pack_with_bitsandbytes(dense, tmp_path / "packed", kind, blocksize, quant_storage)
+    base = smidgen.load(tmp_path / "packed", compute_dtype="float32").base
+    assert base.storage == kind
+    numbers = load_file(twin / "model.safetensors")
+    for name in base.linears.keys() - {base.head_name}:
+        matrix = base.linears[name].weight
+        assert matrix.blocksize == blocksize
+        assert torch.equal(matrix.rows(0, matrix.out_features, torch.float32), numbers[f"{name}.weight"]), name
+    expected = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_folder_trains_and_merges(tmp_path: Path) -> None:

@@ -136,6 +136,25 @@ def test_a_g_idx_that_was_never_filled_in_means_inputs_in_order(tmp_path: Path) 
     assert len(warnings) == 1 and f"{PROJECTION}.g_idx is all zeros" in warnings[0]
 
 
+@pytest.mark.parametrize(("act_order", "group_size", "opens"), [(True, 32, False), (True, -1, True), (False, 32, True)])
+def test_a_missing_g_idx_is_refused_where_it_says_something(
+    act_order: bool, group_size: int, opens: bool, tmp_path: Path
+) -> None:
+    """With desc_act it was read as if the inputs were in order."""
+    dense = pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", act_order=act_order, group_size=group_size)
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(".g_idx")}
+    save_file(tensors, path, metadata={"format": "pt"})
+    if opens:
+        ours, theirs = _logits(tmp_path / "packed"), _logits(dense, quantize="none")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(
+            ModelError, match=r"has no tensor model\..*_proj\.g_idx, expected one, since desc_act is true"
+        ):
+            smidgen.load(tmp_path / "packed")
+
+
 @pytest.mark.parametrize(("method", "act_order"), [("gptq", True), ("awq", False)])
 def test_it_trains_and_merges(method: str, act_order: bool, tmp_path: Path) -> None:
     pack_folder(tiny_folder(tmp_path / "tiny"), tmp_path / "packed", method=method, act_order=act_order)

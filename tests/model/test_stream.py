@@ -12,7 +12,7 @@ import torch
 
 import smidgen.model.stream as stream_module
 from gguf_models import write_gguf
-from packers import pack_folder
+from packers import pack_folder, pack_with_bitsandbytes
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
 from smidgen.errors import RunError
@@ -35,27 +35,33 @@ def _every_buffer_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _model(tmp_path: Path, form: str) -> tuple[Path, str]:
+    """(folder or file, how it is to be stored). form: also 'gptq' and 'awq', or 'bnb-' and what bitsandbytes stores."""
     architecture = {"gpt-neox": "gpt-neox", "mixtral": "mixtral", "mixtral-none": "mixtral"}.get(form, "llama")
     folder = tmp_path / "model"
     if not folder.exists():
         tiny_folder(folder, architecture, num_hidden_layers=LAYERS)
-    if form == "gptq":
-        packed = tmp_path / "packed"
+    packed = tmp_path / "packed"
+    if form in ("gptq", "awq"):
         if not packed.exists():
-            pack_folder(folder, packed, act_order=True)
-        return packed, "gptq"
+            pack_folder(folder, packed, method=form, symmetric=form == "gptq", act_order=form == "gptq")
+        return packed, "keep"
+    if form.startswith("bnb-"):
+        pytest.importorskip("bitsandbytes")
+        if not packed.exists():
+            pack_with_bitsandbytes(folder, packed, form.removeprefix("bnb-"))
+        return packed, "keep"
     if form == "gguf":
         file = tmp_path / "model.gguf"
         if not file.exists():
             write_gguf(folder, file, {})
-        return file, "gguf"
+        return file, "keep"
     return folder, {"gpt-neox": "nf4-dq", "mixtral": "nf4-dq", "mixtral-none": "none"}.get(form, form)
 
 
 def _build(path: Path, storage: str, streamed: tuple[int, ...], spill: Path) -> Base:
     checkpoint = open_checkpoint(path)
     stream = LayerStream(streamed, checkpoint, spill) if streamed else None
-    storage, _ = choose_storage(storage if storage not in ("gptq", "gguf") else "keep", checkpoint)
+    storage, _ = choose_storage(storage, checkpoint)
     return build_base(
         checkpoint, storage=storage, compute_dtype=torch.float32, device=torch.device("cpu"), stream=stream
     )
@@ -83,7 +89,13 @@ def _results(base: Base, recompute: str) -> tuple[list[float], torch.Tensor]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("form", ["nf4-dq", "int8", "none", "gptq", "gguf", "gpt-neox", "mixtral", "mixtral-none"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "nf4-dq", "int8", "none", "gptq", "awq", "gguf", "bnb-nf4-dq", "bnb-fp4", "bnb-int8", "gpt-neox", "mixtral",
+        "mixtral-none",
+    ],
+)  # fmt: skip
 def test_streamed_is_resident_bit_for_bit(form: str, recompute: str, tmp_path: Path) -> None:
     path, storage = _model(tmp_path, form)
     losses, gradients = _results(_build(path, storage, (), tmp_path / "spill"), recompute)

@@ -125,5 +125,5 @@ def test_generation_can_be_planned_for_a_shape_and_a_model(tmp_path: Path) -> No
     folder = tiny_folder(tmp_path)
     whole = smidgen.plan(str(folder), generate=8, seq_len=32, compute_dtype="float32", memory="8GiB")
     assert whole["settings"]["cache_dtype"] == "float32" and [row["change"] for row in whole["what_if"]]
-    with pytest.raises(SettingsError, match="generation has none"):
-        smidgen.plan(str(folder), "rows.jsonl", generate=8)
+    with pytest.raises(SettingsError, match=r"data: generation has none.*rank: generation has none"):
+        smidgen.plan(str(folder), "rows.jsonl", generate=8, rank=8)

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import smidgen
 import smidgen.model.stream as stream_module
+import smidgen.train.forecast as forecast_module
 import smidgen.train.memory as memory_module
+import smidgen.train.prepare as prepare_module
 from smidgen.cli.views import run_figures
 from smidgen.data.records import read_data
 from smidgen.errors import SettingsError
-from smidgen.events import Event, Note
+from smidgen.events import Event, Note, silent
 from smidgen.model.cgroups import memory_group
+from smidgen.model.load import open_source
+from smidgen.train.config import Settings
 from tiny import tiny_folder, write_rows
 
 QUICK: dict[str, Any] = {"rank": 4, "micro_batch": 1, "accumulation": 4, "max_steps": 3, "compute_dtype": "float32"}
@@ -72,13 +77,61 @@ def _open_files() -> list[str]:
     return [os.readlink(link) for link in links if os.path.lexists(link)]
 
 
-def test_rounded_activations_are_of_layers_that_round_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "value"), [("activation_dtype", "bfloat16"), ("recompute", "cheap")])
+def test_what_only_our_own_layers_do_is_refused_for_others(setting: str, value: str, tmp_path: Path) -> None:
+    """Not taken as something else: layers of transformers are computed again whole, and keep what autograd does."""
     rows = write_rows(tmp_path / "rows.jsonl")
-    for name, more in (("gemma2", {}), ("llama", {"dropout": 0.1})):
+    for name, dropout in (("gemma2", 0.0), ("llama", 0.1)):
         folder = tiny_folder(tmp_path / name, name)
-        with pytest.raises(SettingsError, match="activation_dtype: bfloat16 is for layers of the Llama family"):
-            smidgen.finetune(str(folder), str(rows), tmp_path / "run", activation_dtype="bfloat16", **QUICK, **more)
+        how: dict[str, Any] = {**QUICK, "dropout": dropout, setting: value}
+        with pytest.raises(SettingsError, match=f"{setting}: {value} is for layers of the Llama family"):
+            smidgen.finetune(str(folder), str(rows), tmp_path / "run", **how)
+        with pytest.raises(SettingsError, match=f"{setting}: {value} is for layers of the Llama family"):
+            smidgen.plan(str(folder), **how)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_disk_that_counts_is_the_one_that_layers_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed on the way they lie in the cache folder; as they are stored, in the model's file."""
+    model, cache = tiny_folder(tmp_path / "model"), tmp_path / "cache"
+    monkeypatch.setenv("SMIDGEN_CACHE", str(cache))
+    asked: list[Path] = []
+    monkeypatch.setattr(memory_module, "measure_disk", lambda file: asked.append(file) or 5e8)
+    how: dict[str, Any] = {"compute_dtype": "float32", "seq_len": 64}
+    for form in ("none", "nf4-dq"):
+        smidgen.plan(str(model), quantize=form, **how)
+    assert asked[0] == model / "model.safetensors" and asked[1].parent == cache
+    (cache / "streamed").mkdir()
+    smidgen.plan(str(model), quantize="nf4-dq", generate=4, **how)
+    assert asked[2].parent == cache / "streamed" and not any((cache / "streamed").iterdir())
+
+
+def test_gptq_has_the_memory_of_the_machine_where_a_card_trains(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--memory is the card's there, and GPTQ runs on the CPU."""
+    budgets: list[int] = []
+    plan_quantising = forecast_module.plan_quantising
+
+    def planned(*given: Any, **more: Any) -> Any:
+        budgets.append(given[4])
+        return plan_quantising(*given, **more)
+
+    monkeypatch.setattr(forecast_module, "plan_quantising", planned)
+    how: dict[str, Any] = {"quantize": "gptq", "compute_dtype": "float32", "seq_len": 64, "memory": "3GiB"}
+    for device in ("cpu", "cuda"):
+        smidgen.plan(str(model), device=device, **how)
+    assert budgets[0] == 3 << 30 and budgets[2] not in (3 << 30, 0)
+
+    told: list[int | None] = []
+    monkeypatch.setattr(prepare_module, "quantise_model", lambda *_, memory, **__: told.append(memory))
+    monkeypatch.setattr(prepare_module, "open_source", lambda *_: None)
+    source, settings = open_source(str(model)), Settings(memory="3GiB")
+    for device in ("cpu", "cuda"):
+        prepare_module._quantised(source, [], tmp_path / "out", settings, torch.device(device), silent)  # type: ignore[arg-type]
+    assert told == [3 << 30, None]
 
 
 def test_a_training_that_cannot_fit_is_refused_before_gptq_begins(tmp_path: Path) -> None:
@@ -118,7 +171,7 @@ def test_a_run_lives_in_a_memory_cgroup_of_its_budget(tmp_path: Path) -> None:
     planned = subprocess.run([*program, "plan", *words], stdout=subprocess.PIPE, text=True, check=True)
     budget = int(1.02 * json.loads(planned.stdout.splitlines()[-1])["smallest_bytes"])
     try:
-        with memory_group(f"smidgen-test-{os.getpid()}", budget) as group:
+        with memory_group("smidgen-test", budget) as group:
             enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.path / "cgroup.procs")]
             run = [*program, "finetune", *words, "--out", str(tmp_path / "run"), "--memory", str(budget)]
             done = subprocess.run([*enter, *run], stdout=subprocess.PIPE, text=True, check=True)

@@ -12,7 +12,7 @@ from smidgen.lora.linear import LoraLinear
 from smidgen.quant.linear import FrozenLinear
 from smidgen.quant.matrix import quantise
 from smidgen.train import run
-from smidgen.train.state import Cursor, save_state
+from smidgen.train.state import Cursor, is_whole, save_state
 from tiny import tiny_folder, write_rows
 
 
@@ -52,3 +52,8 @@ def test_a_checkpoint_whose_adapter_computes_something_else_is_not_kept(
     with pytest.raises(RunError, match="the saved adapter computes something else"):
         smidgen.finetune(str(model), str(rows), tmp_path / "run", **how)
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_manifest_of_no_files_vouches_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    assert not is_whole(tmp_path)

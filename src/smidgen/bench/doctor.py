@@ -2,13 +2,13 @@
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from smidgen.bench.memory import MemorySettings, bench_memory
 from smidgen.bench.packed_model import write_packed_model
+from smidgen.bench.places import passing_folder
 from smidgen.bench.workers.stepper import Stepper, forecast_on_card
 from smidgen.checkpoint.hub import cache_folder
 from smidgen.checkpoint.open import open_checkpoint
@@ -32,14 +32,18 @@ _TOLERANCES = {torch.float32: (1e-5, 5e-3), torch.bfloat16: (2e-3, 0.2)}
 
 
 def check_disk() -> dict[str, Any]:
-    """The folder that downloads and streamed layers go to: its free space, and how fast it is read."""
+    """The folder that downloads and streamed layers go to: its free space, and how fast it is read.
+
+    verdict: 'ok', or what is wrong.
+    """
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"folder": str(folder), "free_bytes": shutil.disk_usage(folder).free}
     try:
-        return found | {"read_bytes_per_s": round(probe_disk(folder))}
+        read = round(probe_disk(folder))
+        free = shutil.disk_usage(folder).free
     except OSError as error:
-        return found | {"read_bytes_per_s": f"fails: {error.strerror}"}
+        cure = "Set SMIDGEN_CACHE to a folder that can be written"
+        return {"folder": str(folder), "verdict": f"fails: {folder}: {error.strerror}. {cure}"}
+    return {"folder": str(folder), "free_bytes": free, "read_bytes_per_s": read, "verdict": "ok"}
 
 
 def check_step(report: Report = silent) -> dict[str, Any]:
@@ -73,8 +77,8 @@ def check_learning(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """
     config = SHAPES[_SHAPE] | {"num_hidden_layers": _LAYERS}
     try:
-        with TemporaryDirectory(dir=cache_folder(), prefix="doctor-") as place:
-            folder = write_packed_model(config, Path(place) / _SHAPE, _STORAGE)
+        with passing_folder("doctor") as place:
+            folder = write_packed_model(config, place / _SHAPE, _STORAGE)
             exact, there = _learn(folder, _CPU, torch.float32), _learn(folder, device, dtype)
     except Exception as error:  # a broken installation is what a doctor is to find, whatever it raises
         return {"verdict": f"fails: {first_line(error)}"}

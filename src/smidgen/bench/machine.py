@@ -12,7 +12,7 @@ import torch
 from smidgen.bench.workers.serving import versions
 from smidgen.model.device import processor_name
 
-__all__ = ["describe"]
+__all__ = ["describe", "read_commit"]
 
 _PACKAGES = ("smidgen", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -21,7 +21,7 @@ def describe(isa: str, threads: int, peer_versions: dict[str, str] | None = None
     """What every result carries beside its figures. isa: what --isa said, "" for all that the machine has."""
     return {
         "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
+        "commit": read_commit(),
         "machine": {
             "processor": processor_name(),
             "cores": os.cpu_count(),
@@ -36,7 +36,7 @@ def describe(isa: str, threads: int, peer_versions: dict[str, str] | None = None
     }
 
 
-def _commit() -> str | None:
+def read_commit() -> str | None:
     """The commit of the checkout that this code lies in, with '+' where files differ; None for an installed package."""
     here = Path(__file__).parent
     try:

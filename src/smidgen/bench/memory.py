@@ -4,7 +4,6 @@ The weights are random and packed (packed_model.py). The worker is a fresh proce
 lets us, it lives in a memory cgroup of that size, in which the page cache counts and nothing is swapped.
 """
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ import torch
 
 from smidgen.bench.controller import start_worker
 from smidgen.bench.machine import describe
-from smidgen.bench.packed_model import write_packed_model
+from smidgen.bench.packed_model import drop_page_cache, write_packed_model
 from smidgen.bench.places import passing_folder
 from smidgen.events import Note, Progress, Report, Warned, silent
 from smidgen.model.cgroups import MemoryGroup, memory_group
 from smidgen.planning.shapes import SHAPES
 from smidgen.units import format_bytes
 
-__all__ = ["MODES", "MemorySettings", "bench_memory"]
-
-MODES = ("train", "generate")
+__all__ = ["MemorySettings", "bench_memory"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class MemorySettings:
 def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str, Any]:
     """One warm-up step (or answer) and `repeats` that count, or where that is 0 the first one alone.
 
-    Raises RunError where the disk has no room.
+    Raises RunError, before weights are written, where the limit is too low, settings are wrong or the disk has no room.
     """
     config = dict(SHAPES[settings.shape])
     if settings.layers:
@@ -65,6 +62,7 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
     config["vocab_size"] = settings.vocab_size or config["vocab_size"]
     config["max_position_embeddings"] = max(settings.seq_len, config["max_position_embeddings"])
     threads = torch.get_num_threads()
+    _check(settings, config, threads)
     with ExitStack() as stack:
         folder = _folder(stack, settings, config, report)
         measured = _run(settings, config, folder, settings.memory, threads, report)
@@ -116,10 +114,27 @@ def bench_memory(settings: MemorySettings, report: Report = silent) -> dict[str,
 def _folder(stack: ExitStack, settings: MemorySettings, config: dict[str, Any], report: Report) -> Path:
     """The model: below `keep`, used again if it is there, or one that is removed at the end."""
     keep = settings.keep or stack.enter_context(passing_folder("packed"))
-    folder = keep / f"{settings.shape}-{config['num_hidden_layers']}-{config['vocab_size']}-{settings.quantize}"
+    sizes = [str(config[key]) for key in ("num_hidden_layers", "vocab_size", "max_position_embeddings")]
+    folder = keep / "-".join([settings.shape, *sizes, settings.quantize])
     if (folder / "config.json").is_file():
         return folder
     return write_packed_model(config, folder, settings.quantize, report)
+
+
+def _check(settings: MemorySettings, config: dict[str, Any], threads: int) -> None:
+    """Plan from the sizes alone, in a process as that which is measured, but without a limit: its libraries may take
+    more than that.
+    """
+    lengths = [settings.seq_len] * settings.micro_batch
+    with start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa) as worker:
+        worker.ask("check", name=settings.shape, config=config, lengths=lengths, **_how(settings, settings.memory))
+
+
+def _how(settings: MemorySettings, limit: int | None) -> dict[str, Any]:
+    """What the worker's plan follows from, beside the model and the rows."""
+    names = ("recompute", "rank", "targets", "compute_dtype", "activation_dtype", "new_tokens")
+    chosen = {name: getattr(settings, name) for name in names}
+    return {"storage": settings.quantize, "budget": limit, "train": settings.mode == "train", **chosen}
 
 
 def _run(
@@ -127,25 +142,14 @@ def _run(
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(config["vocab_size"], (settings.micro_batch, settings.seq_len), generator=generator)
+    for file in folder.glob("*.safetensors"):  # kept from before, or read by the run before
+        drop_page_cache(file)
     with ExitStack() as stack:
         group = _limited(stack, limit, report)
         worker = stack.enter_context(
             start_worker("smidgen", "memory_smidgen", threads=threads, isa=settings.isa, group=group)
         )
-        loaded = worker.ask(
-            "load",
-            folder=str(folder),
-            storage=settings.quantize,
-            input_ids=rows.tolist(),
-            budget=limit,
-            recompute=settings.recompute,
-            rank=settings.rank,
-            targets=settings.targets,
-            train=settings.mode == "train",
-            compute_dtype=settings.compute_dtype,
-            activation_dtype=settings.activation_dtype,
-            new_tokens=settings.new_tokens,
-        )
+        loaded = worker.ask("load", folder=str(folder), input_ids=rows.tolist(), **_how(settings, limit))
         streamed = f"{loaded['streamed_layers']} layers streamed, recompute {loaded['recompute']}"
         report(Note(f"forecast {format_bytes(loaded['forecast_rss_bytes'])}; {streamed}"))
         steps = []
@@ -164,7 +168,7 @@ def _limited(stack: ExitStack, limit: int | None, report: Report) -> MemoryGroup
     if limit is None:
         return None
     try:
-        return stack.enter_context(memory_group(f"smidgen-{os.getpid()}", limit))
+        return stack.enter_context(memory_group("smidgen", limit))
     except OSError as error:
         report(Warned(f"the limit is kept but not enforced: no memory cgroup can be made here ({error.strerror})"))
         return None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +20,52 @@ from torch import nn
 
 from smidgen.errors import RunError
 from smidgen.events import Progress, Report, silent
-from smidgen.export.files import disk_errors
+from smidgen.export.files import new_folder
 from smidgen.export.packed import bitsandbytes_tensors, quantisation_config
 from smidgen.model.build import read_config, skeleton
 from smidgen.model.inventory import inventory_of
 from smidgen.model.stream import layer_of
+from smidgen.planning.inventory import Inventory, grouped_bytes
 from smidgen.quant.fourbit import NestedScales
 from smidgen.quant.gptq import GptqSettings
 from smidgen.quant.matrix import FourBitMatrix, Int8Matrix
 from smidgen.units import format_bytes
 
-__all__ = ["drop_page_cache", "write_packed_model"]
+__all__ = ["drop_page_cache", "packed_inventory", "write_packed_model"]
 
 _STD = 0.02
 _SCALE = 0.03  # of a 4-bit block: codes drawn evenly from NF4 have a deviation of 0.63
 _GROUP = 128
 
 
+def packed_inventory(config: dict[str, Any], storage: str, *, name: str = "", itemsize: int = 4) -> Inventory:
+    """What `write_packed_model` makes, before it is made; GPTQ's groups are in order there."""
+    found = inventory_of(None, config, storage, name=name, itemsize=itemsize)
+    if storage != "gptq":
+        return found
+    linears = (replace(each, nbytes=grouped_bytes(each.out_features, each.in_features)) for each in found.linears)
+    return replace(found, linears=tuple(linears), ordered=False)
+
+
 def write_packed_model(config: dict[str, Any], folder: Path, storage: str, report: Report = silent) -> Path:
-    """config: as config.json. storage: 'nf4-dq', 'nf4', 'int8', 'gptq' or 'none'. Returns the folder.
+    """config: as config.json. storage: 'nf4-dq', 'nf4', 'int8', 'gptq' or 'none'. Returns the folder, which appears
+    whole or not at all.
 
     Raises RunError where the disk has no room for it, or fails.
     """
-    with disk_errors(folder):
-        return _write(config, folder, storage, report)
-
-
-def _write(config: dict[str, Any], folder: Path, storage: str, report: Report) -> Path:
-    size = inventory_of(None, config, storage, name=folder.name)
+    size = packed_inventory(config, storage, name=folder.name)
     needed = size.packed_bytes + size.embedding_bytes + size.head_bytes
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < 1.05 * needed:
-        raise RunError(
-            f"{folder}: too little room for the model", expected=format_bytes(needed), found=format_bytes(free)
-        )
+    with new_folder(folder) as staging:
+        free = shutil.disk_usage(staging).free
+        if free < 1.05 * needed:
+            raise RunError(
+                f"{folder}: too little room for the model", expected=format_bytes(needed), found=format_bytes(free)
+            )
+        _write(config, staging, storage, needed, report)
+    return folder
+
+
+def _write(config: dict[str, Any], folder: Path, storage: str, nbytes: int, report: Report) -> None:
     model = skeleton(read_config(config, folder.name), torch.bfloat16)
     random = np.random.default_rng(0)
     weight_map: dict[str, str] = {}
@@ -72,14 +84,13 @@ def _write(config: dict[str, Any], folder: Path, storage: str, report: Report) -
         pending.update(_tensors(name, module, "none" if plain else storage, random))
     _flush(pending, folder, weight_map)
     report(Progress(f"writing random {storage} weights", len(modules), len(modules)))
-    index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     how: dict[str, Any] = {}
     if storage != "none":
         how["quantization_config"] = quantisation_config(storage, head, torch.bfloat16, GptqSettings(4, _GROUP))
     (folder / "config.json").write_text(json.dumps(config | how), encoding="utf-8")
-    return folder
 
 
 def _flush(pending: dict[str, torch.Tensor], folder: Path, weight_map: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from smidgen.errors import ModelError
 
 from .gguf_header import GgufHeader
+from .gguf_rotary import rope_parameters
 
 __all__ = [
     "ARCHITECTURES",
@@ -130,6 +131,8 @@ def _finish_phi3(header: GgufHeader, name: str, config: dict[str, Any]) -> None:
     metadata = header.metadata
     config["hidden_act"] = "silu"
     config["sliding_window"] = metadata.integer(f"{name}.attention.sliding_window", 0) or None
+    if (kind := config["rope_parameters"]["rope_type"]) != "default":
+        raise ModelError(f"{metadata.path}: Phi-3 has no rotary scaling of this type", expected="longrope", found=kind)
     rotary = metadata.integer(f"{name}.rope.dimension_count", config["head_dim"], low=2, high=config["head_dim"])
     config["rope_parameters"]["partial_rotary_factor"] = rotary / config["head_dim"]
     key = f"{name}.rope.scaling.original_context_length"
@@ -234,28 +237,11 @@ def make_config(header: GgufHeader) -> dict[str, Any]:
     # The rows that there are, not what the metadata says: the two differ where a vocabulary was padded.
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    config["rope_parameters"] = _rope_parameters(header, name, config)
+    config["rope_parameters"] = rope_parameters(header, name, config)
     for key, suffix in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         config[key] = metadata.integer(f"tokenizer.ggml.{suffix}_token_id", None)
     row.finish(header, name, config)
     return config
-
-
-def _rope_parameters(header: GgufHeader, name: str, config: dict[str, Any]) -> dict[str, Any]:
-    metadata = header.metadata
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number(f"{name}.rope.freq_base", 10_000.0)}
-    scaling = metadata.text(f"{name}.rope.scaling.type", "none")
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": float(metadata.number(f"{name}.rope.scaling.factor"))}
-    elif scaling == "yarn":
-        rope |= {"rope_type": "yarn", "factor": float(metadata.number(f"{name}.rope.scaling.factor"))}
-        key = f"{name}.rope.scaling.original_context_length"
-        rope["original_max_position_embeddings"] = metadata.integer(key, config["max_position_embeddings"], low=1)
-    elif scaling != "none":
-        raise ModelError(
-            f"{metadata.path}: unknown rotary scaling", expected="none, linear or yarn", found=scaling[:40]
-        )
-    return rope
 
 
 def tensor_name(row: Architecture, name: str, layers: int) -> str | None:

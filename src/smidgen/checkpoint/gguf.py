@@ -21,7 +21,7 @@ from .gguf_header import GgufHeader, read_header
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GgufCheckpoint", "open_parts", "permute", "unpermute"]
+__all__ = ["GgufCheckpoint", "open_parts", "part_names", "permute", "unpermute"]
 
 _MAX_PARTS = 1000
 
@@ -152,16 +152,20 @@ class GgufCheckpoint:
         count = int(self.config["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
         original = self.config["original_max_position_embeddings"]
         short, long = (self._floats(f"rope_factors_{kind}.weight", count).tolist() for kind in ("short", "long"))
-        factors = {"short_factor": short, "long_factor": long}
+        factors: dict[str, Any] = {"short_factor": short, "long_factor": long}
+        magnitude = self.header.metadata.number(f"{self.architecture}.rope.scaling.attn_factor", None)
+        factors |= {} if magnitude is None else {"attention_factor": float(magnitude)}
         return {"rope_type": "longrope", "original_max_position_embeddings": original, **factors}
 
     def _llama3_rope(self) -> dict[str, Any]:
         """Llama 3's rotary scaling, found again from the factors that the file has; refused if it is another one."""
         import torch
 
-        width = self.config["head_dim"]
+        width, rope = self.config["head_dim"], self.config["rope_parameters"]
+        if rope.get("rope_type") != "default":
+            raise ModelError(f"{self.path}: rope_freqs.weight beside a rotary scaling of another type")
         found = self._floats("rope_freqs.weight", width // 2).double()
-        theta = self.config["rope_parameters"]["rope_theta"]
+        theta = rope["rope_theta"]
         factor = round(float(found.max()), 4)
         low, high, length = _LLAMA3_ROPE.values()
         wavelength = 2 * math.pi * theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -175,7 +179,22 @@ class GgufCheckpoint:
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
 
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of the model that the file `name` is a part of: its own alone where it is not split.
+
+    >>> part_names("a-00002-of-00002.gguf")
+    ['a-00001-of-00002.gguf', 'a-00002-of-00002.gguf']
+    """
+    named = _PART.search(name)
+    if not named:
+        return [name]
+    count = int(named[1])
+    if not 1 <= count <= _MAX_PARTS:
+        raise ModelError(f"{name} is the name of one of {count} parts", expected=f"1 to {_MAX_PARTS}")
+    return [f"{name[: named.start()]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def open_parts(path: Path) -> tuple[GgufHeader, dict[str, MappedFile]]:
@@ -183,15 +202,11 @@ def open_parts(path: Path) -> tuple[GgufHeader, dict[str, MappedFile]]:
 
     A model may be split into files NAME-00001-of-0000N.gguf, of which any may be given; the first has the metadata.
     """
-    named = _PART.search(path.name)
-    count = int(named[2]) if named else 1
-    if not 1 <= count <= _MAX_PARTS:
-        raise ModelError(f"{path} has a name of one of {count} parts", expected=f"1 to {_MAX_PARTS}")
-    stem = path.name[: named.start()] if named else ""
+    parts = [path.with_name(name) for name in part_names(path.name)]
+    count = len(parts)
     header: GgufHeader | None = None
     files: dict[str, MappedFile] = {}
-    for number in range(count):
-        part = path.with_name(f"{stem}-{number + 1:05d}-of-{count:05d}.gguf") if named else path
+    for number, part in enumerate(parts):
         if count > 1 and not part.exists():
             raise ModelError(f"{part} is missing: part {number + 1} of {count} of {path}", cure="download it too")
         mapped = MappedFile(part)

@@ -17,6 +17,8 @@ from pathlib import Path
 from smidgen.errors import ModelError, first_line
 from smidgen.events import Note, Progress, Report, silent
 
+from .gguf import part_names
+
 __all__ = ["BUILTIN_MODELS", "BuiltinModel", "cache_folder", "download", "resolve_model"]
 
 
@@ -48,7 +50,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/([\w.-]+\.gguf)")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/((?:[\w-][\w.-]*/)*[\w.-]+\.gguf)")  # it may lie in a sub-folder
 _ALLOWED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt"]
 _IGNORED = ["*/*", "consolidated*"]  # copies of the same weights in other layouts, often as large again
 _CHUNK_BYTES = 1 << 20
@@ -195,11 +197,13 @@ def _from_hub(spec: str, report: Report) -> Path:
 
     offline = f"fetch it once with a network: `smidgen download {spec}`; afterwards HF_HUB_OFFLINE=1 works"
     one = _HUB_FILE.fullmatch(spec)
-    kinds = "that file only" if one else "safetensors, JSON and tokenizer files only"
-    report(Note(f"{spec}: looking on the hub ({kinds})"))
+    files = part_names(one[2]) if one else []
+    kinds = f"{len(files)} GGUF file{'s' * (len(files) > 1)}" if one else "safetensors, JSON and tokenizer files"
+    report(Note(f"{spec}: looking on the hub ({kinds} only)"))
     try:
         if one:
-            return Path(hf_hub_download(one[1], one[2]))
+            fetched = [Path(hf_hub_download(one[1], name)) for name in files]
+            return fetched[0]  # which finds the others
         folder = Path(snapshot_download(spec, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED))
     except GatedRepoError as error:
         cure = "accept its terms on its page, then set HF_TOKEN to a token of your account"

@@ -102,7 +102,7 @@ _TRAINS, _GENERATES = ("recompute", "rank", "targets", "activation_dtype", "micr
 
 def _check_memory(given: Given) -> list[str]:
     other, ignored = ("train", _TRAINS) if given["mode"] == "generate" else ("generate", _GENERATES)
-    problems = [f"{name}: belongs to --mode {other}, leave it out" for name in ignored if name in given.named]
+    problems = given.misplaced(ignored, f"--mode {other}")
     shape = SHAPES.get(given["shape"])
     if shape and given["layers"] and given["layers"] > shape["num_hidden_layers"]:
         problems.append(f"layers: expected at most the shape's {shape['num_hidden_layers']}, found {given['layers']}")
@@ -117,26 +117,20 @@ def _check(given: Given) -> list[str]:
     else:
         shared = {"memory": ("shape", "seq_len", "recompute", "compute_dtype", "keep")}.get(what or "", ())
         if what != "step":
-            problems += [
-                f"{flag.name}: belongs to `smidgen bench step`, leave it out"
-                for flag in _STEP
-                if flag.name in given.named and flag.name not in shared
-            ]
+            others = [flag.name for flag in _STEP if flag.name not in shared]
+            problems += given.misplaced(others, "`smidgen bench step`")
         elif given["shape"] not in {*_SHAPES, "tiny"}:
             problems.append(f"shape: expected one of {', '.join(_SHAPES)}, found {given['shape']!r}")
         if what != "memory":
-            problems += [
-                f"{flag.name}: belongs to `smidgen bench memory`, leave it out"
-                for flag in _MEMORY
-                if flag.name in given.named
-            ]
+            problems += given.misplaced([flag.name for flag in _MEMORY], "`smidgen bench memory`")
     if what == "memory":
         problems += _check_memory(given)
     if given["repeats"] == 0 and what != "memory":
         problems.append("repeats: expected 1 or more, found 0")
     if given["memory"] is not None:
         try:
-            parse_bytes(given["memory"])
+            if not parse_bytes(given["memory"]):
+                problems.append(f"memory: expected more than 0, found {given['memory']!r}")
         except ValueError as error:
             problems.append(f"memory: {error}")
     unknown = [name for name in _against(given) if name not in STEP_PEERS]
@@ -191,7 +185,7 @@ def bench(console: Console, given: Given) -> Mapping[str, Any]:
             **{name: given[name] for name in (*names, "compute_dtype", "activation_dtype")},
             resident=given["resident"],
             recompute=given["recompute"] if "recompute" in given.named else "auto",
-            memory=parse_bytes(given["memory"]) if given["memory"] else None,
+            memory=None if given["memory"] is None else parse_bytes(given["memory"]),
             repeats=repeats,
             isa=given["isa"] or "",
             keep=Path(given["keep"]) if given["keep"] else None,

@@ -18,7 +18,8 @@ _FLAGS = (
         str,
         None,
         "gguf-lora: an adapter for llama.cpp. gguf: the merged model in one file. ollama: the same with a Modelfile."
-        " hf: a 16-bit folder. bnb-4bit: a folder in bitsandbytes' 4-bit blocks.",
+        " hf: a folder of 16-bit weights, of float32 ones where the base has those. bnb-4bit: a folder in bitsandbytes'"
+        " 4-bit blocks.",
         "Export",
         choices=EXPORTS,
     ),

@@ -36,8 +36,8 @@ def plan(console: Console, given: Given) -> Mapping[str, Any]:
     MODEL is what finetune takes, a config.json alone, or the name of a shape (llama-7b, llama-65b, llama-3-8b,
     qwen2.5-7b, ...). Without DATA every row has --seq-len tokens. With --memory the settings are chosen that fit and
     are fastest, as finetune chooses them. All flags of finetune are taken, and its --config files; some of them, as
-    --learning-rate, change neither memory nor time. Of a shape DATA is not read. With --generate only --quantize,
-    --compute-dtype, --device, --memory, --seq-len and --trust-remote-code count.
+    --learning-rate, change neither memory nor time. Of a shape DATA is not read. Beside --generate only --quantize,
+    --compute-dtype, --device, --memory, --seq-len and --trust-remote-code are taken.
 
     \b
     Examples:
@@ -49,7 +49,7 @@ def plan(console: Console, given: Given) -> Mapping[str, Any]:
     """
     from smidgen import api
 
-    settings = given.pick(_SETTINGS)
+    settings = {flag.name: given[flag.name] for flag in _SETTINGS if flag.name in given.named}
     result = api.plan(
         given["model"], given["data"] or None, generate=given["generate"], report=console.report, **settings
     )

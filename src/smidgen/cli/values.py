@@ -1,7 +1,7 @@
 """From words to values: the command line and --config FILE.yaml, read alike, all that is wrong reported at once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
@@ -28,6 +28,10 @@ class Given:
     def missing(self, *names: str) -> list[str]:
         """Problems with flags that have to be given: those that were not, or are empty."""
         return [f"--{name}: missing" for name in names if name not in self.named or self[name] == ""]
+
+    def misplaced(self, names: Iterable[str], where: str) -> list[str]:
+        """Problems with flags that were given but belong to `where`: none is ignored silently."""
+        return [f"{name}: belongs to {where}, leave it out" for name in names if name in self.named]
 
     def pick(self, flags: "Sequence[Flag]") -> dict[str, Any]:
         """The values of some flags, as keyword arguments."""
@@ -143,9 +147,13 @@ def _convert(kind: type, word: Any) -> Any:
 
 
 def _convert_pairs(kind: type, word: Any) -> dict[str, Any]:
-    """The words 'key=value' of a repeatable flag, or a mapping of the file."""
+    """The words 'key=value' of a repeatable flag, or a mapping of the file.
+
+    A value that is text may have a '=' in it; beside a number it is the key, a pattern, that may.
+    """
     if isinstance(word, tuple):
-        pairs = [(key, value) for key, _, value in (each.rpartition("=") for each in word)]
+        split = str.partition if kind is str else str.rpartition
+        pairs = [(key if sign else "", value) for key, sign, value in (split(each, "=") for each in word)]
     elif isinstance(word, dict):
         pairs = [(str(key), value) for key, value in word.items()]
     else:

@@ -116,7 +116,7 @@ class Renderer:
             report(Progress("tokenising", done, total))
 
     def fingerprint(self, *, chat: bool) -> str:
-        """Changes with whatever decides which tokens and labels rows become. chat: rows have turns, not plain text."""
+        """Changes with whatever decides which tokens and labels rows become. chat: some rows have turns."""
         template = str(self._chat and self.tokenizer.get_chat_template()) if chat else ""
         today = str(self._today or date.today()) if "strftime_now" in template else ""  # it writes the date
         tokenizer = self.tokenizer

@@ -160,6 +160,7 @@ def tokenise(
     rows: Rows,
     renderer: Renderer,
     *,
+    chat: bool = True,
     edits: str = "",
     odd: Callable[[Row], str] = lambda row: "",
     cache: Path | None = None,
@@ -167,13 +168,13 @@ def tokenise(
 ) -> Examples:
     """The rows as the renderer has them, from the folder `cache` if they are there, else they are put there.
 
-    edits: what was done to the rows after they were hashed. odd: what is remarkable about a row, "" if nothing is.
-    Where the cache cannot be written that is said, and the rows are kept in memory. Raises DataError as the renderer.
+    chat: whether some rows have turns. edits: what was done to the rows after they were hashed. odd: what is remarkable
+    about a row, "" if nothing is. Where the cache cannot be written that is said, and the rows are kept in memory.
+    Raises DataError as the renderer.
     """
     if cache is None or not len(rows):
         return Examples(_write(rows, renderer, odd, None, report), rows)
-    fingerprint = renderer.fingerprint(chat=rows[0].text is None)
-    key = hashlib.sha256(f"{edits}{fingerprint}".encode())
+    key = hashlib.sha256(f"{edits}{renderer.fingerprint(chat=chat)}".encode())
     key.update(rows.hashes.data)
     target = cache / f"{key.hexdigest()}.tokens"
     store = _open(target, report)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from smidgen.bounded import Failed, OutOfBounds, bounded
 from smidgen.errors import RunError, first_line
 from smidgen.export.files import read_object
+from smidgen.export.peft_kinds import check_kind
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
 from smidgen.lora.targets import match_pattern
@@ -56,6 +57,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 _TOKENS = f".token_adapter.{DELTA}"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PIECE = 1 << 20  # numbers that are looked at at once
 
 
 def is_adapter(path: Path) -> bool:
@@ -327,15 +330,13 @@ def read_adapter(folder: Path) -> StoredAdapter:
         raise RunError(f"{folder}: {Path(str(error.filename)).name} is missing", cure="copy the whole folder") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: the adapter cannot be read ({first_line(error)})") from error
-    has_bias = config.get("bias", "none") != "none"
-    if config.get("peft_type") != "LORA" or has_bias:
-        what = "bias" if has_bias else f"peft_type {config.get('peft_type')!r}"
-        raise RunError(f"{folder}/{ADAPTER_CONFIG}: {what} is not supported", expected="LoRA, rsLoRA or DoRA")
+    check_kind(config, f"{folder}/{ADAPTER_CONFIG}")
     parts = ("lora_A", "lora_B", _MAGNITUDE) if config.get("use_dora") else ("lora_A", "lora_B")
     layers: dict[str, dict[str, torch.Tensor]] = {}
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removesuffix(".weight").rpartition(".")
+        _check_tensor(f"{folder}/{ADAPTER_WEIGHTS}: {key}", tensor, is_matrix=part in ("lora_A", "lora_B", DELTA))
         if not key.startswith(_PREFIX):
             known = False
         elif known := part in parts:
@@ -357,10 +358,19 @@ def read_adapter(folder: Path) -> StoredAdapter:
             with bounded(lambda _: stored.kinds()) as try_out:
                 try_out(None)
         stored.kinds()
-    except (Failed, OutOfBounds, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (Failed, OutOfBounds, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"{folder}/{ADAPTER_CONFIG}: lora_alpha, alpha_pattern or lora_dropout cannot be read ({error})"
         raise RunError(what) from error
     return stored
+
+
+def _check_tensor(what: str, tensor: torch.Tensor, *, is_matrix: bool) -> None:
+    if is_matrix and (tensor.dim() != 2 or not tensor.numel()):
+        raise RunError(what, expected="a matrix, of rank 1 at least", found=f"shape {list(tensor.shape)}")
+    if tensor.dtype not in _FLOATS:
+        raise RunError(what, expected="floats of 16 to 64 bits", found=str(tensor.dtype).removeprefix("torch."))
+    if not all(bool(piece.isfinite().all()) for piece in tensor.flatten().split(_PIECE)):
+        raise RunError(f"{what} holds numbers that are not finite", cure="take an earlier checkpoint, or copy it again")
 
 
 def _is_id(number: Any) -> bool:
@@ -379,9 +389,6 @@ def load_adapter(base: Base, folder: Path) -> Adapters:
     """Put the adapter of `folder` on the base. Raises RunError where it does not fit or would change nothing."""
     stored = read_adapter(folder)
     stored.check_base(base)
-    changes = stored.modules or stored.config.get("use_dora")
-    if not changes and not any(parts["lora_B"].any() for parts in stored.layers.values()):
-        raise RunError(f"{folder}: every lora_B is zero, the adapter would change nothing", cure="train it first")
     token_ids = stored.token_ids
     attached: dict[str, Part] = {}
     for name in [name for name in base.linears if name in stored.layers]:
@@ -389,5 +396,8 @@ def load_adapter(base: Base, folder: Path) -> Adapters:
     attached |= attach_modules(base, stored.whole_modules, keep_tied=stored.keeps_tied)
     attached |= attach_tokens(base, token_ids) if token_ids else {}
     stored.copy_into(attached)
+    if all(isinstance(part, LoraLinear) and part.changes_nothing() for part in attached.values()):
+        what = f"{folder}: the adapter would change nothing, lora_A, lora_B or alpha of every layer is zero"
+        raise RunError(what, cure="train it first")
     base.model.requires_grad_(False)
     return attached

@@ -2,9 +2,9 @@
 
 Format: general.architecture is the base's, general.type "adapter", adapter.type "lora", adapter.lora.alpha one number
 for the whole file; for each layer X.weight the tensors X.weight.lora_a [r, in_features] and X.weight.lora_b
-[out_features, r]. llama.cpp applies alpha / r with the layer's own r, so alpha is
-written as scaling r of the first layer, and where another layer's differs (rsLoRA with ranks of their own, an alpha of
-a layer's own) the rest goes into lora_b.
+[out_features, r]. llama.cpp applies alpha / r with the layer's own r, so alpha is written as scaling r of the first
+layer whose scaling is not 0, and where another layer's differs (rsLoRA with ranks of their own, an alpha of a layer's
+own) the rest goes into lora_b.
 """
 
 from pathlib import Path
@@ -41,10 +41,10 @@ def save_gguf_lora(base: Base, path: Path) -> None:
             f"{', '.join(others)}: trained whole or with new tokens, which llama.cpp's adapters cannot hold",
             cure="use --to gguf, which merges them",
         )
-    first = next(iter(layers.values()))
     if any(layer.use_dora for layer in layers.values()):
         raise RunError("llama.cpp has no DoRA", expected="plain LoRA", cure="use --to gguf, which merges it")
-    alpha = first.scaling * first.rank
+    # llama.cpp takes an alpha of 0 for one that is not said, and multiplies by 1.
+    alpha = next((layer.scaling * layer.rank for layer in layers.values() if layer.scaling), 1.0)
     writer = gguf.GGUFWriter(None, layout.architecture)
     write_metadata(writer, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha})
     for name, layer in layers.items():

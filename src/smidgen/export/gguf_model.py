@@ -19,6 +19,7 @@ from smidgen.checkpoint.gguf_header import GgufHeader, GgufTensor, Metadata
 from smidgen.errors import RunError
 from smidgen.events import Progress, Report, Warned, silent
 from smidgen.export.gguf_layout import GgufLayout, write_metadata
+from smidgen.export.gguf_rotary import rotary_factors, rotary_metadata
 from smidgen.export.gguf_tokenizer import tokenizer_metadata
 from smidgen.export.merge import MergedParameter, merged_parameters
 from smidgen.model.build import Base
@@ -51,9 +52,9 @@ def save_gguf(base: Base, tokenizer: Any, path: Path, kind: str, report: Report 
 
     layout = GgufLayout.of(base)
     parameters = list(merged_parameters(base))
-    extra = _rotary_factors(base)
+    extra = rotary_factors(base)
     metadata = _metadata(base, layout, tokenizer, report)
-    _check_unsaid(layout, metadata, parameters)
+    _check_unsaid(layout, metadata, parameters, extra)
     writer = gguf.GGUFWriter(None, layout.architecture)
     write_metadata(writer, metadata)
     write_metadata(writer, {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2})
@@ -127,7 +128,8 @@ def _metadata(base: Base, layout: GgufLayout, tokenizer: Any, report: Report) ->
     if name == "llama" and window and window < config.max_position_embeddings:
         lost = f"GGUF has no sliding window for this model: beyond {window} tokens other programs see all of a text"
         report(Warned(lost))
-    return values | _rotary(name, config, head_dim) | tokenizer_metadata(tokenizer, config.vocab_size)
+    rotary = rotary_metadata(name, config, head_dim, report)
+    return values | rotary | tokenizer_metadata(tokenizer, config.vocab_size)
 
 
 def _new_tokens(base: Base, tokenizer: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +151,9 @@ def _new_tokens(base: Base, tokenizer: Any, values: dict[str, Any]) -> dict[str,
     return said | dict.fromkeys(sizes, int(base.model.config.get_text_config().vocab_size))
 
 
-def _check_unsaid(layout: GgufLayout, values: dict[str, Any], parameters: Sequence[MergedParameter]) -> None:
+def _check_unsaid(
+    layout: GgufLayout, values: dict[str, Any], parameters: Sequence[MergedParameter], extra: dict[str, np.ndarray]
+) -> None:
     """What readers of the file will take for the model's configuration must compute what the model computes.
 
     Much has no key of its own (which layers have a window, Gemma's scale of attention): it follows from the family.
@@ -159,6 +163,7 @@ def _check_unsaid(layout: GgufLayout, values: dict[str, Any], parameters: Sequen
         for parameter in parameters
         if (theirs := layout.name(parameter.name))
     }
+    tensors |= {name: GgufTensor(name, "F32", factors.shape, 0, 0) for name, factors in extra.items()}
     stored = {"general.architecture": layout.architecture, "general.type": "model"} | values
     made = make_config(GgufHeader(3, Metadata(Path("export"), stored), tensors))
     again = CONFIG_MAPPING[layout.row.model_type].from_dict(made)
@@ -172,45 +177,3 @@ def _check_unsaid(layout: GgufLayout, values: dict[str, Any], parameters: Sequen
             raise RunError(
                 f"{key} = {str(ours)[:80]} has no place in GGUF", expected=str(theirs)[:80], cure="use --to hf"
             )
-
-
-def _rotary(name: str, config: Any, head_dim: int) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
-    values: dict[str, Any] = {}
-    if "full_attention" in rope:  # Gemma 3
-        values[f"{name}.rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
-        rope = dict(rope["full_attention"])
-    values[f"{name}.rope.freq_base"] = float(rope["rope_theta"])
-    values[f"{name}.rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        values |= {f"{name}.rope.scaling.type": kind, f"{name}.rope.scaling.factor": float(rope["factor"])}
-    if kind in ("yarn", "longrope"):
-        key = f"{name}.rope.scaling.original_context_length"
-        original = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-        values[key] = original
-        if kind == "longrope":  # Phi-3 turns its queries and keys up as the context grows
-            factor = config.max_position_embeddings / original
-            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            values[f"{name}.rope.scaling.attn_factor"] = scale
-    if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
-        raise RunError(f"rotary scaling {kind!r} is not written as GGUF here", cure="use --to hf")
-    return values
-
-
-def _rotary_factors(base: Base) -> dict[str, np.ndarray]:
-    """Tensors that are no parameter: what divides each frequency (Llama 3), or does so in short and in long texts."""
-    checkpoint = base.checkpoint
-    if isinstance(checkpoint, GgufCheckpoint):
-        names = [name for name in checkpoint.row.ignored if name in checkpoint.header.tensors]
-        return {name: checkpoint.extra(name).numpy() for name in names}
-    config: Any = base.model.config
-    rope = config.rope_parameters
-    if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{k}.weight": np.array(rope[f"{k}_factor"], np.float32) for k in ("long", "short")}
-    if rope.get("rope_type") != "llama3":
-        return {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    backbone: Any = base.backbone
-    return {"rope_freqs.weight": (plain / backbone.rotary_emb.inv_freq.double().cpu()).float().numpy()}

@@ -24,7 +24,7 @@ from smidgen.model.load import Source, load_base
 from smidgen.model.stored import stored_weights
 from smidgen.model.trained import TokenRows, TrainedModule
 from smidgen.planning.conversion import Conversion, fitting, gptq_pieces, hidden_state_bytes, packed_pieces
-from smidgen.quant.gptq import GptqSettings
+from smidgen.quant.gptq import GROUP_SIZES, GptqSettings
 from smidgen.units import format_bytes
 
 __all__ = ["calibration_of", "check_quantisable", "plain_dtype", "plan_quantising", "quantise_model"]
@@ -204,6 +204,7 @@ def _gptq(
     rows = calibration.rows
     report(Note(f"hidden states of the calibration text take {format_bytes(plan.terms['hidden states'])} of memory"))
     walk = GptqPass(base, rows, settings, calibration.held_out, report)
+    _note_shorter_groups({base.linears[name].in_features for name in walk.names}, settings.group_size, report)
     with new_folder(out) as folder:
         errors = save_gptq(
             base, folder, walk.layers(keep=False), walk.names, settings, dtype, source.tokenizer, plan.shard_bytes
@@ -220,6 +221,15 @@ def _gptq(
     if calibration.held_out is not None and walk.perplexity:
         figures["perplexity"] = {"tokens": calibration.held_out.numel(), **walk.perplexity}
     return figures
+
+
+def _note_shorter_groups(inputs: set[int], group_size: int, report: Report) -> None:
+    """Where the last group of a layer is shorter; inputs: of all layers."""
+    uneven = [str(count) for count in sorted(inputs) if group_size != -1 and count % group_size]
+    if uneven:
+        fitting = [str(size) for size in GROUP_SIZES if size == -1 or not any(count % size for count in inputs)]
+        what = f"groups of {group_size} do not divide {' and '.join(uneven)} inputs: a layer's last group is shorter"
+        report(Note(f"{what}, which vLLM refuses; --group-size {', '.join(fitting)} would do"))
 
 
 def _mean(errors: Sequence[dict[str, Any]], key: str) -> float:

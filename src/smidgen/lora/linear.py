@@ -138,6 +138,14 @@ class LoraLinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self._squares.sqrt())
 
+    @torch.no_grad()
+    def changes_nothing(self) -> bool:
+        """Whether the base alone computes the same: A, B or the scaling is all zero, and m the length of each row."""
+        if self.scaling and bool(self.lora_A.any()) and bool(self.lora_B.any()):
+            return False
+        m = self.lora_magnitude_vector
+        return m is None or torch.equal(m, self._squares.sqrt().to(m.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         active = self.dropout if self.training else 0.0
         # The seed comes from the global generator, so that recomputation (which restores it) draws the same mask.

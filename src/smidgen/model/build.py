@@ -59,7 +59,7 @@ class Base:
     the decoder, and of the head. storage: how the decoder's weights are stored ('nf4-dq', ..., 'none'). packs: whether
     transformers' layers are known to compute packed rows right (train/sharing.py finds out); fused layers always do.
     cache_dtype: that keys and values of fused layers wait in while text is generated, float32 or bfloat16.
-    tile_tokens, loss_chunk: see train.config.Settings.
+    tile_tokens, loss_chunk: see train.config.Settings. packed: how the rows given last lie, None: as they were given.
     """
 
     model: PreTrainedModel
@@ -72,6 +72,7 @@ class Base:
     cache_dtype: torch.dtype = torch.float32
     tile_tokens: int = TILE_TOKENS
     loss_chunk: int | None = None
+    packed: PackedRows | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -93,9 +94,10 @@ class Base:
         backbone: Any = self.backbone
         fused = is_fused(backbone) and not any(layer.needs_modules for layer in backbone.layers)
         if fused or self.packs:
-            packed = pack_rows(input_ids, lengths, groups, self.padded, self.tile_tokens)
+            packed = self.packed = pack_rows(input_ids, lengths, groups, self.padded, self.tile_tokens)
             hidden = hidden_rows(backbone, packed) if fused else self._hidden_packed(packed)
             return hidden, packed.places.to(self.device)
+        self.packed = None
         # attention is causal, so what counts sees no padding, and no mask is needed
         real = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
         hidden = self.hidden_of(input_ids.to(self.device))[real]

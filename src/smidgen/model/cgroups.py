@@ -3,6 +3,8 @@
 Version 1 has a tree for memory alone below /sys/fs/cgroup/memory, version 2 one tree for everything.
 """
 
+import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,12 +55,18 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(name: str, limit_bytes: int, root: Path = _ROOT) -> Iterator[MemoryGroup]:
-    """A group of this size, without swap, that is gone afterwards. Raises OSError where none can be made."""
+    """A group of this size, without swap, that is gone afterwards. Those of this name that killed processes left behind
+    go first. Raises OSError where none can be made.
+    """
     version = _V1 if (root / _V1.tree).is_dir() else _V2
     top = root / version.tree
     if version is _V2 and "memory" not in (top / "cgroup.subtree_control").read_text().split():
         (top / "cgroup.subtree_control").write_text("+memory")
-    group = top / name
+    for left in top.glob(f"{name}-*-*"):
+        if not Path("/proc", left.name.split("-")[-2]).exists():  # the process that made it
+            with suppress(OSError):
+                left.rmdir()
+    group = top / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # a number comes again, to another process
     group.mkdir()
     try:
         (group / version.limit).write_text(str(limit_bytes))

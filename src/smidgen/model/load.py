@@ -27,7 +27,17 @@ from smidgen.model.stream import LayerStream
 from smidgen.model.tokenizer import load_tokenizer
 from smidgen.units import format_bytes
 
-__all__ = ["Decided", "Source", "choose_storage", "decide", "load_base", "needs_gptq", "open_source"]
+__all__ = [
+    "Decided",
+    "Source",
+    "choose_storage",
+    "decide",
+    "load_base",
+    "max_positions_of",
+    "needs_gptq",
+    "open_source",
+    "spill_folder",
+]
 
 DEFAULT_STORAGE = "nf4-dq"
 
@@ -48,14 +58,18 @@ class Source:
     @property
     def max_positions(self) -> int:
         """The longest sequence, in tokens, by config.json."""
-        config = self.checkpoint.config
-        return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+        return max_positions_of(self.checkpoint.config)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         config = self.checkpoint.config
         return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(self.tokenizer))
+
+
+def max_positions_of(config: dict[str, Any]) -> int:
+    """The longest sequence, in tokens, of a model with this config.json."""
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
 
 
 def open_source(spec: str, report: Report = silent, *, tokenizer_from: Path | None = None) -> Source:
@@ -161,9 +175,14 @@ def load_base(
     return base
 
 
+def spill_folder() -> Path:
+    """Where streamed layers are put that the model file does not hold as they are used."""
+    return cache_folder() / "streamed"
+
+
 def _stream(checkpoint: Checkpoint, storage: str, streamed: Collection[int], *, trust_remote_code: bool) -> LayerStream:
     """Raises RunError where the disk has no room for what the model file does not hold as it is used."""
-    folder = cache_folder() / "streamed"
+    folder = spill_folder()
     model = inventory_of(checkpoint, checkpoint.config, storage, trust_remote_code=trust_remote_code)
     needed = 0 if model.mapped else sum(model.layer_bytes[layer] for layer in streamed)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

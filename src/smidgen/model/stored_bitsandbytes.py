@@ -1,8 +1,9 @@
 """Bases that bitsandbytes has packed already: their blocks are used as they lie in the file.
 
 A 4-bit layer has X.weight (uint8 [N K / 2, 1]), X.weight.absmax and, for nested scales, X.weight.nested_absmax; the
-JSON in X.weight.quant_state.bitsandbytes__nf4 (or __fp4) says blocksize, shape and offset. An 8-bit layer has X.weight
-(int8 [N, K]) and X.SCB (float32 [N]). Everything is checked before the first product: lengths, tables, scales.
+JSON in X.weight.quant_state.bitsandbytes__nf4 (or __fp4) says blocksize and shape, and of nested scales their
+blocksize and offset. An 8-bit layer has X.weight (int8 [N, K]) and X.SCB (float32 [N]). Everything is checked before
+the first product: lengths, tables, scales.
 """
 
 import json
@@ -66,16 +67,22 @@ def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[i
     info = checkpoint.tensors[state_name]
     is_text = info.dtype == "U8" and info.nbytes <= _MOST_STATE_BYTES
     _check(checkpoint, state_name, is_text, "a short JSON text as bytes")
+    is_nested = f"{name}.nested_absmax" in checkpoint.tensors
     try:
         state = json.loads(bytes(checkpoint.read(state_name).tolist()).decode())
-        quant_type, blocksize = str(state["quant_type"]), int(state["blocksize"])
-        stated_shape, offset = tuple(state["shape"]), float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        quant_type, blocksize, stated_shape = str(state["quant_type"]), int(state["blocksize"]), tuple(state["shape"])
+        offset = float(state["nested_offset"]) if is_nested else 0.0
+        nested_blocksize = int(state["nested_blocksize"]) if is_nested else NESTED_BLOCKSIZE
+    except KeyError as error:
+        what = f"{checkpoint.path}: {state_name} does not say {error.args[0]}"
+        raise ModelError(what, cure="download it again") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{checkpoint.path}: {state_name} cannot be read ({str(error)[:120]})") from error
     _check(checkpoint, state_name, stated_shape == shape, f"shape {list(shape)} by config.json")
     _check(checkpoint, state_name, blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096), "a known blocksize")
     _check(checkpoint, state_name, quant_type in ("nf4", "fp4"), "nf4 or fp4")
     _check(checkpoint, state_name, math.isfinite(offset), "a finite nested_offset")
+    _check(checkpoint, state_name, nested_blocksize == NESTED_BLOCKSIZE, f"nested_blocksize {NESTED_BLOCKSIZE}")
     count = math.prod(shape)
     blocks = math.ceil(count / blocksize)
     stored = checkpoint.read(name)
@@ -91,7 +98,6 @@ def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, shape: tuple[i
     )
     absmax = checkpoint.read(f"{name}.absmax")
     _check(checkpoint, f"{name}.absmax", absmax.numel() == blocks, f"{blocks} scales")
-    is_nested = f"{name}.nested_absmax" in checkpoint.tensors
     kinds = (torch.uint8,) if is_nested else _FLOATS
     _check(checkpoint, f"{name}.absmax", absmax.dtype in kinds, "uint8 if nested, else floats")
     if not is_nested:

@@ -3,7 +3,7 @@
 A GPTQ layer (AutoGPTQ, GPTQModel) X [N, K] of `bits` has, with each int32 a stretch of one stream, lowest bits first:
     X.qweight  int32 [ceil(K bits / 32), N]   codes, a stream along K for each output
     X.qzeros   int32 [G, ceil(N bits / 32)]   zero points, a stream along N for each group
-    X.scales   float16 [G, N];   X.g_idx int32 [K], the group of each input (may be missing where they are in order)
+    X.scales   float16 [G, N];   X.g_idx int32 [K], the group of each input (missing only without desc_act)
 Format "gptq" (v1) holds each zero point less one, "gptq_v2" as it is. A symmetric quantiser always has 2^(bits - 1), by
 which a wrong label is found out.
 
@@ -122,6 +122,7 @@ class GptqWeights(_GroupedWeights):
         if not isinstance(rules, dict) or not all(str(rule).startswith("-:") for rule in rules):  # "-:": left dense
             raise _refused(checkpoint, "dynamic", "one setting for all quantised layers", json.dumps(rules))
         self._is_symmetric = bool(quantised.get("sym", True))
+        self._has_act_order = bool(quantised.get("desc_act"))
         self._report, self._warned = report, set[str]()
 
     def _matrix(self, module: str, outputs: int, inputs: int) -> GroupedMatrix:
@@ -162,9 +163,14 @@ class GptqWeights(_GroupedWeights):
         self._warned.add(kind)
 
     def _order(self, module: str, inputs: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if f"{module}.g_idx" not in self._checkpoint.tensors:
-            return super()._order(module, inputs)
         _, groups = self._groups(inputs)
+        if f"{module}.g_idx" not in self._checkpoint.tensors:
+            if self._has_act_order and groups > 1:
+                raise ModelError(
+                    f"{self._checkpoint.path} has no tensor {module}.g_idx", expected="one, since desc_act is true",
+                    cure="download it again",
+                )  # fmt: skip
+            return super()._order(module, inputs)
         group_of = self._read(f"{module}.g_idx", torch.int32, (inputs,)).long()
         if inputs and not (int(group_of.min()) >= 0 and int(group_of.max()) < groups):
             raise ModelError(

@@ -110,7 +110,8 @@ def layer_work_bytes(
     tile: int = TILE_TOKENS,
     **kept: int,
 ) -> int:
-    """The largest working set of one layer: its backward pass, and what it computes again for that.
+    """The largest working set of one layer, beside all that is kept: its backward pass, and what it computes again for
+    that.
 
     tile: see tile_tokens. kept: more arguments of kept_bytes. Left out: panels of W (scratch_bytes).
     """
@@ -120,7 +121,11 @@ def layer_work_bytes(
     if not model.fused:
         # of the MLP's product and then what it is made of; or of what goes into attention and comes out
         backward = itemsize * (3 * hidden + max(_widest(model) + inner, 2 * q + kv))
-        return tokens * (backward + (again if "full" in recompute else 0))
+        most = gone = 0
+        for choice in reversed(recompute):  # what the layers behind have kept is gone then
+            most = max(most, backward + (again if choice == "full" else 0) - gone)
+            gone += kept_bytes(model, 1, (choice,), ranks, itemsize, **kept)
+        return tokens * most
     # always the gradient of the output; then that of the product of gate and up; or the middle's, attention's and
     # those of q, k, v; or the last with those of the middle, of the norm, of the input, and the norm once more, which
     # `full` has already

@@ -194,8 +194,8 @@ class Settings:
         "auto",
         "Training",
         "What each layer computes again in the backward pass to save memory. none: nothing; cheap: norms, at hardly"
-        " any time; full: all of it (gradient checkpointing), for about half more time. auto: what the memory"
-        " allows, layer by layer.",
+        " any time, in layers of the Llama family; full: all of it (gradient checkpointing), for about half more time."
+        " auto: what the memory allows, layer by layer.",
         choices=("auto", *RECOMPUTE),
     )
     activation_dtype: str = _setting(

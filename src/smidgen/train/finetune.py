@@ -1,7 +1,7 @@
 """A whole run: what prepare.py makes ready, training, evaluation before and after, files."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -14,7 +14,7 @@ from smidgen.data.records import Row, as_specs
 from smidgen.data.report import show_row
 from smidgen.errors import RunError
 from smidgen.events import Answer, Answers, Evaluated, Note, Report, Warned, silent
-from smidgen.export.adapter import read_adapter
+from smidgen.export.adapter import is_adapter, read_adapter
 from smidgen.export.files import check_vacant, check_writable, read_object
 from smidgen.kernels.library import describe_library
 from smidgen.measures.answers import ANSWER_MEASURES
@@ -84,7 +84,7 @@ def run_finetune(model: str, data: str | Sequence[str], out: Path, settings: Set
         out, prepared.settings, record.model, places, record, prepared.statistics, prepared.source.tokenizer
     )
     with locked(out, report):
-        return _train(prepared, folder, prepared.settings, None, started, report)
+        return _train(prepared, folder, None, started, report)
 
 
 def finished(run: Path) -> Run | None:
@@ -120,6 +120,9 @@ def _resume(
     check_logs(settings.logs)
     checkpoint = latest_checkpoint(run)
     step = checkpoint.name.removeprefix("step-") if checkpoint else None
+    if checkpoint is None and is_adapter(run):
+        cure = f"start from the result: smidgen finetune MODEL DATA --init-adapter {run}"
+        raise RunError(f"{run} has no whole checkpoint to go on from", cure=cure)
     report(Note(f"resuming {run} from step {step}" if step else f"{run} has no checkpoint yet: starting anew"))
     spec = folder.record.find_base(run) if model == folder.record.model else model
     source = open_source(spec, report, tokenizer_from=run)
@@ -140,7 +143,7 @@ def _resume(
     if changed := [f"{name} {then}, now {now}" for name, then, now in sizes if then != now]:
         why = "by the memory there is: rounding and dropout will differ"
         report(Warned(f"started with {'; '.join(changed)} {why}"))
-    return _train(prepared, folder, prepared.settings, checkpoint, started, report)
+    return _train(prepared, folder, checkpoint, started, report)
 
 
 def _differences(record: Record, settings: Settings) -> list[tuple[str, str]]:
@@ -160,103 +163,134 @@ def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def _train(
-    prepared: Prepared, folder: RunFolder, settings: Settings, checkpoint: Path | None, started: float, report: Report
-) -> Run:
-    base, adapters = prepared.base, prepared.adapters
-    optimizer = make_optimizer(adapters, settings)
+def _train(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, started: float, report: Report) -> Run:
+    settings, stream = prepared.settings, prepared.base.stream
+    optimizer = make_optimizer(prepared.adapters, settings)
     with torch.random.fork_rng(devices=[]), ExitStack() as closing:
-        if base.stream is not None:
-            closing.callback(base.stream.close)
+        if stream is not None:
+            closing.callback(stream.close)
         torch.manual_seed(settings.seed)
-        cursor = _restore(checkpoint, adapters, optimizer) if checkpoint else Cursor()
+        cursor = _restore(checkpoint, prepared.adapters, optimizer) if checkpoint else Cursor()
+        folder.withdraw_result()
         folder.rewind_log(cursor.step if checkpoint else -1)
         also = closing.enter_context(open_logs(settings.logs, folder.path, asdict(settings), cursor.step, report))
         report(show_row(prepared.train[0], prepared.source.tokenizer))
-
-        def log(line: dict[str, Any]) -> None:
-            folder.log(line)
-            also(line)
-
-        def save(at: Cursor) -> None:
-            best = best_step(evaluations(folder.logged(), settings.eval_interval)) if settings.keep_best else None
-            tokenizer, keep = prepared.source.tokenizer, settings.keep_checkpoints
-            folder.save_checkpoint(base, adapters, optimizer, at, tokenizer, keep, best)
-
-        def answer(when: str, rows: Sequence[Row]) -> Answers:
-            room = prepared.plan.terms["kept activations"]  # which are not there between steps
-            return answer_rows(base, prepared.renderer, rows, when=when, room=room, report=report)
-
-        def measure_answers_at(step: int) -> Mapping[str, float]:
-            when, asked = f"at step {step}", prepared.asked
-            return answer(when, asked).measures if asked else {}
-
-        def evaluate(at: Cursor) -> bool:
-            """Whether early stopping has seen enough. What was measured before an interruption is not again."""
-            if "held_out_loss" not in folder.logged_at(at.step):
-                share = prepared.batching.share_prefix
-                result = held_out_loss(base, prepared.held_out, settings.micro_batch, report, share_prefix=share)
-                measured = {"held_out_loss": result.loss, "perplexity": result.perplexity}
-                answers = measure_answers_at(at.step)
-                measured |= {f"held_out_{name}": value for name, value in answers.items()}
-                log({"step": at.step, **measured, "held_out_tokens": result.tokens})
-                report(Evaluated(at.step, result.loss, result.rows, result.tokens, answers))
-            found = evaluations(folder.logged(), settings.eval_interval)
-            if settings.keep_best and best_step(found) == at.step:
-                save(at)
-            return 0 < settings.early_stopping <= since_best(found)
-
-        def compare(when: str, step: int) -> Answers | None:
-            if not prepared.compared:
-                return None
-            answers = answer(when, prepared.compared)
-            if not answers.rows:
-                return None
-            log({"step": step, **answers.measures})
-            report(answers)
-            return answers
-
+        at_work = _Training(prepared, folder, optimizer, also, started - cursor.wall_s, report)
         if not checkpoint:
-            if prepared.held_out:
-                evaluate(cursor)
-            if before := compare("before", 0):
-                folder.save_answers([_answered(row) | {"before": row.answer, "after": None} for row in before.rows])
+            at_work.measure_before(cursor)
         outcome = train(
-            base,
+            prepared.base,
             optimizer,
             prepared.train,
             prepared.mixture,
             settings,
             prepared.batching,
             cursor,
-            save=save,
-            evaluate=evaluate if prepared.held_out else lambda at: False,
-            record=log,
+            save=at_work.save,
+            evaluate=at_work.evaluate,
+            record=at_work.log,
             report=report,
         )
-        save(cursor)
+        at_work.save(cursor)
         if outcome.stopped == "interrupted":
             raise KeyboardInterrupt
-        if outcome.stopped:
+        return Run(folder.path, at_work.finish(cursor, outcome.stopped))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What is done beside the steps. also: writes figures elsewhere too. started: when the run was, as
+    time.perf_counter() would have said it, without the time between a run's processes.
+    """
+
+    prepared: Prepared
+    folder: RunFolder
+    optimizer: torch.optim.Optimizer
+    also: Callable[[Mapping[str, Any]], None]
+    started: float
+    report: Report
+
+    @property
+    def _wall_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.folder.log(line)
+        self.also(line)
+
+    def save(self, at: Cursor) -> None:
+        """A checkpoint, if there is none of this step."""
+        prepared, settings = self.prepared, self.prepared.settings
+        best = best_step(evaluations(self.folder.logged(), settings.eval_interval)) if settings.keep_best else None
+        at.wall_s = self._wall_s
+        tokenizer, keep = prepared.source.tokenizer, settings.keep_checkpoints
+        self.folder.save_checkpoint(prepared.base, prepared.adapters, self.optimizer, at, tokenizer, keep, best)
+
+    def evaluate(self, at: Cursor) -> bool:
+        """Whether early stopping has seen enough. What was measured before an interruption is not again."""
+        prepared, settings = self.prepared, self.prepared.settings
+        if not prepared.held_out:
+            return False
+        if "held_out_loss" not in self.folder.logged_at(at.step):
+            share = prepared.batching.share_prefix
+            result = held_out_loss(
+                prepared.base, prepared.held_out, settings.micro_batch, self.report, share_prefix=share
+            )
+            measured = {"held_out_loss": result.loss, "perplexity": result.perplexity}
+            asked = prepared.asked
+            answers = self._answer(f"at step {at.step}", asked).measures if asked else {}
+            measured |= {f"held_out_{name}": value for name, value in answers.items()}
+            self.log({"step": at.step, **measured, "held_out_tokens": result.tokens})
+            self.report(Evaluated(at.step, result.loss, result.rows, result.tokens, answers))
+        found = evaluations(self.folder.logged(), settings.eval_interval)
+        if settings.keep_best and best_step(found) == at.step:
+            self.save(at)
+        return 0 < settings.early_stopping <= since_best(found)
+
+    def measure_before(self, at: Cursor) -> None:
+        """Loss and answers of the adapters as they start."""
+        self.evaluate(at)
+        if before := self._compare("before", at.step):
+            self.folder.save_answers([_answered(row) | {"before": row.answer, "after": None} for row in before.rows])
+
+    def finish(self, cursor: Cursor, stopped: str) -> dict[str, Any]:
+        """Measure and save the result; returns its summary."""
+        prepared, folder, settings = self.prepared, self.folder, self.prepared.settings
+        if stopped:
             reasons = {
                 "max_time": f"max_time; smidgen finetune --resume {folder.path} goes on",
                 "early_stopping": f"early_stopping: {settings.early_stopping} evaluations without a lower loss",
             }
             total = Schedule(prepared.train.lengths, settings, prepared.mixture).total_steps
-            report(Note(f"stopped after {cursor.step} of {total} steps by {reasons[outcome.stopped]}"))
-        if prepared.held_out:
-            evaluate(cursor)
-        result_step = _restore_best(folder, adapters, settings, cursor, report) if settings.keep_best else cursor.step
-        after = compare("after", result_step)
+            self.report(Note(f"stopped after {cursor.step} of {total} steps by {reasons[stopped]}"))
+        self.evaluate(cursor)
+        result_step = cursor.step
+        if settings.keep_best:
+            result_step = _restore_best(folder, prepared.adapters, settings, cursor, self.report)
+        after = self._compare("after", result_step)
         rows = after.rows if after else ()
         earlier = [line["before"] for line in folder.answers()] or [None] * len(rows)
         pairs = zip(rows, earlier, strict=True)
         answers = [_answered(row) | {"before": before, "after": row.answer} for row, before in pairs]
-        wall_s = round(time.perf_counter() - started, 1)
         summary = _summary(prepared, folder, cursor, result_step)
-        summary |= {"stopped": outcome.stopped or None, "wall_s": wall_s}
-        folder.save_result(base, adapters, summary, answers, report)
-    return Run(folder.path, summary)
+        summary |= {"stopped": stopped or None, "wall_s": round(self._wall_s, 1)}
+        folder.save_result(prepared.base, prepared.adapters, summary, answers, self.report)
+        return summary
+
+    def _answer(self, when: str, rows: Sequence[Row]) -> Answers:
+        room = self.prepared.plan.terms["kept activations"]  # which are not there between steps
+        return answer_rows(self.prepared.base, self.prepared.renderer, rows, when=when, room=room, report=self.report)
+
+    def _compare(self, when: str, step: int) -> Answers | None:
+        """Answers to the rows to be compared; None where there are none."""
+        if not self.prepared.compared:
+            return None
+        answers = self._answer(when, self.prepared.compared)
+        if not answers.rows:
+            return None
+        self.log({"step": step, **answers.measures})
+        self.report(answers)
+        return answers
 
 
 def _summary(prepared: Prepared, folder: RunFolder, cursor: Cursor, result_step: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from smidgen.checkpoint.base import Checkpoint
-from smidgen.checkpoint.hub import BUILTIN_MODELS, cache_folder
+from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.checkpoint.safetensors import read_config
 from smidgen.data.records import as_specs
 from smidgen.errors import DataError
@@ -19,7 +19,7 @@ from smidgen.export.quantise import plan_quantising
 from smidgen.model.calibration import GPTQ_ON_THE_WAY, most_tokens_on_the_way
 from smidgen.model.device import choose_compute_dtype, choose_device
 from smidgen.model.inventory import inventory_of
-from smidgen.model.load import DEFAULT_STORAGE, choose_storage, needs_gptq, open_source
+from smidgen.model.load import DEFAULT_STORAGE, choose_storage, max_positions_of, needs_gptq, open_source
 from smidgen.model.tokenizer import add_tokens
 from smidgen.planning.budget import too_little
 from smidgen.planning.conversion import LEFT_BY_GPTQ, Conversion
@@ -36,18 +36,18 @@ from smidgen.train.memory import (
     choice_of,
     estimate_host,
     machine_now,
-    probe_disk,
     with_trained_norms,
     work_of,
 )
 from smidgen.train.optimizers import check_optimizer
-from smidgen.train.rows import read_rows
+from smidgen.train.rows import read_rows, seq_len_within
 from smidgen.train.sharing import planned_rows
 from smidgen.train.what_if import what_if
 from smidgen.units import format_bytes, parse_duration
 
-__all__ = ["plan_answers", "plan_model"]
+__all__ = ["ANSWER_SETTINGS", "plan_answers", "plan_model"]
 
+ANSWER_SETTINGS = frozenset({"quantize", "compute_dtype", "device", "memory", "seq_len", "trust_remote_code"})
 _CPU = torch.device("cpu")
 
 
@@ -80,9 +80,9 @@ def plan_model(
 
     shape = inventory(storage)
     work = work_of(shape, settings, subject.rows, dtype.itemsize)
-    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here)
+    machine = _machine(device, dtype, shape, subject.checkpoint, report, runs_here=runs_here)
     budget, where = _budget(settings, device, runs_here=runs_here)
-    of_host = budget if on_cpu else budget_of(settings, _CPU)[0]
+    of_host = budget if on_cpu else budget_of(replace(settings, memory=None), _CPU)[0]
     gptq, gptq_least_bytes = _quantising(subject, settings, of_host)
     if gptq and on_cpu:
         machine = replace(machine, framework_bytes=machine.framework_bytes + LEFT_BY_GPTQ)
@@ -139,7 +139,7 @@ def plan_model(
 
 
 def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report = silent) -> dict[str, Any]:
-    """See api.plan: generation after a prompt of seq_len tokens."""
+    """See api.plan: generation after a prompt of seq_len tokens. settings: those of ANSWER_SETTINGS count."""
     subject = _subject(model, None, settings, silent)
     device, dtype, runs_here = _place(settings, report)
     storage = _storage(settings.quantize, subject.checkpoint, report)
@@ -147,7 +147,7 @@ def plan_answers(model: str, new_tokens: int, settings: Settings, report: Report
         subject.checkpoint, subject.config, storage, name=subject.name, itemsize=dtype.itemsize, fuses=device == "cpu",
         trust_remote_code=settings.trust_remote_code,
     )  # fmt: skip
-    machine = _machine(device, dtype, subject.checkpoint, report, runs_here=runs_here, generates=True)
+    machine = _machine(device, dtype, shape, subject.checkpoint, report, runs_here=runs_here, generates=True)
     budget, where = _budget(settings, device, runs_here=runs_here)
     length, compute_dtype = settings.seq_len, str(dtype).removeprefix("torch.")
     plans = list(generation_plans(shape, machine, length, new_tokens, dtype.itemsize, can_stream=device == "cpu"))
@@ -211,8 +211,9 @@ def _subject(model: str, data: str | Sequence[str] | None, settings: Settings, r
             schedule = Schedule(found.train.lengths, settings, found.mixture)
             rows = planned_rows(found.train, found.held_out, schedule)
             return _Subject(name, checkpoint, config, rows, schedule.total_steps)
-    rows = Rows(np.full(settings.micro_batch * settings.accumulation, settings.seq_len, np.int32))
-    report(Note(f"no rows to measure: every row has {settings.seq_len} tokens"))
+    seq_len = seq_len_within(max_positions_of(config), settings, report)
+    rows = Rows(np.full(settings.micro_batch * settings.accumulation, seq_len, np.int32))
+    report(Note(f"no rows to measure: every row has {seq_len} tokens"))
     return _Subject(name, checkpoint, config, rows, settings.max_steps or 1)
 
 
@@ -240,6 +241,7 @@ def _storage(quantize: str, checkpoint: Checkpoint | None, report: Report) -> st
 def _machine(
     device: str,
     dtype: torch.dtype,
+    model: Inventory,
     checkpoint: Checkpoint | None,
     report: Report,
     *,
@@ -248,17 +250,7 @@ def _machine(
 ) -> Machine:
     if not runs_here:
         return Machine(1.0, 1.0, 1.0, CUDA_CONTEXT_BYTES, 0, 1, is_cpu=False)
-    files = [] if checkpoint is None else [info.file for info in checkpoint.tensors.values()]
-    largest = max(files, key=lambda file: file.stat().st_size, default=None)
-    found = machine_now(torch.device(device), dtype, largest, generates=generates)
-    if checkpoint is not None or device != "cpu":
-        return found
-    try:  # where a model would be downloaded to
-        return replace(found, disk_bytes_per_s=probe_disk(cache_folder()))
-    except OSError as error:
-        assumed = format_bytes(found.disk_bytes_per_s)
-        report(Note(f"{cache_folder()} cannot be measured ({error.strerror}): its disk is taken to give {assumed}/s"))
-        return found
+    return machine_now(torch.device(device), dtype, model, checkpoint, generates=generates, report=report)
 
 
 def _quantising(subject: _Subject, settings: Settings, budget: int) -> tuple[Conversion | None, int]:

@@ -8,7 +8,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smidgen.errors import RunError
@@ -36,10 +36,9 @@ def locked(folder: Path, report: Report = silent) -> Iterator[None]:
             _take(descriptor, folder)
         except OSError as error:
             report(Warned(f"{folder} cannot be locked ({error.strerror}): start no second run in it"))
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
+        _say(descriptor, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
-        os.ftruncate(descriptor, 0)
+        _say(descriptor, "")
     finally:
         os.close(descriptor)
 
@@ -71,6 +70,12 @@ def is_abandoned(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def _say(descriptor: int, who: str) -> None:
+    with suppress(OSError):  # the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, who.encode(), 0)
 
 
 def _take(descriptor: int, folder: Path) -> None:

@@ -61,9 +61,10 @@ def _tensorboard(run: Path, settings: Mapping[str, Any], step: int, report: Repo
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run / "tensorboard"
+    goes_on = folder.exists() and step > 0
     report(Note(f"figures go to TensorBoard: tensorboard --logdir {folder}"))
     with SummaryWriter(str(folder), purge_step=step + 1 if folder.exists() else None) as writer:
-        if not folder.exists() or not step:
+        if not goes_on:
             writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
         def log(line: Mapping[str, Any]) -> None:

@@ -12,10 +12,12 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 import torch
 
+from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
 from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
 from smidgen.model.device import budget_on, measure_gflops, measure_weights_read, resident_bytes
+from smidgen.model.load import spill_folder
 from smidgen.model.stream import layer_of
 from smidgen.planning.budget import too_little
 from smidgen.planning.inventory import Inventory
@@ -23,7 +25,7 @@ from smidgen.planning.planner import Choice, Forecast, Machine, fastest, forecas
 from smidgen.planning.work import Rows, Work
 from smidgen.train.config import Settings
 from smidgen.train.optimizers import STATE_BYTES
-from smidgen.units import parse_bytes
+from smidgen.units import format_bytes, parse_bytes
 
 __all__ = [
     "COMPUTED_AT_ONCE",
@@ -45,8 +47,9 @@ __all__ = [
 COMPUTED_AT_ONCE = ("micro_batch", "pack", "tile_tokens", "loss_chunk")  # settings that a plan makes smaller
 CUDA_CONTEXT_BYTES = 800_000_000  # with bitsandbytes' kernels loaded; 0.79 GB on an H100 with CUDA 13
 _CUDA_HOST_BYTES = 1_500_000_000  # libraries and buffers that CUDA has in RAM: assumed, not measured
-_DISK_BYTES_PER_S = 1e9  # where there is no file to measure with
-_PROBE_BYTES, _WRITTEN_BYTES = 1 << 28, 1 << 26
+_DISK_BYTES_PER_S = 1e9  # of a disk that cannot be measured
+_PROBE_BYTES, _WRITTEN_BYTES, _PIECE_BYTES = 1 << 28, 1 << 26, 1 << 23
+_OF_FUSED_LAYERS = {"activation_dtype": "bfloat16", "recompute": "cheap"}  # what transformers' own layers cannot do
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE, _SMALL = 1 << 20, 1 << 18  # the latter takes up to a seventh longer where a batch has few tokens
 
@@ -54,8 +57,9 @@ _LARGE, _SMALL = 1 << 20, 1 << 18  # the latter takes up to a seventh longer whe
 def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], itemsize: int) -> Work:
     """rows: or the tokens of each, in the steps' order. itemsize: of the compute type.
 
-    Raises SettingsError for wrong targets and patterns.
+    Raises SettingsError for wrong targets and patterns, and for what these layers cannot do.
     """
+    _check_layers(model, settings)
     by_name = {linear.name: linear for linear in model.linears if not linear.is_expert}
     names, _ = select_targets(settings.targets, [*by_name, model.head_name], model.head_name)
     for setting in ("rank_pattern", "alpha_pattern"):
@@ -82,21 +86,20 @@ def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], it
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
         inputs=_adapter_inputs(model, names),
-        kept_item=_kept_item(model, settings),
+        kept_item=None if settings.activation_dtype == "auto" else getattr(torch, settings.activation_dtype).itemsize,
     )
 
 
-def _kept_item(model: Inventory, settings: Settings) -> int | None:
-    if settings.activation_dtype == "auto":
-        return None
-    if not model.fused:
-        raise SettingsError(
-            [
-                f"activation_dtype: {settings.activation_dtype} is for layers of the Llama family without dropout or"
-                f" trained norms, but those of {model.name or 'this model'} are transformers' own; leave it out"
-            ]
-        )
-    return getattr(torch, settings.activation_dtype).itemsize
+def _check_layers(model: Inventory, settings: Settings) -> None:
+    """Raise SettingsError where transformers' own layers are to do what smidgen's do."""
+    problems = [
+        f"{name}: {value} is for layers of the Llama family without dropout or trained norms, but those of"
+        f" {model.name or 'this model'} are transformers' own; leave it out"
+        for name, value in _OF_FUSED_LAYERS.items()
+        if getattr(settings, name) == value and not model.fused
+    ]
+    if problems:
+        raise SettingsError(problems)
 
 
 def _adapter_inputs(model: Inventory, names: Sequence[str]) -> int:
@@ -127,12 +130,20 @@ def with_trained_norms(model: Inventory, settings: Settings) -> Inventory:
 
 
 def machine_now(
-    device: torch.device, dtype: torch.dtype, file: Path | None = None, *, generates: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    model: Inventory,
+    checkpoint: Checkpoint | None,
+    *,
+    generates: bool = False,
+    report: Report = silent,
 ) -> Machine:
-    """This machine and process; file: what to measure the disk with. Takes about a second. generates: not many tokens
-    at once are what it is for, but one after the other.
+    """This machine and process. Takes about a second. model, checkpoint: whose layers would be streamed. generates: not
+    many tokens at once are what it is for, but one after the other.
     """
-    speeds = {"disk_bytes_per_s": measure_disk(file) if file is not None else _DISK_BYTES_PER_S}
+    speeds = {}
+    if device.type == "cpu":
+        speeds["disk_bytes_per_s"] = _measure_stream(model, checkpoint, report)
     if generates:
         speeds["weights_per_s"] = measure_weights_read(dtype, device)
     else:
@@ -146,13 +157,30 @@ def process_now(device: torch.device) -> Machine:
     return Machine(1.0, 1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), device.type == "cpu")
 
 
+def _measure_stream(model: Inventory, checkpoint: Checkpoint | None, report: Report) -> float:
+    """Bytes a second that streamed layers are read with: from the model file where it holds them as they are used, else
+    from the cache folder (model/stream.py), where the model would be too if it is not there yet.
+    """
+    spill = spill_folder()
+    place = spill if spill.is_dir() else spill.parent
+    try:
+        if checkpoint is None or not model.mapped:
+            return probe_disk(place)
+        place = max(checkpoint.files, key=len).path
+        return measure_disk(place)
+    except OSError as error:
+        assumed = format_bytes(_DISK_BYTES_PER_S)
+        report(Note(f"{place} cannot be measured ({error.strerror}): its disk is taken to give {assumed}/s"))
+        return _DISK_BYTES_PER_S
+
+
 def measure_disk(file: Path, budget_s: float = 0.5) -> float:
     """Bytes a second that are read from the file's disk; the page cache is left out of it."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         size = min(os.fstat(descriptor).st_size, _PROBE_BYTES)
         os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(1 << 23)
+        buffer = bytearray(_PIECE_BYTES)
         started, done = time.perf_counter(), 0
         while done < size and time.perf_counter() - started < budget_s:
             count = os.preadv(descriptor, [buffer], done)
@@ -169,7 +197,9 @@ def probe_disk(folder: Path) -> float:
     """The same of the disk that a folder lies on, which is made if need be. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=folder, prefix="probe-") as file:
-        file.write(os.urandom(_WRITTEN_BYTES))
+        piece = os.urandom(_PIECE_BYTES)
+        for _ in range(_WRITTEN_BYTES // _PIECE_BYTES):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())  # or it would be read from the page cache
         return measure_disk(Path(file.name))

@@ -19,8 +19,8 @@ __all__ = ["embedding_noise"]
 def embedding_noise(base: Base, alpha: float) -> Iterator[Callable[[torch.Tensor], None]]:
     """Yields a function that is told the lengths, int64 [B], of a batch before the model computes it.
 
-    Embeddings come as [B, T, hidden_size] or, without padding, as [..., sum of lengths, hidden_size]. Outside the
-    block and in evaluation there is no noise.
+    Embeddings come as [B, T, hidden_size] or, where rows are packed, as [..., tokens, hidden_size]. Outside the block
+    and in evaluation there is no noise.
     """
     lengths = torch.empty(0)
 
@@ -32,10 +32,13 @@ def embedding_noise(base: Base, alpha: float) -> Iterator[Callable[[torch.Tensor
         if not module.training:
             return embedded
         bound = alpha / (lengths * embedded.shape[-1]).sqrt()  # of each row
-        tokens = embedded.shape[:-1]
-        padded = tokens.numel() != int(lengths.sum())
-        bound = bound[:, None, None] if padded else bound.repeat_interleave(lengths).view(*tokens, 1)
-        noise = (torch.rand(embedded.shape) * 2 - 1) * bound
+        noise = torch.rand(embedded.shape) * 2 - 1
+        if base.packed is None:
+            noise *= bound[:, None, None]
+        else:
+            of_token = torch.zeros(embedded.shape[:-1].numel())
+            of_token[base.packed.places] = bound.repeat_interleave(lengths)
+            noise *= of_token.view(*embedded.shape[:-1], 1)
         return embedded + noise.to(embedded.device, embedded.dtype)
 
     if not alpha:

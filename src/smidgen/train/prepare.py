@@ -8,10 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smidgen.data.batch import Batching
 from smidgen.data.gate import check_examples
 from smidgen.data.mixture import Mixture
-from smidgen.data.records import DataSet, Row
+from smidgen.data.records import Row
 from smidgen.data.render import Renderer
 from smidgen.data.report import build_report
 from smidgen.data.tokens import Examples
@@ -135,17 +137,19 @@ def prepare(
         report(Warned("no held-out rows: the loss before and after training cannot be shown"))
 
     asked = _with_answers(rows.data.validation, settings.eval_answers)
-    if settings.eval_answers and not asked:
-        raise DataError(
-            "the held-out rows are plain text", expected="rows with answers for eval_answers", cure="leave it out"
-        )
+    compared = _with_answers(rows.data.test or rows.data.validation, settings.compare)
+    for name, count, found in (("eval_answers", settings.eval_answers, asked), ("compare", settings.compare, compared)):
+        if count and held_out and not found:
+            raise DataError(
+                "the held-out rows are plain text", expected=f"rows with answers for {name}", cure="leave it out"
+            )
     check_optimizer(settings, choose_device(settings.device))
     statistics = build_report(rows.rendered[:1], source.tokenizer, layout=layout, mix=rows.mix)
     decided = decide(source, settings.quantize, settings.compute_dtype, settings.device, report)
     planned = planned_rows(examples, held_out, Schedule(examples.lengths, settings, rows.mixture))
     if needs_gptq(settings.quantize, source.checkpoint):
         _plan(source, decided, settings, planned, silent, before_gptq=True)  # or minutes would be lost
-        source = _quantised(source, examples, gptq_folder(out), settings, report)
+        source = _quantised(source, examples, gptq_folder(out), settings, decided.device, report)
     plan = _plan(source, decided, settings, planned, report)
     base = load_base(
         source,
@@ -154,6 +158,35 @@ def prepare(
         trust_remote_code=settings.trust_remote_code,
         report=report,
     )
+    adapters = _adapt(base, source, settings, initial, report)
+    set_recompute(base, plan.choice.recompute, settings.activation_dtype)
+    settings = settings_for(settings, plan)
+    base.tile_tokens, base.loss_chunk = settings.tile_tokens, settings.loss_chunk
+    schedule = Schedule(examples.lengths, settings, rows.mixture)
+    batching = choose_batching(base, examples, schedule, plan.tokens, report)
+    if batching.share_prefix:
+        statistics = replace(statistics, sharing=estimate_sharing(examples, schedule))
+    return Prepared(
+        settings=settings,
+        plan=plan,
+        source=source,
+        renderer=rows.renderer,
+        base=base,
+        adapters=adapters,
+        batching=batching,
+        train=examples,
+        mixture=rows.mixture,
+        held_out=held_out,
+        compared=compared,
+        asked=asked,
+        data_sha256=hashlib.sha256(examples.digest() + held_out.digest()).hexdigest(),
+        system=_shared_system(rows.data.train),
+        statistics=statistics.as_dict() | {"held_out_rows": len(held_out)},
+    )
+
+
+def _adapt(base: Base, source: Source, settings: Settings, initial: StoredAdapter | None, report: Report) -> Adapters:
+    """Put everything that learns into the model, as it starts."""
     if initial:
         initial.check_base(base, is_start=True)
     names, notes = select_targets(settings.targets, base.linears, base.head_name)
@@ -182,30 +215,7 @@ def prepare(
     if is_fused(base.backbone) and (settings.dropout or learns_norms(base.backbone)):
         what = "dropout is" if settings.dropout else "trained norms are"
         report(Note(f"{what} computed by transformers' layers, which are slower than smidgen's own"))
-    set_recompute(base, plan.choice.recompute, settings.activation_dtype)
-    settings = settings_for(settings, plan)
-    base.tile_tokens, base.loss_chunk = settings.tile_tokens, settings.loss_chunk
-    schedule = Schedule(examples.lengths, settings, rows.mixture)
-    batching = choose_batching(base, examples, schedule, plan.tokens, report)
-    if batching.share_prefix:
-        statistics = replace(statistics, sharing=estimate_sharing(examples, schedule))
-    return Prepared(
-        settings,
-        plan,
-        source,
-        rows.renderer,
-        base,
-        adapters,
-        batching,
-        examples,
-        rows.mixture,
-        held_out,
-        _compared(rows.data, settings.compare),
-        asked,
-        hashlib.sha256(examples.digest() + held_out.digest()).hexdigest(),
-        _shared_system(rows.data.train),
-        statistics.as_dict() | {"held_out_rows": len(held_out)},
-    )
+    return adapters
 
 
 def _attach_others(base: Base, source: Source, settings: Settings, report: Report) -> Adapters:
@@ -230,14 +240,17 @@ def gptq_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-gptq")
 
 
-def _quantised(source: Source, examples: Examples, folder: Path, settings: Settings, report: Report) -> Source:
+def _quantised(
+    source: Source, examples: Examples, folder: Path, settings: Settings, device: torch.device, report: Report
+) -> Source:
     """The base quantised by GPTQ on the training rows into a folder beside the run, which is the run's base from then
-    on: it takes minutes, and would be another one on other rows.
+    on: it takes minutes, and would be another one on other rows. device: what trains on it, whose memory
+    settings.memory is.
     """
     ids = list(islice((token for example in examples for token in example.input_ids), _CALIBRATION_TOKENS))
     text = calibration_on_the_way(ids, "the training rows", source.tokenizer, source.max_positions, report)
-    if settings.device not in ("auto", "cpu"):
-        report(Note(f"GPTQ runs on the CPU; {settings.device} trains on what it makes"))
+    if device.type != "cpu":
+        report(Note(f"GPTQ runs on the CPU; {device} trains on what it makes"))
     quantise_model(
         source,
         folder,
@@ -245,7 +258,7 @@ def _quantised(source: Source, examples: Examples, folder: Path, settings: Setti
         settings=GPTQ_ON_THE_WAY,
         calibration=text,
         trust_remote_code=settings.trust_remote_code,
-        memory=parse_bytes(settings.memory) if settings.memory else None,
+        memory=parse_bytes(settings.memory) if settings.memory and device.type == "cpu" else None,
         report=report,
     )
     report(Note(f"the quantised base lies in {folder}: the run needs it from now on"))
@@ -260,10 +273,6 @@ def _shared_system(rows: Iterable[Row]) -> str:
         if len(first) > 1:
             return ""
     return first.pop()
-
-
-def _compared(rows: DataSet, count: int) -> list[Row]:
-    return _with_answers(rows.test or rows.validation, count)
 
 
 def _with_answers(rows: Iterable[Row], count: int) -> list[Row]:
@@ -299,7 +308,6 @@ def _plan(
         share = f"{model.expert_share:.0%} of the decoder's weights"
         report(Note(f"the mixture's experts, {share}, get no adapter: they stay as they are"))
     work = work_of(model, settings, rows, item)
-    largest = max((info.file for info in checkpoint.tensors.values()), key=lambda file: file.stat().st_size)
     left = LEFT_BY_GPTQ if before_gptq and decided.device.type == "cpu" else 0
 
     def with_left(machine: Machine) -> Machine:
@@ -312,7 +320,7 @@ def _plan(
         settings,
         budget_of(settings, decided.device),
         can_stream=decided.device.type == "cpu",
-        probe=lambda: with_left(machine_now(decided.device, decided.dtype, largest)),
+        probe=lambda: with_left(machine_now(decided.device, decided.dtype, model, checkpoint, report=report)),
         report=report,
     )
     free = current_rss_bytes() + free_memory_bytes()

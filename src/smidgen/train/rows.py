@@ -19,7 +19,7 @@ from smidgen.events import Note, Report, silent
 from smidgen.model.load import Source
 from smidgen.train.config import Settings
 
-__all__ = ["RunRows", "check_mix", "edits_of", "read_rows", "renderer_of"]
+__all__ = ["RunRows", "check_mix", "edits_of", "read_rows", "renderer_of", "seq_len_within"]
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,24 @@ def edits_of(settings: Settings) -> Edits:
     return Edits(settings.system, settings.fill or {})
 
 
+def seq_len_within(max_positions: int, settings: Settings, report: Report = silent) -> int:
+    """The most tokens that a row can have."""
+    seq_len = min(settings.seq_len, max_positions)
+    if seq_len < settings.seq_len:
+        report(Note(f"seq_len {seq_len}: the model has no more positions"))
+    return seq_len
+
+
 def renderer_of(
     settings: Settings, tokenizer: Any, max_positions: int, report: Report = silent, today: date | None = None
 ) -> Renderer:
     """How the settings make tokens of rows, for a model with so many positions: the same in a run and after it. today:
     as Renderer takes it.
     """
-    seq_len = min(settings.seq_len, max_positions)
-    if seq_len < settings.seq_len:
-        report(Note(f"seq_len {seq_len}: the model has no more positions"))
     return Renderer(
         tokenizer,
         train_on_prompt=settings.train_on_prompt,
-        seq_len=seq_len,
+        seq_len=seq_len_within(max_positions, settings, report),
         too_long=settings.too_long,
         today=today,
         report=report,
@@ -91,10 +96,10 @@ def read_rows(
     edits.check_fill(rows.placeholders)
     renderer = renderer_of(settings, source.tokenizer, source.max_positions, report, today or date.today())
     cache = cache_folder() / "tokens" if settings.token_cache else None
-    odd = find_odd(source.tokenizer)
+    odd, chat = find_odd(source.tokenizer), rows.layout != "text"
 
     def tokens(split: Rows) -> Examples:
-        return tokenise(split, renderer, edits=edits.key(), odd=odd, cache=cache, report=report)
+        return tokenise(split, renderer, chat=chat, edits=edits.key(), odd=odd, cache=cache, report=report)
 
     rendered = tuple(tokens(split) for split in (rows.train, rows.validation, *([rows.test] if test else [])))
     train = leave_out_untrained(rendered[0], "rows", renderer, report)

@@ -28,7 +28,7 @@ import yaml
 from smidgen.checkpoint.hub import BUILTIN_MODELS
 from smidgen.errors import RunError
 from smidgen.events import Note, Report, Saved
-from smidgen.export.adapter import is_adapter, save_adapter
+from smidgen.export.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, save_adapter
 from smidgen.export.compare import check_saved_adapter
 from smidgen.export.files import disk_errors, new_folder, read_object, replace_file, write_json
 from smidgen.model.build import Base
@@ -43,6 +43,7 @@ RECORD = "smidgen.json"
 STATISTICS = "data.json"
 SUMMARY = "summary.json"
 _ANSWERS = "answers.jsonl"
+_RESULT = ".result"  # before its files are moved to their places
 _ANSWERED = {"prompt", "expected", "before", "after"}
 
 
@@ -206,24 +207,24 @@ class RunFolder:
         keep: int,
         best: int | None = None,
     ) -> Path:
-        """checkpoints/step-N, whole or not at all; nothing is done if a whole one is there. It is read again, and only
-        then are all but the newest `keep` and that of step `best` removed. Raises RunError if it reads otherwise than
-        it was written, if its adapter computes something else than the one in memory, or if the base's files changed.
+        """checkpoints/step-N, whole or not at all; a whole one that is there stays. It is read again, and only then are
+        all but the newest `keep` and that of step `best` removed. Raises RunError if it reads otherwise than it was
+        written, if its adapter computes something else than the one in memory, or if the base's files changed.
         """
         base.checkpoint.check_unchanged()
         folder = self.path / "checkpoints" / f"step-{cursor.step}"
-        if is_whole(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which `resume` has passed over
-        with new_folder(folder) as staging:
-            save_adapter(staging, base, adapters, self.record.peft_base)
-            check_saved_adapter(base, adapters, staging)
-            save_state(staging, cursor, adapters, optimizer)
-            tokenizer.save_pretrained(staging)
-            (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
-            write_manifest(staging)
         if not is_whole(folder):
-            raise RunError(f"{folder} reads otherwise than it was written", cure="look after the disk; older ones stay")
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which `resume` has passed over
+            with new_folder(folder) as staging:
+                save_adapter(staging, base, adapters, self.record.peft_base)
+                check_saved_adapter(base, adapters, staging)
+                save_state(staging, cursor, adapters, optimizer)
+                tokenizer.save_pretrained(staging)
+                (staging / RECORD).write_text(json.dumps(asdict(self.record), indent=2) + "\n", encoding="utf-8")
+                write_manifest(staging)
+            if not is_whole(folder):
+                cure = "look after the disk; older ones stay"
+                raise RunError(f"{folder} reads otherwise than it was written", cure=cure)
         with disk_errors(self.path / "checkpoints"):
             prune_checkpoints(self.path, keep, best)
         return folder
@@ -238,21 +239,30 @@ class RunFolder:
     ) -> None:
         """The adapter into RUN itself, then answers.jsonl and summary.json. Raises RunError as save_checkpoint."""
         base.checkpoint.check_unchanged()
-        staging = self.path / ".result"
+        staging = self.path / _RESULT
         with new_folder(staging) as folder:
             save_adapter(folder, base, adapters, self.record.peft_base)
             check_saved_adapter(base, adapters, folder)
-        for file in sorted(
-            staging.iterdir(), key=lambda file: file.suffix == ".json"
-        ):  # the config last: it marks a result
-            file.replace(self.path / file.name)
-        staging.rmdir()
+        with disk_errors(self.path):
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG):  # it marks a result
+                file.replace(self.path / file.name)
+            staging.rmdir()
         if answers:
             self.save_answers(answers)
         write_json(self.path / SUMMARY, summary)
         for file in sorted(self.path.iterdir()):
             if file.is_file() and file.name != LOCK:
                 report(Saved(file, file.stat().st_size))
+
+    def withdraw_result(self) -> None:
+        """Take away what save_result wrote, but for the answers, since the run goes on from a checkpoint; and what a
+        process left that was killed while it wrote.
+        """
+        with disk_errors(self.path):
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, SUMMARY):  # without the first it is no result
+                (self.path / name).unlink(missing_ok=True)
+            for remains in (self.path / _RESULT, *self.path.glob(".tmp-*")):
+                shutil.rmtree(remains) if remains.is_dir() else remains.unlink(missing_ok=True)
 
     def save_answers(self, answers: list[dict[str, Any]]) -> None:
         """answers.jsonl: prompt, expected, before, after."""

@@ -32,11 +32,12 @@ _MANIFEST = "manifest.json"
 
 @dataclass
 class Cursor:
-    """Where a run stands: optimizer steps done, tokens seen, seconds trained."""
+    """Where a run stands: optimizer steps done, tokens seen, seconds trained, and those of all that was done."""
 
     step: int = 0
     tokens: int = 0
     train_s: float = 0.0
+    wall_s: float = 0.0
 
 
 def save_state(folder: Path, cursor: Cursor, adapters: Adapters, optimizer: torch.optim.Optimizer) -> None:
@@ -138,7 +139,7 @@ def is_whole(folder: Path) -> bool:
     """Whether every file is as the manifest says."""
     try:
         files = read_object(folder / _MANIFEST)["files"]
-        return all(
+        return len(files) > 0 and all(
             (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )

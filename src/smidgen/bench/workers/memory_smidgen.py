@@ -2,26 +2,30 @@
 
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smidgen.bench.workers.serving import current_rss_bytes, peak_rss_bytes, reset_peak_rss, serve, versions
+from smidgen.bench.workers.serving import peak_rss_bytes, reset_peak_rss, serve, versions
 from smidgen.bench.workers.stepper import Stepper
 from smidgen.checkpoint.open import open_checkpoint
 from smidgen.data.batch import Batch
-from smidgen.model.device import choose_device, swapped_bytes
+from smidgen.model.device import swapped_bytes
 from smidgen.model.generate import Sampling, stream_tokens
 from smidgen.model.inventory import inventory_of
-from smidgen.model.load import Source, load_base
+from smidgen.model.load import Decided, Source, load_base
 from smidgen.planning.generation import generation_plans, plan_generation
+from smidgen.planning.inventory import Inventory
+from smidgen.planning.planner import Forecast, Machine
 from smidgen.train.config import Settings
-from smidgen.train.memory import give_memory_back, machine_now, plan_run, work_of
+from smidgen.train.memory import give_memory_back, machine_now, plan_run, process_now, work_of
 
 __all__ = ["MemoryWorker"]
 
 _SAMPLE_S = 0.01
+_NO_BUDGET = 1 << 50  # bytes
 
 
 class _Anonymous:
@@ -40,60 +44,76 @@ class _Anonymous:
             time.sleep(_SAMPLE_S)
 
 
-class MemoryWorker:
-    """load, then step as often as wanted, or generate."""
+@dataclass(frozen=True)
+class _How:
+    """What a plan follows from, beside the model and the rows. budget: bytes; None: none."""
 
-    def load(
-        self,
-        folder: str,
-        storage: str,
-        input_ids: list[list[int]],
-        budget: int | None,
-        recompute: str,
-        rank: int,
-        targets: str,
-        train: bool,
-        compute_dtype: str = "float32",
-        activation_dtype: str = "auto",
-        new_tokens: int = 0,
-        can_stream: bool = True,
-    ) -> dict[str, Any]:
-        settings = Settings(
-            rank=rank, alpha=2.0 * rank, learning_rate=1e-4, targets=targets, recompute=recompute,
-            micro_batch=len(input_ids), seq_len=max(8, len(input_ids[0])), activation_dtype=activation_dtype,
+    storage: str
+    budget: int | None
+    train: bool
+    recompute: str
+    rank: int
+    targets: str
+    compute_dtype: str = "float32"
+    activation_dtype: str = "auto"
+    new_tokens: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.compute_dtype)
+
+    def settings(self, lengths: list[int]) -> Settings:
+        return Settings(
+            rank=self.rank, alpha=2.0 * self.rank, learning_rate=1e-4, targets=self.targets, recompute=self.recompute,
+            micro_batch=len(lengths), seq_len=max(8, lengths[0]), activation_dtype=self.activation_dtype,
         )  # fmt: skip
-        give_memory_back(tight=budget is not None)
-        budget = budget or 1 << 50
-        path = Path(folder)
-        checkpoint = open_checkpoint(path)
-        dtype, device = getattr(torch, compute_dtype), choose_device("cpu")
-        model = inventory_of(checkpoint, checkpoint.config, storage, name=path.name, itemsize=dtype.itemsize)
-        work = work_of(model, settings, [len(ids) for ids in input_ids], dtype.itemsize)
-        largest = max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-        machine = machine_now(device, dtype, largest, generates=not train)
-        cache = "float32"
-        if train:
-            plan = plan_run(model, work, machine, settings, (budget, "--memory"), can_stream=can_stream)
-        else:
-            ways = generation_plans(model, machine, len(input_ids[0]), new_tokens, dtype.itemsize)
-            found = plan_generation(model, ways, budget)
-            plan, cache = found.forecast, found.cache_dtype
+
+    def plan(self, model: Inventory, machine: Machine, lengths: list[int]) -> tuple[Forecast, str]:
+        """(what fits, the type of the key cache). Raises SettingsError where nothing does, and for wrong settings."""
+        settings, item = self.settings(lengths), self.dtype.itemsize
+        work = work_of(model, settings, lengths, item)
+        budget = _NO_BUDGET if self.budget is None else self.budget
+        if self.train:
+            return plan_run(model, work, machine, settings, (budget, "--memory")), "float32"
+        found = plan_generation(model, generation_plans(model, machine, lengths[0], self.new_tokens, item), budget)
+        return found.forecast, found.cache_dtype
+
+
+class MemoryWorker:
+    """check, or load, then step as often as wanted, or generate."""
+
+    def check(self, name: str, config: dict[str, Any], lengths: list[int], **how: Any) -> dict[str, Any]:
+        """Plan for a model that is not written yet."""
+        from smidgen.bench.packed_model import packed_inventory  # not into the process that is measured
+
+        given = _How(**how)
+        model = packed_inventory(config, given.storage, name=name, itemsize=given.dtype.itemsize)
+        given.plan(model, process_now(torch.device("cpu")), lengths)
+        return {}
+
+    def load(self, folder: str, input_ids: list[list[int]], **how: Any) -> dict[str, Any]:
+        given, path, device = _How(**how), Path(folder), torch.device("cpu")
+        give_memory_back(tight=given.budget is not None)
+        checkpoint, lengths = open_checkpoint(path), [len(ids) for ids in input_ids]
+        model = inventory_of(
+            checkpoint, checkpoint.config, given.storage, name=path.name, itemsize=given.dtype.itemsize
+        )
+        machine = machine_now(device, given.dtype, model, checkpoint, generates=not given.train)
+        plan, cache = given.plan(model, machine, lengths)
         self.anonymous = _Anonymous()
         reset_peak_rss()
-        source = Source(folder, checkpoint, tokenizer=None)
+        decided = Decided(given.storage, given.dtype, device)
         self.base = load_base(
-            source, quantize=storage, compute_dtype=compute_dtype, device="cpu", streamed=plan.choice.streamed
+            Source(folder, checkpoint, tokenizer=None), decided=decided, streamed=plan.choice.streamed
         )
         self.base.cache_dtype = getattr(torch, cache)
         self.base.tile_tokens, self.base.loss_chunk = plan.choice.tile_tokens, plan.choice.loss_chunk
-        load_peak = peak_rss_bytes()
-        loaded = current_rss_bytes()
         size = plan.choice.micro_batch
         self.rows = torch.tensor(input_ids)
-        if train:
+        if given.train:
             parts = self.rows.split(size)
             batches = [Batch(part, part.clone(), torch.full((len(part),), part.shape[1])) for part in parts]
-            self.stepper = Stepper(self.base, settings, plan.choice.recompute, batches)
+            self.stepper = Stepper(self.base, given.settings(lengths), plan.choice.recompute, batches)
         return {
             "forecast_peak_bytes": plan.anonymous_bytes,
             "forecast_rss_bytes": plan.peak_bytes,
@@ -105,8 +125,6 @@ class MemoryWorker:
             "micro_batch": size,
             "tile_tokens": plan.choice.tile_tokens,
             "loss_chunk": plan.choice.loss_chunk,
-            "load_peak_rss_bytes": load_peak,
-            "loaded_rss_bytes": loaded,
             "disk_bytes_per_s": machine.disk_bytes_per_s,
             "threads": machine.threads,
             "versions": versions("smidgen", "torch", "transformers"),
@@ -146,4 +164,4 @@ class MemoryWorker:
 
 if __name__ == "__main__":
     worker = MemoryWorker()
-    serve({"load": worker.load, "step": worker.step, "generate": worker.generate})
+    serve({"check": worker.check, "load": worker.load, "step": worker.step, "generate": worker.generate})
