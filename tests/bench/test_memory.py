@@ -48,6 +48,33 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
         assert result["resident_step_s"] > 0 and all(loss < 20 for loss in result["loss"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"seq_len": 512},
+        {"seq_len": 512, "recompute": "none", "quantize": "gptq"},
+        {"seq_len": 64, "quantize": "int8", "targets": "all-linear", "rank": 32},
+        {"seq_len": 1024, "quantize": "none", "recompute": "cheap"},
+        {"seq_len": 256, "micro_batch": 4, "vocab_size": 128_000},
+        {"seq_len": 256, "micro_batch": 2, "recompute": "full", "activation_dtype": "bfloat16"},
+        {"seq_len": 256, "memory": 500_000_000},
+        {"seq_len": 512, "mode": "generate", "new_tokens": 16},
+        {"shape": "stablelm-base-alpha-3b", "layers": 1, "seq_len": 128, "vocab_size": 8192},
+    ],
+    ids=lambda how: " ".join(f"{name}={value}" for name, value in how.items()),
+)
+def test_forecasts_of_small_models_are_never_under_and_hardly_over(how: dict[str, Any]) -> None:
+    """The larger ones: benchmarks/forecasts.py."""
+    found = bench_memory(MemorySettings(**{"shape": "smollm2-135m", "layers": 4, "repeats": 1} | how))
+    forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
+    print(f"forecast {forecast / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert measured <= forecast <= measured + (64 << 20)
+    if "memory" in how:
+        assert found["streamed_layers"] > 0
+        assert found["peak_rss_bytes"] <= how["memory"]
+
+
 def test_what_an_answer_read_and_waited_is_of_each_token_as_its_time_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
