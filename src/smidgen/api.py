@@ -291,7 +291,8 @@ def export_run(
 
     to: 'gguf-lora' (an adapter for llama.cpp), 'gguf' (the merged model), 'ollama' (the same in a folder with a
     Modelfile), 'hf' (a folder of 16 bits, or of 32 as the base), 'bnb-4bit'. type: of the numbers: GGUF's F16, BF16,
-    Q8_0 or Q4_0 (auto: Q8_0); float16, bfloat16 or float32 of a folder (auto: as merge); nf4-dq, nf4 or fp4 of 'bnb-4bit' (auto: nf4-dq).
+    Q8_0 or Q4_0 (auto: Q8_0); float16, bfloat16 or float32 of a folder (auto: as merge); nf4-dq, nf4 or fp4 of
+    'bnb-4bit' (auto: nf4-dq).
     Returns out, to, type and what export.verified measures. Raises RunError where the fine-tune did not survive.
     """
     if to not in EXPORTS:
