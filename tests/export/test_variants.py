@@ -55,14 +55,19 @@ def _saved(base: Any, folder: Path, name: str) -> Path:
     return folder
 
 
+def _in_peft(folder: Path, saved: Path) -> Any:
+    """The saved adapter over the model in `folder`, as PEFT itself loads both."""
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder).eval(), saved).eval()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("architecture", "targets"), [("llama", "all"), ("llama-tied", "v,head"), ("gpt2", "all")])
 def test_real_peft_gives_the_same_logits(architecture: str, targets: str, variant: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     folder = tiny_folder(tmp_path / "base", architecture)
     base = _adapted(folder, VARIANTS[variant], targets)
     saved = _saved(base, tmp_path / "a", str(folder))
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder).eval(), saved).eval()
+    theirs = _in_peft(folder, saved)
     ours = base.model(IDS).logits.detach()
     plain = _adapted(folder, {}, targets).model(IDS).logits
     assert float((ours - plain).detach().abs().max()) > 0.01  # it is another function than plain LoRA's
@@ -72,14 +77,13 @@ def test_real_peft_gives_the_same_logits(architecture: str, targets: str, varian
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_setting_that_was_not_written_would_be_seen_in_real_pefts_logits(variant: str, tmp_path: Path) -> None:
     """The control arm: the same tensors, but PEFT is not told what the variant is."""
-    peft = pytest.importorskip("peft")
     folder = tiny_folder(tmp_path / "base")
     base = _adapted(folder, VARIANTS[variant])
     saved = _saved(base, tmp_path / "a", str(folder))
     config = json.loads((saved / "adapter_config.json").read_text())
     told = {"use_dora": False, "use_rslora": False, "alpha_pattern": {}}
     (saved / "adapter_config.json").write_text(json.dumps(config | told))
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder).eval(), saved).eval()
+    theirs = _in_peft(folder, saved)
     assert not torch.allclose(base.model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
