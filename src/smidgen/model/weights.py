@@ -106,8 +106,8 @@ class Weights:
             recipe = self._recipes.get(name)
             sources = recipe.names() if recipe and recipe.converter is None else []
             info = self.checkpoint.tensors.get(sources[0]) if sources else None
-            # bytes have a shape of their own, which their reader checks
-            is_packed = self._stored is not None and len(shape) == 2
+            # bytes have a shape of their own, which their reader checks; a GGUF file tells that of the numbers
+            is_packed = self._stored is not None and len(shape) == 2 and self.checkpoint.format != "gguf"
             if info is not None and info.shape != shape and not is_packed:
                 raise self._wrong_shape(name, shape, info.shape)
 
