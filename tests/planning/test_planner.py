@@ -251,6 +251,16 @@ def test_the_heads_adapter_follows_its_settings(seven: Inventory) -> None:
     assert numbers(rank=8, use_dora=True) == (8 * both + 32000,) * 2
 
 
+def test_programs_count_where_they_are_compiled(seven: Inventory) -> None:
+    terms = [
+        forecast(
+            seven, replace(work(), itemsize=2), replace(MACHINE, compiles=compiles), Choice(1, 1, ("full",) * 32)
+        ).terms
+        for compiles in (True, False)
+    ]
+    assert "programs" in terms[0] and "programs" not in terms[1]
+
+
 def test_kept_activations_of_a_llama_layer(seven: Inventory) -> None:
     """By hand from model/fused.py: x, normed, middle, its norm; q, k, v, attended; gate, up; 16 + 34 more."""
     per_token = 4 * (4 * 4096 + 4 * 4096 + 2 * 11008 + 16 + 34)

@@ -18,6 +18,7 @@ __all__ = [
     "budget_on",
     "choose_compute_dtype",
     "choose_device",
+    "compiles_products",
     "current_rss_bytes",
     "device_name",
     "free_bytes",
@@ -124,6 +125,14 @@ def measure_weights_read(dtype: torch.dtype, device: torch.device, repeats: int 
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return len(matrices) * matrix.out_features * matrix.in_features / best
+
+
+def compiles_products() -> bool:
+    """Whether PyTorch has oneDNN compile products in 16 bits on this CPU: it does where there are instructions for
+    bfloat16 or at least AVX-512, and computes without oneDNN elsewhere. True where that is not known.
+    """
+    knows = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return knows is None or bool(knows())
 
 
 def choose_compute_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

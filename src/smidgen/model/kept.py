@@ -4,6 +4,7 @@ Every architecture keeps something else (a gate more, a norm in float32, probabi
 no formula would stay right. On the meta device there are no numbers, only sizes: autograd is asked what it saves.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from smidgen.lora.targets import fields_of
+from smidgen.model.stream import layer_of
 from smidgen.planning.inventory import ModuleKept
 
 __all__ = ["kept_by_modules"]
@@ -20,21 +23,29 @@ _ATTENTION = "smidgen_kept"
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what an attention kernel keeps: queries, keys, values and its output."""
+    """Keeps what an attention kernel keeps: queries, keys, values, its output, which goes on in another order, and in
+    float32 the log-sums.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-        ctx.save_for_backward(q, k, v, out)
-        return out
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return ctx.saved_tensors[:3]
+        return *ctx.saved_tensors[:3], None
 
 
-def _attend(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return _Attention.apply(q, k, v), None
+def _attend(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **how: Any
+) -> Any:
+    """A window takes a mask, and then keys and values of each head (model/segments.py)."""
+    if not how.get("sliding_window"):
+        return _Attention.apply(q, k, v, None), None
+    groups = q.shape[1] // k.shape[1]
+    return _Attention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), mask), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -51,14 +62,21 @@ def kept_by_modules(model: Any, dtype: torch.dtype) -> ModuleKept | None:
     try:
         short, _ = _saved(model, _SHORT, dtype)
         long, inputs = _saved(model, _LONG, dtype)
+        begun, _ = _saved(model, _LONG, dtype, begins=True)
     except Exception:  # whatever a model's code does that meta tensors cannot
         return None
     per_pair = max(0.0, (long / _LONG - short / _SHORT) / (_LONG - _SHORT))
-    return ModuleKept(short / _SHORT - per_pair * _SHORT, per_pair, inputs)
+    return ModuleKept(short / _SHORT - per_pair * _SHORT, per_pair, (long - begun) / _LONG if begun else 0.0, inputs)
 
 
-def _saved(model: Any, tokens: int, dtype: torch.dtype) -> tuple[int, tuple[tuple[str, int], ...]]:
-    """(bytes that autograd keeps; for each linear layer whose input is not among them, the number of that input)."""
+def _saved(
+    model: Any, tokens: int, dtype: torch.dtype, *, begins: bool = False
+) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """(bytes that autograd keeps; for each linear layer whose input is not among them, the number of that input).
+
+    begins: gradients end at the first layer's queries, keys and values, as where adapters in attention are the first
+    that learn; else they go through all of it.
+    """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
@@ -72,12 +90,18 @@ def _saved(model: Any, tokens: int, dtype: torch.dtype) -> tuple[int, tuple[tupl
 
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears]
+    if begins:
+        first = [module for name, module in linears if layer_of(name) == 0 and {*fields_of(name, "")} & {*"qkv"}]
+        hooks += [module.register_forward_hook(lambda _m, _x, out: out.requires_grad_()) for module in first]
     width = model.get_input_embeddings().weight.shape[1]
-    x = torch.empty(1, tokens, width, dtype=dtype, device="meta", requires_grad=True)
-    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")  # made: or values would be looked at
+    x = torch.empty(1, tokens, width, dtype=dtype, device="meta", requires_grad=not begins)
+    mask = torch.empty(1, 1, tokens, tokens, dtype=dtype, device="meta")  # made: or values would be looked at
+    given = {"inputs_embeds": x, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in signature(model.base_model.forward).parameters:  # which some would take from a 2D mask
+        given["position_ids"] = torch.empty(1, tokens, dtype=torch.int64, device="meta")
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False)
+            model.base_model(**given)
     finally:
         for hook in hooks:
             hook.remove()

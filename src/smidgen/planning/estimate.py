@@ -195,7 +195,7 @@ def panel_bytes(threads: int) -> int:
 
 
 def program_bytes(most_tokens: int, least_tokens: int) -> int:
-    """What a CPU compiles for products in 16 bits, for each number of rows, a multiple of 64 (model/device.py).
+    """What oneDNN compiles for products in 16 bits, for each number of rows, a multiple of 64 (model/device.py).
 
     most_tokens, least_tokens: of a micro-batch. Two more stand for the labels and for rows that are evaluated.
     """

@@ -113,7 +113,7 @@ def _forecast(
         "logits": 3 * _FLOAT32 * model.vocab_size,  # of one position: themselves, in order, and their sum
         "scratch": estimate.panel_bytes(machine.threads),
     }
-    if machine.is_cpu and itemsize < _FLOAT32:
+    if machine.is_cpu and machine.compiles and itemsize < _FLOAT32:
         small["programs"] = estimate.program_bytes(prompt_tokens, prompt_tokens)
     terms, mapped = with_base(model, machine, streamed, small, prompt_tokens)
     sizes = [model.layer_bytes[layer] for layer in streamed]

@@ -28,12 +28,14 @@ class Linear:
 @dataclass(frozen=True)
 class ModuleKept:
     """What all layers of transformers together keep for the backward pass (model/kept.py): bytes for each token and for
-    each pair of tokens of a row. inputs: (linear layer, number of its input) where an adapter would be the first to
-    keep it; layers with the same input have the same number.
+    each pair of tokens of a row. idle: of those for each token, what the first layer does not keep where nothing before
+    its attention learns, nor beside it. inputs: (linear layer, number of its input) where an adapter would be the first
+    to keep it; layers with the same input have the same number.
     """
 
     per_token: float
     per_pair: float
+    idle: float
     inputs: tuple[tuple[str, int], ...]
 
 

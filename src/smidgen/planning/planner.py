@@ -45,7 +45,8 @@ _DEVICE_RUNTIME = 80 << 20  # a workspace of cuBLAS for each direction; 77 MB on
 class Machine:
     """gflops: of products with packed weights; weights_per_s: that one token's products read from memory;
     disk_bytes_per_s: reading; framework_bytes: anonymous memory of the process before the model is loaded;
-    library_bytes: its resident pages of program files. is_cpu: it computes there.
+    library_bytes: its resident pages of program files. is_cpu: it computes there. compiles: products in 16 bits are
+    compiled, for each number of rows.
     """
 
     gflops: float
@@ -55,6 +56,7 @@ class Machine:
     library_bytes: int
     threads: int
     is_cpu: bool = True
+    compiles: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
     kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
+    kept -= tokens * work.idle if choice.recompute[0] == "none" else 0
     tile, chunk, is_cpu = choice.tile_tokens, choice.loss_chunk, machine.is_cpu
     backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item, tile=tile)
     loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, chunk=chunk, is_cpu=is_cpu)
@@ -144,7 +147,7 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         held_out += estimate.scratch_bytes(model, evaluated.tokens, longest, threads, item, tile=tile, is_cpu=is_cpu)
         small["held-out rows"] = max(0, held_out - kept - max(backward, loss) - scratch)  # there are no gradients then
         load |= evaluated
-    if in_64s:
+    if in_64s and machine.compiles:
         small["programs"] = estimate.program_bytes(load.tokens, load.least_tokens)
     terms, mapped = with_base(model, machine, choice.streamed, small, load.tokens)
     step_s, read_bytes = _time(model, work, machine, choice)

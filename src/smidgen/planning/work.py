@@ -93,8 +93,8 @@ class Rows:
 class Work:
     """rows_per_step: micro-batch times accumulation. parameters: trainable; ranks: of all adapters of one layer
     together. state_bytes: of the optimizer for each parameter. head_parameters: those of `parameters` that the head
-    computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone. kept_item: bytes of
-    a number that waits for the backward pass; None: itemsize.
+    computes with. inputs: numbers a token that one layer of transformers keeps for adapters alone; idle: bytes a token
+    that the first of them does not keep. kept_item: bytes of a number that waits for the backward pass; None: itemsize.
 
     Rows are counted without padding. Where layers turn out to need it, no more tokens are computed at once, padding
     included (train/sharing.py).
@@ -108,6 +108,7 @@ class Work:
     state_bytes: float = 8
     head_parameters: int = 0
     inputs: int = 0
+    idle: int = 0
     kept_item: int | None = None
 
     @cached_property

@@ -15,8 +15,14 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
-from smidgen.lora.targets import check_pattern, match_pattern, select_modules, select_targets
-from smidgen.model.device import budget_on, measure_gflops, measure_weights_read, resident_bytes
+from smidgen.lora.targets import check_pattern, fields_of, match_pattern, select_modules, select_targets
+from smidgen.model.device import (
+    budget_on,
+    compiles_products,
+    measure_gflops,
+    measure_weights_read,
+    resident_bytes,
+)
 from smidgen.model.load import spill_folder
 from smidgen.model.stream import layer_of
 from smidgen.planning.budget import too_little
@@ -86,6 +92,7 @@ def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], it
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
         inputs=_adapter_inputs(model, names),
+        idle=_idle(model, settings, names),
         kept_item=None if settings.activation_dtype == "auto" else getattr(torch, settings.activation_dtype).itemsize,
     )
 
@@ -108,6 +115,14 @@ def _adapter_inputs(model: Inventory, names: Sequence[str]) -> int:
     width = {linear.name: linear.in_features for linear in model.linears}
     chosen = {group[name]: width[name] for name in names if name in group and name in width}
     return -(-sum(chosen.values()) // model.num_layers)
+
+
+def _idle(model: Inventory, settings: Settings, names: Sequence[str]) -> int:
+    """Bytes a token that the first of transformers' layers does not keep with these adapters."""
+    others = [name for name in names if layer_of(name) == 0 and not {*fields_of(name, model.head_name)} <= {*"qkvo"}]
+    if model.kept is None or settings.whole_modules or settings.tokens or others:
+        return 0
+    return int(model.kept.idle)
 
 
 def _beside_lora(model: Inventory, settings: Settings) -> tuple[int, int]:
@@ -154,7 +169,8 @@ def machine_now(
 def process_now(device: torch.device) -> Machine:
     """The same, its speed not measured: enough where nothing has to be traded for memory."""
     memory = resident_bytes() if device.type == "cpu" else (CUDA_CONTEXT_BYTES, 0)
-    return Machine(1.0, 1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), device.type == "cpu")
+    on_cpu = device.type == "cpu"
+    return Machine(1.0, 1.0, _DISK_BYTES_PER_S, *memory, torch.get_num_threads(), on_cpu, compiles_products())
 
 
 def _measure_stream(model: Inventory, checkpoint: Checkpoint | None, report: Report) -> float:
