@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
         return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *ctx.saved_tensors[:3], None
 
 
