@@ -9,7 +9,6 @@ that does not know the word has two of the same numbers.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from smidgen.export.files import read_object
 from smidgen.export.peft_kinds import check_kind
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.linear import LoraLinear
-from smidgen.lora.targets import match_pattern
+from smidgen.lora.targets import LARGEST_ALPHA, match_pattern
 from smidgen.model.build import Base
 from smidgen.model.trained import (
     DELTA,
@@ -222,8 +221,8 @@ class StoredAdapter:
         alphas = self.config.get("alpha_pattern") or {}
         key = match_pattern(alphas, name)
         alpha = float(self.config["lora_alpha"] if key is None else alphas[key])
-        if not math.isfinite(alpha):
-            raise ValueError("alpha is not finite")
+        if not abs(alpha) <= LARGEST_ALPHA:
+            raise ValueError(f"alpha is {alpha:g}, beyond float32")
         return {
             "rank": self.layers[name]["lora_A"].shape[0],
             "alpha": alpha,

@@ -11,9 +11,10 @@ from typing import Any
 
 from smidgen.errors import SettingsError
 
-__all__ = ["FIELDS", "check_pattern", "fields_of", "match_pattern", "select_modules", "select_targets"]
+__all__ = ["FIELDS", "LARGEST_ALPHA", "check_pattern", "fields_of", "match_pattern", "select_modules", "select_targets"]
 
 FIELDS = ("q", "k", "v", "o", "gate", "up", "down", "head")
+LARGEST_ALPHA = 3.4e38  # products take the scaling as float32
 
 # Last part of a module's name -> the fields it holds, for names that mean one thing wherever they stand.
 _BY_NAME: dict[str, tuple[str, ...]] = {

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from smidgen.data.render import TOO_LONG
 from smidgen.errors import SettingsError
 from smidgen.kernels.sizes import TILE_TOKENS
+from smidgen.lora.targets import LARGEST_ALPHA
 from smidgen.planning.estimate import RECOMPUTE
 from smidgen.units import parse_bytes, parse_duration
 
@@ -349,12 +350,13 @@ def _wrong_values(s: Settings) -> list[str]:
 
     need(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device)), "device", "auto, cpu, cuda, cuda:N or mps")
     need(s.rank >= 1, "rank", "1 or more")
-    need(s.alpha > 0, "alpha", "more than 0")
+    need(0 < s.alpha <= LARGEST_ALPHA, "alpha", "more than 0, within float32")
     ranks, alphas = s.rank_pattern or {}, s.alpha_pattern or {}
     need(all(map(_is_regex, ranks)), "rank_pattern", "regular expressions for names of layers")
     need(all(type(rank) is int and rank >= 1 for rank in ranks.values()), "rank_pattern", "ranks of 1 or more")
     need(all(map(_is_regex, alphas)), "alpha_pattern", "regular expressions for names of layers")
-    need(all(type(n) in (int, float) and 0 < n < math.inf for n in alphas.values()), "alpha_pattern", "alphas above 0")
+    numbers = all(type(alpha) in (int, float) and 0 < alpha <= LARGEST_ALPHA for alpha in alphas.values())
+    need(numbers, "alpha_pattern", "alphas above 0, within float32")
     need(0 <= s.dropout < 1, "dropout", "0 or more and less than 1")
     need(s.learning_rate > 0, "learning_rate", "more than 0")
     need(s.lora_plus_ratio > 0, "lora_plus_ratio", "more than 0")
