@@ -4,6 +4,7 @@ Every architecture keeps something else (a gate more, a norm in float32, probabi
 no formula would stay right. On the meta device there are no numbers, only sizes: autograd is asked what it saves.
 """
 
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -38,14 +39,20 @@ class _Attention(torch.autograd.Function):
         return *ctx.saved_tensors[:3], None
 
 
+_windows: ContextVar[set[int] | None] = ContextVar("windows", default=None)  # to be attended within, and noted
+
+
 def _attend(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **how: Any
 ) -> Any:
-    """A window takes a mask, and then keys and values of each head (model/segments.py)."""
-    if not how.get("sliding_window"):
+    """A window takes a mask, of each layer its own, and then keys and values of each head (model/segments.py)."""
+    windows, window = _windows.get(), how.get("sliding_window")
+    if windows is None or not window or mask is None:
         return _Attention.apply(q, k, v, None), None
+    windows.add(window)
     groups = q.shape[1] // k.shape[1]
-    return _Attention.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), mask), None
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return _Attention.apply(q, k, v, mask.clone()), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -59,14 +66,27 @@ def kept_by_modules(model: Any, dtype: torch.dtype) -> ModuleKept | None:
     model.requires_grad_(False)
     if getattr(model.config.get_text_config(), "_attn_implementation", "") != "eager":
         model.set_attn_implementation(_ATTENTION)
+    windows: set[int] = set()
     try:
-        short, _ = _saved(model, _SHORT, dtype)
-        long, inputs = _saved(model, _LONG, dtype)
+        plain, long, inputs = _slopes(model, dtype)
         begun, _ = _saved(model, _LONG, dtype, begins=True)
+        token = _windows.set(windows)
+        try:
+            windowed, _, _ = _slopes(model, dtype)
+        finally:
+            _windows.reset(token)
     except Exception:  # whatever a model's code does that meta tensors cannot
         return None
+    idle = (long - begun) / _LONG if begun else 0.0
+    return ModuleKept(*plain, idle, inputs, min(windows, default=0), windowed)
+
+
+def _slopes(model: Any, dtype: torch.dtype) -> tuple[tuple[float, float], int, tuple[tuple[str, int], ...]]:
+    """((bytes for each token, for each pair), all bytes of _LONG tokens, inputs: see _saved)."""
+    short, _ = _saved(model, _SHORT, dtype)
+    long, inputs = _saved(model, _LONG, dtype)
     per_pair = max(0.0, (long / _LONG - short / _SHORT) / (_LONG - _SHORT))
-    return ModuleKept(short / _SHORT - per_pair * _SHORT, per_pair, (long - begun) / _LONG if begun else 0.0, inputs)
+    return (short / _SHORT - per_pair * _SHORT, per_pair), long, inputs
 
 
 def _saved(
@@ -92,7 +112,7 @@ def _saved(
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears]
     if begins:
         first = [module for name, module in linears if layer_of(name) == 0 and {*fields_of(name, "")} & {*"qkv"}]
-        hooks += [module.register_forward_hook(lambda _m, _x, out: out.requires_grad_()) for module in first]
+        hooks += [module.register_forward_hook(lambda _m, _x, out: out.requires_grad_().clone()) for module in first]
     width = model.get_input_embeddings().weight.shape[1]
     x = torch.empty(1, tokens, width, dtype=dtype, device="meta", requires_grad=not begins)
     mask = torch.empty(1, 1, tokens, tokens, dtype=dtype, device="meta")  # made: or values would be looked at

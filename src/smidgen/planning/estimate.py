@@ -63,12 +63,14 @@ def kept_bytes(
     *,
     longest: int = 1,
     inputs: int = 0,
+    idle: int = 0,
     kept_item: int | None = None,
 ) -> int:
     """What the layers keep for the backward pass, layer by layer as `recompute` says.
 
     ranks: of all adapters of a layer together (the products x Aᵀ). inputs: numbers a token that a layer of transformers
-    keeps for adapters alone. longest: tokens of the longest row. kept_item: bytes of what is rounded while it waits.
+    keeps for adapters alone; idle: bytes a token that the first of them does not keep. longest: tokens of the longest
+    row. kept_item: bytes of what is rounded while it waits.
     Left out: nothing of a token's size.
     """
     hidden, inner, q, kv = _widths(model)
@@ -82,13 +84,12 @@ def kept_bytes(
         of_layer = {"none": none, "cheap": none - 2 * item * hidden, "full": item * hidden}
     else:
         if model.kept is not None:
-            none = ceil((model.kept.per_token + model.kept.per_pair * longest) / model.num_layers)
-            none += itemsize * (inputs + ranks)
+            none = ceil(model.kept.each_token(longest) / model.num_layers) + itemsize * (inputs + ranks)
         else:
             of_hidden, of_inner = _MODULES
             none = itemsize * (of_hidden * hidden + of_inner * inner + ranks)
         of_layer = {"none": none, "cheap": none, "full": itemsize * hidden}
-    return tokens * sum(of_layer[choice] for choice in recompute)
+    return tokens * (sum(of_layer[choice] for choice in recompute) - (idle if recompute[0] == "none" else 0))
 
 
 def _widest(model: Inventory) -> int:
@@ -232,7 +233,8 @@ def loss_bytes(
     chunk: see chunk_positions. For what the head learns (head_parameters) a chunk's gradient, the chunks' sum, and the
     parameters in the compute type. Elsewhere than on a CPU some of a chunk is there twice more, in float32.
     """
-    positions = chunk_positions(labels, model.vocab_size, chunk)
+    # not the equal chunks of these labels: fewer of them may come to a longer one
+    positions = min(labels, chunk or most_positions(model.vocab_size))
     if is_cpu and itemsize < _FLOAT32:
         positions = 64 * ceil(positions / 64)  # see program_bytes
     of_chunk = positions * (model.vocab_size + 2 * model.hidden_size)

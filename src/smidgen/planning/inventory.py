@@ -28,15 +28,24 @@ class Linear:
 @dataclass(frozen=True)
 class ModuleKept:
     """What all layers of transformers together keep for the backward pass (model/kept.py): bytes for each token and for
-    each pair of tokens of a row. idle: of those for each token, what the first layer does not keep where nothing before
-    its attention learns, nor beside it. inputs: (linear layer, number of its input) where an adapter would be the first
-    to keep it; layers with the same input have the same number.
+    each pair of tokens of a row; windowed: the same where rows are longer than the smallest window of their attention.
+    idle: of the bytes for each token, what the first layer does not keep where nothing before its attention learns, nor
+    beside it. inputs: (linear layer, number of its input) where an adapter would be the first to keep it; layers with
+    the same input have the same number.
     """
 
     per_token: float
     per_pair: float
     idle: float
     inputs: tuple[tuple[str, int], ...]
+    window: int = 0
+    windowed: tuple[float, float] = (0.0, 0.0)
+
+    def each_token(self, longest: int) -> float:
+        """Bytes for each token of rows of at most `longest`."""
+        is_windowed = 0 < self.window < longest
+        per_token, per_pair = self.windowed if is_windowed else (self.per_token, self.per_pair)
+        return per_token + per_pair * longest
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,7 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     may_pad = not model.fused and choice.micro_batch > 1 and longest > work.rows.shortest  # in more, smaller batches
     more = {"longest": longest, "inputs": work.inputs}
     layers = (model, tokens, choice.recompute, work.ranks, item)
-    kept = estimate.kept_bytes(*layers, **more, kept_item=work.kept_item)
-    kept -= tokens * work.idle if choice.recompute[0] == "none" else 0
+    kept = estimate.kept_bytes(*layers, **more, idle=work.idle, kept_item=work.kept_item)
     tile, chunk, is_cpu = choice.tile_tokens, choice.loss_chunk, machine.is_cpu
     backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item, tile=tile)
     loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, chunk=chunk, is_cpu=is_cpu)

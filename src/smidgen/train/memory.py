@@ -57,7 +57,7 @@ _DISK_BYTES_PER_S = 1e9  # of a disk that cannot be measured
 _PROBE_BYTES, _WRITTEN_BYTES, _PIECE_BYTES = 1 << 28, 1 << 26, 1 << 23
 _OF_FUSED_LAYERS = {"activation_dtype": "bfloat16", "recompute": "cheap"}  # what transformers' own layers cannot do
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_LARGE, _SMALL = 1 << 20, 1 << 18  # the latter takes up to a seventh longer where a batch has few tokens
+_MAPPED_FROM = 1 << 18  # bytes of a tensor; from a megabyte on, short rows left holes of 48 MB in the heap of 30 layers
 
 
 def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], itemsize: int) -> Work:
@@ -91,7 +91,7 @@ def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], it
         itemsize=itemsize,
         state_bytes=STATE_BYTES[settings.optimizer],
         head_parameters=head_parameters,
-        inputs=_adapter_inputs(model, names),
+        inputs=_adapter_inputs(model, names, use_dora=settings.use_dora),
         idle=_idle(model, settings, names),
         kept_item=None if settings.activation_dtype == "auto" else getattr(torch, settings.activation_dtype).itemsize,
     )
@@ -109,18 +109,22 @@ def _check_layers(model: Inventory, settings: Settings) -> None:
         raise SettingsError(problems)
 
 
-def _adapter_inputs(model: Inventory, names: Sequence[str]) -> int:
-    """Numbers a token that one of transformers' layers keeps because adapters learn from them."""
+def _adapter_inputs(model: Inventory, names: Sequence[str], *, use_dora: bool) -> int:
+    """Numbers a token that one of transformers' layers keeps because adapters learn from them: inputs, and of DoRA what
+    is scaled.
+    """
     group = dict(model.kept.inputs) if model.kept else {}
-    width = {linear.name: linear.in_features for linear in model.linears}
-    chosen = {group[name]: width[name] for name in names if name in group and name in width}
-    return -(-sum(chosen.values()) // model.num_layers)
+    linears = {linear.name: linear for linear in model.linears}
+    chosen = {group[name]: linears[name].in_features for name in names if name in group and name in linears}
+    scaled = sum(linears[name].out_features for name in names if name in linears) if use_dora else 0
+    return -(-(sum(chosen.values()) + scaled) // model.num_layers)
 
 
 def _idle(model: Inventory, settings: Settings, names: Sequence[str]) -> int:
     """Bytes a token that the first of transformers' layers does not keep with these adapters."""
-    others = [name for name in names if layer_of(name) == 0 and not {*fields_of(name, model.head_name)} <= {*"qkvo"}]
-    if model.kept is None or settings.whole_modules or settings.tokens or others:
+    first = [{*fields_of(name, model.head_name)} for name in names if layer_of(name) == 0]
+    in_attention = all(fields and fields <= {*"qkvo"} for fields in first)
+    if model.kept is None or settings.whole_modules or settings.tokens or not in_attention:
         return 0
     return int(model.kept.idle)
 
@@ -283,12 +287,11 @@ def settings_for(settings: Settings, found: Forecast) -> Settings:
     return replace(settings, accumulation=found.choice.accumulation, **sizes)
 
 
-def give_memory_back(*, tight: bool = False) -> None:
-    """Have large freed tensors go back to the system at once, so that a process needs what its tensors need.
+def give_memory_back() -> None:
+    """Have freed tensors go back to the system at once, so that a process needs what its tensors need.
 
     glibc raises the size from which it maps memory on its own with each such piece that is freed, and then keeps tens
     of megabytes between steps; a fixed limit (mallopt, M_MMAP_THRESHOLD) ends that. Elsewhere nothing is done.
-    tight: a budget was given: smaller tensors too, which would leave holes of tens of megabytes in the heap.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALL if tight else _LARGE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)

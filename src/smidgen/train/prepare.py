@@ -118,7 +118,7 @@ def prepare(
     """Cheap checks first: data and gate come before the weights are read. initial: where the adapters start. today: as
     for read_rows.
     """
-    give_memory_back(tight=settings.memory is not None)
+    give_memory_back()
     rows = read_rows(source, data, settings, report, today=today)
     examples, held_out, layout = rows.train, rows.held_out, rows.data.layout
     vocab_size = max(source.vocab_size, *(index + 1 for index in ids_of_tokens(source.tokenizer, settings.tokens)), 0)

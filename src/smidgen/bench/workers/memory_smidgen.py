@@ -93,7 +93,7 @@ class MemoryWorker:
 
     def load(self, folder: str, input_ids: list[list[int]], **how: Any) -> dict[str, Any]:
         given, path, device = _How(**how), Path(folder), torch.device("cpu")
-        give_memory_back(tight=given.budget is not None)
+        give_memory_back()
         checkpoint, lengths = open_checkpoint(path), [len(ids) for ids in input_ids]
         model = inventory_of(
             checkpoint, checkpoint.config, given.storage, name=path.name, itemsize=given.dtype.itemsize
