@@ -123,11 +123,12 @@ class Weights:
         return not bool(self.checkpoint.read(source).any())
 
     def _wrong_shape(self, name: str, shape: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
+        is_gguf = self.checkpoint.format == "gguf"
         return ModelError(
             f"{self.checkpoint.path}: tensor {name}",
-            expected=f"shape {list(shape)} by config.json",
+            expected=f"shape {list(shape)} by {'the metadata' if is_gguf else 'config.json'}",
             found=str(list(found)),
-            cure="check that config.json belongs to these weights",
+            cure="download it again" if is_gguf else "check that config.json belongs to these weights",
         )
 
     def __contains__(self, name: str) -> bool:
