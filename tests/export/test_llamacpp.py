@@ -87,6 +87,7 @@ def _greedy(loaded: Any, prompts: list[list[int]], answers: Any) -> tuple[float,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a fine-tune, and 320 texts for each of three files
 def test_adapter_and_merged_model(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     run = smidgen.finetune(
