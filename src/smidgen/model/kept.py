@@ -4,7 +4,6 @@ Every architecture keeps something else (a gate more, a norm in float32, probabi
 no formula would stay right. On the meta device there are no numbers, only sizes: autograd is asked what it saves.
 """
 
-from contextvars import ContextVar
 from inspect import signature
 from typing import Any
 
@@ -20,7 +19,7 @@ from smidgen.planning.inventory import ModuleKept
 __all__ = ["kept_by_modules"]
 
 _SHORT, _LONG = 64, 128  # tokens of two passes: what grows with a token, and what with a pair of tokens
-_ATTENTION = "smidgen_kept"
+_ATTENTION, _WINDOWED = "smidgen_kept", "smidgen_kept_windowed"
 
 
 class _Attention(torch.autograd.Function):
@@ -39,23 +38,23 @@ class _Attention(torch.autograd.Function):
         return *ctx.saved_tensors[:3], None
 
 
-_windows: ContextVar[set[int] | None] = ContextVar("windows", default=None)  # to be attended within, and noted
+def _attend(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(q, k, v, None), None
 
 
-def _attend(
+def _attend_windowed(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **how: Any
 ) -> Any:
     """A window takes a mask, of each layer its own, and then keys and values of each head (model/segments.py)."""
-    windows, window = _windows.get(), how.get("sliding_window")
-    if windows is None or not window or mask is None:
-        return _Attention.apply(q, k, v, None), None
-    windows.add(window)
+    if not how.get("sliding_window") or mask is None:
+        return _attend(module, q, k, v)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return _Attention.apply(q, k, v, mask.clone()), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
+AttentionInterface.register(_WINDOWED, _attend_windowed)
 
 
 def kept_by_modules(model: Any, dtype: torch.dtype) -> ModuleKept | None:
@@ -64,21 +63,20 @@ def kept_by_modules(model: Any, dtype: torch.dtype) -> ModuleKept | None:
     """
     model.to(dtype)
     model.requires_grad_(False)
-    if getattr(model.config.get_text_config(), "_attn_implementation", "") != "eager":
+    config, window = model.config.get_text_config(), 0
+    if getattr(config, "_attn_implementation", "") != "eager":
+        window = getattr(config, "sliding_window", None) or 0
         model.set_attn_implementation(_ATTENTION)
-    windows: set[int] = set()
     try:
         plain, long, inputs = _slopes(model, dtype)
         begun, _ = _saved(model, _LONG, dtype, begins=True)
-        token = _windows.set(windows)
-        try:
-            windowed, _, _ = _slopes(model, dtype)
-        finally:
-            _windows.reset(token)
+        if window:
+            model.set_attn_implementation(_WINDOWED)
+        windowed = _slopes(model, dtype)[0] if window else plain
     except Exception:  # whatever a model's code does that meta tensors cannot
         return None
     idle = (long - begun) / _LONG if begun else 0.0
-    return ModuleKept(*plain, idle, inputs, min(windows, default=0), windowed)
+    return ModuleKept(*plain, idle, inputs, window, windowed)
 
 
 def _slopes(model: Any, dtype: torch.dtype) -> tuple[tuple[float, float], int, tuple[tuple[str, int], ...]]:

@@ -28,7 +28,7 @@ class Linear:
 @dataclass(frozen=True)
 class ModuleKept:
     """What all layers of transformers together keep for the backward pass (model/kept.py): bytes for each token and for
-    each pair of tokens of a row; windowed: the same where rows are longer than the smallest window of their attention.
+    each pair of tokens of a row; windowed: the same where rows are longer than the window of their attention (0: none).
     idle: of the bytes for each token, what the first layer does not keep where nothing before its attention learns, nor
     beside it. inputs: (linear layer, number of its input) where an adapter would be the first to keep it; layers with
     the same input have the same number.
@@ -38,8 +38,8 @@ class ModuleKept:
     per_pair: float
     idle: float
     inputs: tuple[tuple[str, int], ...]
-    window: int = 0
-    windowed: tuple[float, float] = (0.0, 0.0)
+    window: int
+    windowed: tuple[float, float]
 
     def each_token(self, longest: int) -> float:
         """Bytes for each token of rows of at most `longest`."""
