@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,6 @@ def test_a_tiny_model_within_a_limit(mode: str, tmp_path: Path) -> None:
         {"seq_len": 1024, "quantize": "none", "recompute": "cheap"},
         {"seq_len": 256, "micro_batch": 4, "vocab_size": 128_000},
         {"seq_len": 256, "micro_batch": 2, "recompute": "full", "activation_dtype": "bfloat16"},
-        {"seq_len": 256, "memory": 500_000_000},
         {"seq_len": 512, "mode": "generate", "new_tokens": 16},
         {"shape": "stablelm-base-alpha-3b", "layers": 1, "seq_len": 128, "vocab_size": 8192},
     ],
@@ -70,9 +70,18 @@ def test_forecasts_of_small_models_are_never_under_and_hardly_over(how: dict[str
     forecast, measured = found["forecast_peak_bytes"], found["measured_peak_bytes"]
     print(f"forecast {forecast / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert measured <= forecast <= measured + (64 << 20)
-    if "memory" in how:
-        assert found["streamed_layers"] > 0
-        assert found["peak_rss_bytes"] <= how["memory"]
+
+
+@pytest.mark.slow
+def test_forecast_of_a_streamed_model_is_not_under_and_hardly_over() -> None:
+    """The limit is 30 MB below what the model needs as a whole: PyTorch alone takes more on one machine than another."""
+    settings = MemorySettings("smollm2-135m", layers=30, seq_len=256, recompute="full", repeats=1)
+    limit = bench_memory(settings)["forecast_rss_bytes"] - 30_000_000
+    found = bench_memory(replace(settings, memory=limit))
+    measured = found["measured_peak_bytes"]
+    assert measured <= found["forecast_peak_bytes"] <= measured + (64 << 20)
+    assert 0 < found["streamed_layers"] < 30
+    assert found["peak_rss_bytes"] <= limit
 
 
 def test_what_an_answer_read_and_waited_is_of_each_token_as_its_time_is(
