@@ -74,7 +74,7 @@ def test_forecasts_of_small_models_are_never_under_and_hardly_over(how: dict[str
 
 @pytest.mark.slow
 def test_forecast_of_a_streamed_model_is_not_under_and_hardly_over() -> None:
-    """The limit is 30 MB below what the model needs as a whole: PyTorch alone takes more on one machine than another."""
+    """The limit is 30 MB below what the whole model needs: PyTorch alone takes more on one machine than another."""
     settings = MemorySettings("smollm2-135m", layers=30, seq_len=256, recompute="full", repeats=1)
     limit = bench_memory(settings)["forecast_rss_bytes"] - 30_000_000
     found = bench_memory(replace(settings, memory=limit))
