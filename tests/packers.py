@@ -141,7 +141,9 @@ def pack_with_bitsandbytes(
             packed |= {name: codes} | {
                 f"{name}.{key}": part.clone() for key, part in parts.items()
             }  # tables are shared
-            plain[name] = bnb.dequantize_4bit(codes, state)
+            # as one long row: of rows that end within a block, bitsandbytes' AVX-512 kernel takes wrong scales
+            state.shape = torch.Size([weight.numel()])
+            plain[name] = bnb.dequantize_4bit(codes, state).view(weight.shape)
     four_bits = kind != "int8"
     how = {"quant_method": "bitsandbytes", "load_in_4bit": four_bits, "load_in_8bit": not four_bits}
     if four_bits:
