@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from smidgen.kernels.library import TYPES, native
+from smidgen.kernels.pages import converted, empty
 from smidgen.kernels.scratch import scratch
 from smidgen.kernels.sizes import ATTENTION_MOST_PARTS, ATTENTION_PART
 
@@ -105,7 +106,7 @@ def attention(qkv: torch.Tensor, segments: Segments, shape: Heads) -> tuple[torc
     if library is None:
         return attention_twin(qkv, segments, shape), torch.empty(0)
     wide = qkv if qkv.dtype == torch.float32 else scratch("qkv", qkv.shape, torch.float32, qkv.device).copy_(qkv)
-    out = torch.empty(segments.tokens, shape.q_width)
+    out = empty((segments.tokens, shape.q_width), torch.float32, qkv.device)
     lse = torch.empty(shape.heads, segments.tokens)
     q = wide.data_ptr()
     library.smidgen_attention(
@@ -114,7 +115,7 @@ def attention(qkv: torch.Tensor, segments: Segments, shape: Heads) -> tuple[torc
         segments.tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window,
         shape.scale,
     )  # fmt: skip
-    return out.to(qkv.dtype), lse
+    return converted(out, qkv.dtype), lse
 
 
 def attention_backward(
@@ -135,7 +136,8 @@ def attention_backward(
         )
     size = segments.most_parts * shape.kv_heads * segments.tokens * shape.head_dim
     partial = scratch("partial", (2, size), torch.float32, qkv.device)
-    grad = torch.empty_like(qkv) if not narrow else scratch("grad_qkv", qkv.shape, torch.float32, qkv.device)
+    wide = (qkv.shape, torch.float32, qkv.device)
+    grad = scratch("grad_qkv", *wide) if narrow else empty(*wide)
     q, g = qkv.data_ptr(), grad.data_ptr()
     to_k, to_v = 4 * shape.q_width, 4 * (shape.q_width + shape.kv_width)
     library.smidgen_attention_backward(
@@ -145,7 +147,7 @@ def attention_backward(
         segments.parts_of_group.data_ptr(), len(segments.parts_of_group), len(segments.parts), segments.tokens,
         shape.heads, shape.kv_heads, shape.head_dim, shape.width, shape.q_width, shape.window, shape.scale,
     )  # fmt: skip
-    return grad.to(dtype)
+    return converted(grad, dtype)
 
 
 def attention_twin(qkv: torch.Tensor, segments: Segments, shape: Heads) -> torch.Tensor:

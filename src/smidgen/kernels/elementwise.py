@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from smidgen.kernels.library import TYPES, native
+from smidgen.kernels.pages import empty
 from smidgen.kernels.sizes import TWIN_LOGITS
 
 __all__ = ["cross_entropy_", "rms_norm", "rms_norm_backward", "rotate_", "swiglu", "swiglu_backward"]
@@ -34,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
         return rms_norm_twin(x, weight, eps)
     width = x.shape[-1]
     rows = x.numel() // width
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty(x.shape, x.dtype, x.device)
     rstd = torch.empty(rows, dtype=torch.float32)
     library.smidgen_rms_norm(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, width, eps, TYPES[x.dtype]
@@ -61,7 +62,7 @@ def rms_norm_backward(
         return rms_norm_backward_twin(grad_y, x, weight, rstd, residual)
     width = x.shape[-1]
     rows = x.numel() // width
-    grad_x = torch.empty_like(x)
+    grad_x = empty(x.shape, x.dtype, x.device)
     library.smidgen_rms_norm_backward(
         grad_y.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
         None if residual is None else residual.data_ptr(), grad_x.data_ptr(),
@@ -121,7 +122,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     if library is None:
         gate, up = _wide(gate_up).split(width, dim=1)
         return (F.silu(gate) * up).to(gate_up.dtype)
-    y = torch.empty(rows, width, dtype=gate_up.dtype)
+    y = empty((rows, width), gate_up.dtype, gate_up.device)
     library.smidgen_swiglu(gate_up.data_ptr(), y.data_ptr(), rows, width, TYPES[y.dtype])
     return y
 

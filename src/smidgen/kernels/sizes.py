@@ -4,6 +4,7 @@ __all__ = [
     "ATTENTION_MOST_PARTS",
     "ATTENTION_PART",
     "DEVICE_PANEL_WEIGHTS",
+    "MAPPED_BYTES",
     "PANEL_WEIGHTS",
     "PROMPT_TOKENS",
     "TILE_TOKENS",
@@ -21,6 +22,9 @@ ATTENTION_MOST_PARTS = 4
 # Rows of a large batch go through a layer in tiles of at most so many tokens, one longer row alone: a layer's working
 # set stops growing, and products of this height are as fast as any.
 TILE_TOKENS = 1 << 11
+# Tensors from so many bytes on have pages of their own, which can go back to the system when they are freed; from a
+# megabyte on, short rows left holes of 48 MB in the heap of 30 layers.
+MAPPED_BYTES = 1 << 18
 # Logits that plain PyTorch takes the loss of at once: it needs them twice more, in float32.
 TWIN_LOGITS = 1 << 22
 # A prompt goes through all of a layer but its attention in tiles of so many tokens: unpacking the weights for each is

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import ModelError
 from smidgen.events import Progress, Report, Warned, silent
+from smidgen.kernels.pages import converted
 from smidgen.kernels.sizes import TILE_TOKENS
 from smidgen.model.device import padded_rows
 from smidgen.model.experts import PackedExperts, is_experts
@@ -426,7 +427,7 @@ def _fill_module(module: nn.Module, name: str, weights: Weights, dtype: torch.dt
 
 
 def _cast_output(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    return lambda _module, _args, output: output.to(dtype)
+    return lambda _module, _args, output: converted(output, dtype)
 
 
 def _refuse_unpacked(base: Base) -> None:

@@ -32,6 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Mod
 
 from smidgen.kernels.attention import Heads, Segments, attention, attention_backward
 from smidgen.kernels.elementwise import rms_norm, rms_norm_backward, rotate_, swiglu, swiglu_backward
+from smidgen.kernels.pages import converted, empty
 from smidgen.kernels.scratch import scratch
 from smidgen.kernels.sizes import PROMPT_TOKENS
 from smidgen.lora.linear import LoraLinear
@@ -303,7 +304,7 @@ class FusedLayer(nn.Module):
         assert grad_product is not None
         grad_gate_up = scratch("grad_gate_up", kept.gate_up.shape, dtype, grad.device)
         product = scratch("product", grad_product.shape, dtype, grad.device)
-        swiglu_backward(grad_product, kept.gate_up.to(dtype), grad_gate_up, product)
+        swiglu_backward(grad_product, converted(kept.gate_up, dtype), grad_gate_up, product)
         del grad_product  # here and below: what is of all tokens' size leaves as soon as nothing needs it
         down_A = parts.down.backward_A(grad_low, product)
         down_m = parts.down.backward_magnitude(grad, product, kept.down_low)
@@ -311,8 +312,8 @@ class FusedLayer(nn.Module):
         grad_normed, grad_low, gate_up_B = parts.gate_up.backward_input(grad_gate_up, kept.gate_up_low, wants_x=True)
         assert grad_normed is not None
         norm = _norm(self.post_attention_layernorm)
-        middle = kept.middle.to(dtype)
-        normed = kept.middle_normed.to(dtype) if kept.middle_normed.numel() else rms_norm(middle, *norm)[0]
+        middle = converted(kept.middle, dtype)
+        normed = converted(kept.middle_normed, dtype) if kept.middle_normed.numel() else rms_norm(middle, *norm)[0]
         gate_up_A = parts.gate_up.backward_A(grad_low, normed)
         gate_up_m = parts.gate_up.backward_magnitude(grad_gate_up, normed, kept.gate_up_low)
         grad_middle = rms_norm_backward(grad_normed, middle, norm[0], kept.middle_rstd, residual=grad)
@@ -320,22 +321,24 @@ class FusedLayer(nn.Module):
 
         grad_attended, grad_low, out_B = parts.out.backward_input(grad_middle, kept.out_low, wants_x=True)
         assert grad_attended is not None
-        attended = kept.attended.to(dtype)
+        attended = converted(kept.attended, dtype)
         out_A = parts.out.backward_A(grad_low, attended)
         out_m = parts.out.backward_magnitude(grad_middle, attended, kept.out_low)
-        grad_qkv = attention_backward(grad_attended, kept.qkv.to(dtype), attended, kept.lse, rows.segments, shape)
+        grad_qkv = attention_backward(
+            grad_attended, converted(kept.qkv, dtype), attended, kept.lse, rows.segments, shape
+        )
         del grad_attended, attended
         rotate_(grad_qkv, rows.cosine, rows.sine, shape.heads + shape.kv_heads, shape.head_dim, back=True)
         inputs = ((kept.q_input, kept.q_rstd), (kept.k_input, kept.k_rstd))
         for (head_norm, columns), (states, rstd) in zip(self._head_norms, inputs, strict=False):
             part = grad_qkv[:, columns].contiguous().view(-1, shape.head_dim)
-            part = rms_norm_backward(part, states.to(dtype), _norm(head_norm)[0], rstd)
+            part = rms_norm_backward(part, converted(states, dtype), _norm(head_norm)[0], rstd)
             grad_qkv[:, columns] = part.view(len(grad_qkv), -1)
 
         grad_normed, grad_low, qkv_B = parts.qkv.backward_input(grad_qkv, kept.qkv_low, wants_x=wants_x)
         norm = _norm(self.input_layernorm)
-        x = kept.x.to(dtype)
-        normed = kept.normed.to(dtype) if kept.normed.numel() else rms_norm(x, *norm)[0]
+        x = converted(kept.x, dtype)
+        normed = converted(kept.normed, dtype) if kept.normed.numel() else rms_norm(x, *norm)[0]
         qkv_A = parts.qkv.backward_A(grad_low, normed)
         qkv_m = parts.qkv.backward_magnitude(grad_qkv, normed, kept.qkv_low)
         grad_x = None
@@ -354,8 +357,8 @@ class FusedLayer(nn.Module):
         parts = {"x": kept.x} if self.recompute == "full" else vars(kept)
         if self.recompute == "cheap":
             parts = parts | dict.fromkeys(_CHEAP, kept.x.new_empty(0))
-        rounded = _ROUNDED if self.kept_dtype else ()
-        return [part.to(self.kept_dtype) if name in rounded else part for name, part in parts.items()]
+        to = self.kept_dtype
+        return [converted(part, to) if to and name in _ROUNDED else part for name, part in parts.items()]
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
@@ -399,7 +402,7 @@ class _LayerFunction(torch.autograd.Function):
         grad_x, of_parameters = None, []
         for tile, rows in ctx.rows.tiles:
             if ctx.recompute == "full":
-                kept = layer.run(next(saved).to(grad.dtype), ctx.parts, rows)[1]
+                kept = layer.run(converted(next(saved), grad.dtype), ctx.parts, rows)[1]
             else:
                 kept = _Kept(*islice(saved, len(fields(_Kept))))
             part, gradients = layer.run_back(grad[tile], kept, ctx.parts, rows, wants_x=ctx.needs_input_grad[0])
@@ -431,7 +434,7 @@ def _put(whole: torch.Tensor | None, tile: slice, part: torch.Tensor, tokens: in
     """`part` in its place of a matrix of all tokens, which the first one makes; or itself where it has them all."""
     if len(part) == tokens:
         return part
-    whole = part.new_empty(tokens, part.shape[1]) if whole is None else whole
+    whole = empty((tokens, part.shape[1]), part.dtype, part.device) if whole is None else whole
     whole[tile] = part
     return whole
 

@@ -275,15 +275,15 @@ def evaluation_bytes(
 
 
 def adapter_bytes(
-    parameters: int, state_bytes: float, kept: int, layers: int, *, accumulates: bool, head_parameters: int = 0
+    parameters: int, state_bytes: float, kept: int, layers: int, *, at_once: bool, head_parameters: int = 0
 ) -> dict[str, int]:
     """Adapters and gradients in float32, and `state_bytes` of the optimizer for each parameter.
 
     Gradients come while kept activations (`kept` bytes, of so many layers) go, layer by layer: what counts is how much
-    more they are in the end. The head's come first, and with accumulation all are there from the start.
+    more they are in the end. The head's come first. at_once: all count beside the activations, as with accumulation.
     """
     size = _FLOAT32 * parameters
-    first = size if accumulates else _FLOAT32 * head_parameters
+    first = size if at_once else _FLOAT32 * head_parameters
     gradients = first + max(0, size - first - kept + kept // layers)
     return {"adapters": size, "gradients": gradients, "optimizer": round(state_bytes * parameters)}
 

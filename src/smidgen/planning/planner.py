@@ -123,13 +123,14 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
     backward = estimate.layer_work_bytes(*layers, **more, kept_item=work.kept_item, tile=tile)
     loss = estimate.loss_bytes(model, tokens, load.labels, item, work.head_parameters, chunk=chunk, is_cpu=is_cpu)
     scratch = estimate.scratch_bytes(model, tokens, longest, threads, item, tile=tile, is_cpu=is_cpu)
+    reuses = is_cpu and model.fused  # pages: what one thing has had stays beside what comes later (kernels/pages.py)
     small = {
         **estimate.adapter_bytes(
             work.parameters,
             work.state_bytes,
             kept,
             model.num_layers,
-            accumulates=choice.accumulation > 1 or choice.pack is not None or may_pad,
+            at_once=reuses or choice.accumulation > 1 or choice.pack is not None or may_pad,
             head_parameters=work.head_parameters,
         ),
         "kept activations": kept,
@@ -137,6 +138,8 @@ def forecast(model: Inventory, work: Work, machine: Machine, choice: Choice) -> 
         "loss chunk": loss,
         "scratch": scratch,
     }
+    if reuses and model.embedding_bytes < item * model.vocab_size * model.hidden_size:
+        small["looked-up embeddings"] = tokens * model.embedding_bytes // model.vocab_size  # before they are converted
     if evaluated := work.rows.evaluated(choice.micro_batch, model.fused):
         evaluated = evaluated.padded(64) if in_64s else evaluated
         held_out = estimate.evaluation_bytes(

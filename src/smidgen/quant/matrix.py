@@ -25,6 +25,7 @@ from torch import nn
 
 from smidgen.kernels.lowrank import LowRank
 from smidgen.kernels.packed import SMALL_ROWS, Weights, panel_product, panel_product_t, product
+from smidgen.kernels.pages import empty
 from smidgen.kernels.scratch import scratch
 from smidgen.kernels.sizes import DEVICE_PANEL_WEIGHTS
 from smidgen.quant import backend
@@ -81,7 +82,7 @@ class FrozenMatrix(nn.Module, ABC):
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> x Wᵀ [..., out_features], in x's type. Not recorded by autograd."""
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
+        y = empty((*x.shape[:-1], self.out_features), x.dtype, x.device)
         # y itself is returned: models may change it in place, but no view of it
         self.write_product(x.reshape(-1, self.in_features), y.view(-1, self.out_features))
         return y
@@ -118,7 +119,7 @@ class FrozenMatrix(nn.Module, ABC):
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g [..., out_features] -> g W [..., in_features], in g's type. Not recorded by autograd."""
         flat = g.reshape(-1, self.out_features)
-        dx = torch.empty(*g.shape[:-1], self.in_features, dtype=g.dtype, device=g.device)
+        dx = empty((*g.shape[:-1], self.in_features), g.dtype, g.device)
         self.write_product_t(flat, dx.view(-1, self.in_features))
         return dx
 
@@ -295,7 +296,7 @@ class StackedMatrix:
 
         Not recorded by autograd.
         """
-        y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        y = empty((len(x), self.out_features), x.dtype, x.device)
         for (rows, part), adapter in zip(self._placed, adapters, strict=True):
             part.write_product(x, y[:, rows], adapter)
         return y
@@ -307,7 +308,7 @@ class StackedMatrix:
 
         Fills grad_low of the adapters. Not recorded by autograd.
         """
-        dx = torch.empty(len(g), self.in_features, dtype=g.dtype, device=g.device)
+        dx = empty((len(g), self.in_features), g.dtype, g.device)
         grads_B = [
             part.write_product_t(g[:, rows], dx, adapter, accumulate=rows.start > 0)
             for (rows, part), adapter in zip(self._placed, adapters, strict=True)

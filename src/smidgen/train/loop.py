@@ -20,6 +20,7 @@ from smidgen.data.mixture import Mixture
 from smidgen.data.tokens import Examples
 from smidgen.errors import RunError
 from smidgen.events import Report, Step
+from smidgen.kernels.pages import ReusedPages
 from smidgen.model.build import Base
 from smidgen.model.device import current_rss_bytes, swapped_bytes
 from smidgen.train.config import Settings
@@ -122,11 +123,14 @@ def train(
         noise_on(batch.lengths)
         return batch_loss(base, batch, settings.label_smoothing)
 
+    pages = ReusedPages()
     with _stop_on_interrupt() as interrupted, embedding_noise(base, settings.neftune_alpha) as noise_on:
         while cursor.step < total:
             # Here, not after the step: where Ctrl-C came in between, the resumed run does it.
-            if _due(cursor.step, settings.eval_interval) and evaluate(cursor):
-                return Outcome(cursor, "early_stopping")
+            if _due(cursor.step, settings.eval_interval):
+                pages.give_back()
+                if evaluate(cursor):
+                    return Outcome(cursor, "early_stopping")
             base.checkpoint.check_unchanged()  # a file that was shortened would end the process (SIGBUS)
             begun, streamed = time.perf_counter(), base.streamed
             rows = [examples[row] for row in schedule.rows_of(cursor.step)]
@@ -134,7 +138,10 @@ def train(
             rate = learning_rate_at(cursor.step, total, settings.learning_rate, settings.warmup, settings.schedule)
             base.model.train()
             try:
-                result = optimizer_step(loss_of, batches, parameters, optimizer, learning_rate=rate, clip=settings.clip)
+                with pages:
+                    result = optimizer_step(
+                        loss_of, batches, parameters, optimizer, learning_rate=rate, clip=settings.clip
+                    )
             except RunError as error:
                 what = f"step {cursor.step + 1}: {error.what}"
                 raise RunError(what, found=error.found, cure=error.cure) from error
@@ -175,6 +182,7 @@ def train(
             if elapsed_s >= limit_s and cursor.step < total:
                 return Outcome(cursor, "max_time")
             if _due(cursor.step, settings.save_interval) and cursor.step < total:
+                pages.give_back()
                 save(cursor)
     return Outcome(cursor, "")
 

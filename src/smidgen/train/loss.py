@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from smidgen.data.batch import Batch
 from smidgen.kernels.elementwise import cross_entropy_
+from smidgen.kernels.pages import empty
 from smidgen.model.build import Base
 from smidgen.planning.estimate import chunk_positions
 
@@ -36,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_grad = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if wants_grad else None
+        grad_hidden = empty(hidden.shape, hidden.dtype, hidden.device) if wants_grad else None
         grads = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(wants_grad)
@@ -66,6 +67,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # in place: the gradients are this function's own, and it is called once
         grad_hidden, *grads = (grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
         return grad_hidden, None, None, None, None, None, *grads
+
+
+class _Selected(torch.autograd.Function):
+    """hidden.index_select(0, places): positions may come several times, and the gradient sums them in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = hidden.shape
+        out = empty((len(places), hidden.shape[1]), hidden.dtype, hidden.device)
+        return torch.index_select(hidden, 0, places, out=out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        grad_hidden = empty(ctx.shape, grads[0].dtype, grads[0].device).zero_()
+        return grad_hidden.index_add_(0, places, grads[0]), None
 
 
 def _smoothed_(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, backward: bool) -> torch.Tensor:
@@ -125,8 +144,7 @@ def batch_loss(base: Base, batch: Batch, smoothing: float = 0.0) -> torch.Tensor
     times = None
     if batch.groups:
         places, targets, times = _merged(places, targets, base.head.out_features)
-    # index_select: positions may come several times, and its gradient sums them in a fixed order
-    hidden = hidden.index_select(0, places)  # what it was selected from is needed no more
+    hidden = _Selected.apply(hidden, places)  # type: ignore[assignment]  # what it was selected from is needed no more
     return chunked_cross_entropy(base, hidden, targets, smoothing=smoothing, weights=times)
 
 

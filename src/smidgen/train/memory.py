@@ -15,6 +15,7 @@ import torch
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.errors import SettingsError
 from smidgen.events import Note, Report, silent
+from smidgen.kernels.sizes import MAPPED_BYTES
 from smidgen.lora.targets import check_pattern, fields_of, match_pattern, select_modules, select_targets
 from smidgen.model.device import (
     budget_on,
@@ -57,7 +58,6 @@ _DISK_BYTES_PER_S = 1e9  # of a disk that cannot be measured
 _PROBE_BYTES, _WRITTEN_BYTES, _PIECE_BYTES = 1 << 28, 1 << 26, 1 << 23
 _OF_FUSED_LAYERS = {"activation_dtype": "bfloat16", "recompute": "cheap"}  # what transformers' own layers cannot do
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_MAPPED_FROM = 1 << 18  # bytes of a tensor; from a megabyte on, short rows left holes of 48 MB in the heap of 30 layers
 
 
 def work_of(model: Inventory, settings: Settings, rows: Rows | Sequence[int], itemsize: int) -> Work:
@@ -294,4 +294,4 @@ def give_memory_back() -> None:
     of megabytes between steps; a fixed limit (mallopt, M_MMAP_THRESHOLD) ends that. Elsewhere nothing is done.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)

@@ -8,6 +8,7 @@ import torch
 
 from smidgen.checkpoint.base import Checkpoint
 from smidgen.data.batch import Batch
+from smidgen.kernels.pages import ReusedPages
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
@@ -47,17 +48,19 @@ class Stepper:
         set_recompute(base, recompute, settings.activation_dtype)
         self.parameters = [parameter for layer in adapters.values() for parameter in layer.parameters()]
         self.optimizer = make_optimizer(adapters, settings)
+        self.pages = ReusedPages()
 
     def step(self) -> float:
         """One step; returns its loss."""
         self.base.model.train()
-        result = optimizer_step(
-            lambda batch: batch_loss(self.base, batch),
-            self.batches,
-            self.parameters,
-            self.optimizer,
-            learning_rate=self.settings.learning_rate,
-            clip=self.settings.clip,
-        )
+        with self.pages:
+            result = optimizer_step(
+                lambda batch: batch_loss(self.base, batch),
+                self.batches,
+                self.parameters,
+                self.optimizer,
+                learning_rate=self.settings.learning_rate,
+                clip=self.settings.clip,
+            )
         self.base.model.eval()
         return result.loss
