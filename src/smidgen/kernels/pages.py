@@ -34,13 +34,14 @@ class ReusedPages:
     """Inside of `with`, `empty` takes large CPU tensors from here. They outlive both, and may be freed in any thread.
 
     Where there is no such range (elsewhere than on Linux, under a limit on addresses) tensors come from PyTorch, as
-    they do outside.
+    they do outside; so they do with in_use=False: where PyTorch's own operations make most of a step's tensors, what
+    stays here would only come on top of theirs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_use: bool = True) -> None:
         self._lock = threading.Lock()
         self._freed: deque[tuple[int, int]] = deque()  # a finalizer may run while this thread holds the lock
-        self._map = _reserve()
+        self._map = _reserve() if in_use else None
         pages = 0 if self._map is None else len(self._map) // _PAGE
         self._holes = [(0, pages)] if pages else []  # free pages, from - to, ascending
         self._touched = np.zeros(pages, bool)

@@ -23,6 +23,7 @@ from smidgen.events import Report, Step
 from smidgen.kernels.pages import ReusedPages
 from smidgen.model.build import Base
 from smidgen.model.device import current_rss_bytes, swapped_bytes
+from smidgen.model.fused import is_fused
 from smidgen.train.config import Settings
 from smidgen.train.loss import batch_loss
 from smidgen.train.noise import embedding_noise
@@ -123,7 +124,7 @@ def train(
         noise_on(batch.lengths)
         return batch_loss(base, batch, settings.label_smoothing)
 
-    pages = ReusedPages()
+    pages = ReusedPages(is_fused(base.backbone))
     with _stop_on_interrupt() as interrupted, embedding_noise(base, settings.neftune_alpha) as noise_on:
         while cursor.step < total:
             # Here, not after the step: where Ctrl-C came in between, the resumed run does it.

@@ -12,6 +12,7 @@ from smidgen.kernels.pages import ReusedPages
 from smidgen.lora.attach import attach_lora
 from smidgen.lora.targets import select_targets
 from smidgen.model.build import Base
+from smidgen.model.fused import is_fused
 from smidgen.model.inventory import inventory_of
 from smidgen.model.recompute import set_recompute
 from smidgen.planning.planner import Choice, Machine, forecast
@@ -48,7 +49,7 @@ class Stepper:
         set_recompute(base, recompute, settings.activation_dtype)
         self.parameters = [parameter for layer in adapters.values() for parameter in layer.parameters()]
         self.optimizer = make_optimizer(adapters, settings)
-        self.pages = ReusedPages()
+        self.pages = ReusedPages(is_fused(base.backbone))
 
     def step(self) -> float:
         """One step; returns its loss."""
