@@ -129,7 +129,8 @@ def test_each_setting_changes_its_own_term(seven: Inventory) -> None:
         plain, other = forecast(seven, work(), MACHINE, before).terms, forecast(seven, job, MACHINE, choice).terms
         return {name for name in plain if plain[name] != other[name]} - {"runtime and slack"}
 
-    assert changed(work(parameters=8_388_608), Choice(4, 1, ("none",) * 32)) == {"adapters", "optimizer"}
+    learned = {"adapters", "gradients", "optimizer"}
+    assert changed(work(parameters=8_388_608), Choice(4, 1, ("none",) * 32)) == learned
     assert changed(work(), Choice(4, 1, ("cheap",) * 32)) == {"kept activations"}
     assert changed(work(), Choice(4, 1, ("none",) * 32, (3,))) == {"packed weights", "stream buffers"}
     assert "kept activations" in changed(work(), Choice(2, 2, ("none",) * 32))
