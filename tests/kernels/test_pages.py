@@ -3,7 +3,7 @@
 import random
 import re
 import threading
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,17 @@ def test_memory_is_used_again_and_given_back() -> None:
     pages.give_back()
     assert pages.kept_bytes == 0
     assert resident_bytes() - before < 16 << 20
+
+
+@pytest.mark.parametrize("order", permutations(range(3)))
+def test_free_neighbours_are_one_place(order: tuple[int, ...]) -> None:
+    with ReusedPages():
+        parts: list[torch.Tensor | None] = [empty((SMALLEST,), torch.float32, CPU) for _ in range(3)]
+        behind, place = empty((SMALLEST,), torch.float32, CPU), parts[0].data_ptr()  # type: ignore[union-attr]
+        for number in order:
+            parts[number] = None
+        assert empty((3 * SMALLEST,), torch.float32, CPU).data_ptr() == place
+        assert behind.data_ptr() > place
 
 
 def test_small_tensors_and_those_outside_are_pytorchs() -> None:
